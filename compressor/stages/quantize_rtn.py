@@ -1,0 +1,43 @@
+"""`quantize.rtn`: round every weight to the nearest code of a searched grid. Needs no data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compressor.stages.base import Need, ReportProblem, RounderConfig, option
+
+if TYPE_CHECKING:
+    from compressor.model.architecture import Architecture
+
+
+class QuantizeRtn(RounderConfig):
+    """Round to nearest. The simplest rounder and the baseline for all others."""
+
+    source: ClassVar[str] = "Krishnamoorthi 2018, arXiv:1806.08342; grid search: arXiv:2210.17323"
+
+    method: Literal["quantize.rtn"] = "quantize.rtn"
+    grid: Literal["minmax", "mse", "imatrix"] = option(
+        "mse",
+        "How the scale of a group is chosen: `minmax` covers every weight, `mse` shrinks the range "
+        "to the smallest rounding error, `imatrix` weights that error by the mean square of each "
+        "input.",
+        effect="`mse` is the cheapest gain in accuracy there is; `imatrix` gains more and reads "
+        "calibration text.",
+        source="clip search of GPTQ and AutoRound",
+    )
+
+    def calibration_need(self) -> Need | None:
+        """Only the `imatrix` grid looks at activations."""
+        if self.grid != "imatrix":
+            return None
+        return Need("grid", "the imatrix grid weights errors by the inputs of calibration text")
+
+    def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
+        """Bits per matrix after the stage; refuses 2 bits unless forced."""
+        if self.bits <= 2 and not self.force:
+            problems(
+                "bits",
+                f"{self.bits}-bit round-to-nearest without compensation ruins a model",
+                "use quantize.gptq, 3 bits or more, or write `force: true`",
+            )
+        return super().plan(architecture, problems)

@@ -2,6 +2,7 @@
 
     CompressorError                 1  a fault of ours, or of the run
     ├── VerificationError           1  a stage or an export broke one of its promises
+    ├── NumericalError              1  numbers that no method can work with
     ├── UsageError                  2  the request cannot be carried out as written
     │   ├── RecipeError             2  the recipe breaks a rule (all problems at once)
     │   ├── PlanError               2  the chain cannot work on this model
@@ -45,6 +46,10 @@ class CompressorError(Exception):
 
 class VerificationError(CompressorError):
     """A stage or an export broke one of its promises; the run stays resumable."""
+
+
+class NumericalError(CompressorError):
+    """Numbers that no method can work with: NaN, infinity, statistics of no data."""
 
 
 class UsageError(CompressorError):

@@ -1,0 +1,134 @@
+"""Second moments of layer inputs, and the layer error they define.
+
+For a linear layer with inputs X [in, N], the squared output error of replacing W by Ŵ is
+tr(D H Dᵀ)·N/2 with D = W - Ŵ and H = (2/N) X Xᵀ (Frantar et al., GPTQ, 2022, eq. 1-2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from compressor.errors import NumericalError
+
+_BLOCK = 512
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 products in fp32, whatever the process has allowed (TF32, bf16); restored at exit."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class HessianAccumulator:
+    """Sums X Xᵀ over batches in fp32. Same batches in the same order: the same bits.
+
+    Args:
+        in_features: width of the inputs.
+        device: where the sum lives; inputs are moved there.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Count in `inputs` [tokens, in] of any float dtype. Padding must be gone already.
+
+        Raises:
+            NumericalError: the inputs hold NaN or infinity, or their squares overflow fp32.
+        """
+        rows = inputs.to(self._sum)
+        width = self._sum.shape[0]
+        with full_precision():
+            # Only blocks on and above the diagonal: the rest mirrors them.
+            for start in range(0, width, _BLOCK):
+                stop = min(start + _BLOCK, width)
+                self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        if not torch.isfinite(self._sum.diagonal()).all():
+            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: HessianAccumulator) -> None:
+        """Count in everything `other` has seen."""
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    def matrix(self) -> Tensor:
+        """H = (2/N) X Xᵀ, fp32 [in, in], exactly symmetric.
+
+        Raises:
+            NumericalError: no token has been seen.
+        """
+        upper = self._sum.triu()
+        return (upper + upper.triu(1).T) * _normalisation(self.tokens)
+
+    def diagonal(self) -> Tensor:
+        """diag(H), fp32 [in]."""
+        return self._sum.diagonal() * _normalisation(self.tokens)
+
+
+class DiagonalAccumulator:
+    """Only diag(H): all that an importance-weighted grid needs, in O(tokens · in).
+
+    Args:
+        in_features: width of the inputs.
+        device: where the sum lives; inputs are moved there.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """As `HessianAccumulator.add`."""
+        rows = inputs.to(self._sum)
+        self._sum += rows.square().sum(0)
+        if not torch.isfinite(self._sum).all():
+            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        self.tokens += rows.shape[0]
+
+    def merge(self, other: DiagonalAccumulator) -> None:
+        """Count in everything `other` has seen."""
+        self._sum += other._sum.to(self._sum.device)
+        self.tokens += other.tokens
+
+    def diagonal(self) -> Tensor:
+        """diag(H) = 2·E[x²], fp32 [in]."""
+        return self._sum * _normalisation(self.tokens)
+
+
+def _normalisation(tokens: int) -> float:
+    if tokens == 0:
+        raise NumericalError("no calibration token has reached this layer")
+    return 2.0 / tokens
+
+
+def row_losses(difference: Tensor, hessian: Tensor) -> Tensor:
+    """d H dᵀ for every row d of `difference` [out, in], fp32 [out]; at least 0."""
+    with full_precision():
+        return (difference @ hessian).mul_(difference).sum(1).clamp_min_(0)
+
+
+def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - Ŵ: the share of output energy that is lost.
+
+    Args:
+        weight: W [out, in].
+        quantized: Ŵ [out, in], dense.
+        hessian: H [in, in], any scale.
+    """
+    dense = weight.to(hessian)
+    lost = row_losses(dense - quantized.to(hessian), hessian).double().sum().item()
+    total = row_losses(dense, hessian).double().sum().item()
+    if total == 0:
+        return 0.0 if lost == 0 else float("inf")
+    return lost / total

@@ -1,0 +1,22 @@
+"""Round to nearest: a grid and nothing else. Needs no data unless the grid does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.numerics.grid import Search, fit_grid, round_to_grid
+from compressor.types import QTensor, WeightScheme
+
+
+def rtn(
+    weight: Tensor,
+    scheme: WeightScheme,
+    *,
+    search: Search = "minmax",
+    importance: Tensor | None = None,
+    scale_dtype: torch.dtype = torch.bfloat16,
+) -> QTensor:
+    """Every weight [out, in] on the nearest point of its grid; arguments as in `fit_grid`."""
+    grid = fit_grid(weight, scheme, search=search, importance=importance, scale_dtype=scale_dtype)
+    return round_to_grid(weight, grid, scheme)

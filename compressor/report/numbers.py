@@ -1,0 +1,154 @@
+"""Numbers for people: units, significant digits and intervals, one way everywhere.
+
+Sizes are decimal (1 MB = 10⁶ bytes), as file managers and the Hub count. A value with an
+interval is rounded where the interval's second digit stands, since finer digits are noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from compressor.evaluation.results import Estimate
+from compressor.report.schema import Style
+
+MINUS = "−"
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def fixed(value: float, decimals: int, signed: bool = False) -> str:
+    """`value` with that many decimals, a real minus sign, and never a negative zero."""
+    rounded = round(value, decimals) + 0.0
+    text = f"{rounded:+.{decimals}f}" if signed and rounded else f"{rounded:.{decimals}f}"
+    return text.replace("-", MINUS)
+
+
+def power(exponent: int) -> str:
+    """A power of ten such as 10⁻³."""
+    return "10" + str(exponent).translate(_SUPERSCRIPT)
+
+
+def decimals_for(scale: float, digits: int) -> int:
+    """Decimals that show `digits` significant digits of a number as large as `scale`."""
+    return max(0, digits - 1 - math.floor(math.log10(abs(scale)))) if scale else digits - 1
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` with significant digits; powers of ten outside 0.0001 to 100 000."""
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude < -4 or magnitude > 5:
+        return f"{fixed(value / 10.0**magnitude, digits - 1)} × {power(magnitude)}"
+    return fixed(value, max(0, digits - 1 - magnitude))
+
+
+def _interval_decimals(estimate: Estimate) -> int | None:
+    if estimate.low is None or estimate.high is None or estimate.high <= estimate.low:
+        return None
+    return min(8, decimals_for((estimate.high - estimate.low) / 2, 2))
+
+
+def value_of(estimate: Estimate, signed: bool = False) -> str:
+    """The value alone, rounded where its interval says."""
+    decimals = _interval_decimals(estimate)
+    if decimals is None:
+        decimals = min(8, decimals_for(estimate.value, 3))
+    return fixed(estimate.value, decimals, signed)
+
+
+def plus_minus(estimate: Estimate, signed: bool = False) -> str:
+    """Value ± half the width of the 95 % interval; the value alone without an interval."""
+    decimals = _interval_decimals(estimate)
+    if decimals is None or estimate.low is None or estimate.high is None:
+        return value_of(estimate, signed)
+    half = fixed((estimate.high - estimate.low) / 2, decimals)
+    return f"{value_of(estimate, signed)} ± {half}"
+
+
+def limits(estimate: Estimate, signed: bool = False) -> str:
+    """The two ends of the 95 % interval, or a dash."""
+    if estimate.low is None or estimate.high is None:
+        return "–"
+    decimals = _interval_decimals(estimate)
+    if decimals is None:
+        decimals = min(8, decimals_for(estimate.low, 3))
+    return f"{fixed(estimate.low, decimals, signed)} to {fixed(estimate.high, decimals, signed)}"
+
+
+def with_limits(estimate: Estimate, signed: bool = False) -> str:
+    """The value and its interval, for a sentence."""
+    if estimate.low is None:
+        return value_of(estimate, signed)
+    return f"{value_of(estimate, signed)} (95 % interval {limits(estimate, signed)})"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units with three significant digits."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while abs(value) >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    decimals = 0 if units[0] == "B" else max(0, decimals_for(value, 3))
+    return f"{fixed(value, decimals)} {units[0]}"
+
+
+def size_change(count: float) -> str:
+    """A difference of bytes, with its sign."""
+    return f"+{size(count)}" if count > 0 else size(count)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 60:
+        return f"{fixed(seconds, 1)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def count(value: float) -> str:
+    """An integer with thin spaces between thousands."""
+    return f"{round(value):,}".replace(",", "\u202f")
+
+
+def share(value: float) -> str:
+    """A share in percent."""
+    return f"{fixed(100 * value, 1)} %"
+
+
+def ratio(value: float) -> str:
+    """A factor."""
+    return f"{fixed(value, 2)}×"
+
+
+def bits(value: float) -> str:
+    """Bits per weight."""
+    return fixed(value, 2)
+
+
+def _estimate(value: dict[str, Any]) -> str:
+    return with_limits(Estimate(**value))
+
+
+def _delta(value: dict[str, Any]) -> str:
+    return with_limits(Estimate(**value), signed=True)
+
+
+_STYLES: dict[Style, Callable[[Any], str]] = {
+    "text": str,
+    "bytes": size,
+    "ratio": ratio,
+    "count": count,
+    "bits": bits,
+    "share": share,
+    "seconds": duration,
+    "number": number,
+    "estimate": _estimate,
+    "delta": _delta,
+}
+
+
+def shown(value: Any, style: Style) -> str:
+    """A value of the report as a sentence prints it."""
+    return _STYLES[style](value)

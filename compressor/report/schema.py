@@ -1,0 +1,282 @@
+"""The shape of `report.json`, the only source of the HTML page, the model card and the figures.
+
+`Facts` is what a run knows; `Report` adds what follows from it (see `build.py`). Sizes are
+bytes, times seconds, losses and divergences as named in `compressor.evaluation.results`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from compressor.evaluation.results import (
+    Contamination,
+    Divergence,
+    Estimate,
+    Evaluation,
+    Frozen,
+    GateVerdict,
+)
+
+SCHEMA_VERSION = "1.0.0"
+SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
+
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
+Style = Literal[
+    "text",
+    "key",
+    "length",
+    "bytes",
+    "ratio",
+    "count",
+    "bits",
+    "share",
+    "seconds",
+    "number",
+    "estimate",
+    "delta",
+]
+
+
+class Run(Frozen):
+    """The run that wrote the report."""
+
+    id: str
+    status: Literal["finished", "failed", "interrupted"]
+    command: str
+    started: str = Field(description="ISO 8601, UTC")
+    seconds: float
+    recipe: str = Field(description="the recipe as it was read, verbatim")
+    recipe_sha256: str
+    seed: int
+    resumed: int = Field(description="how many times the run was taken up again")
+
+
+class Hardware(Frozen):
+    """The machine that computed every number."""
+
+    cpu: str
+    cores: int
+    memory_bytes: int
+    accelerator: str | None = None
+
+
+class Environment(Frozen):
+    """The software that computed every number."""
+
+    package: str
+    commit: str | None = None
+    python: str
+    torch: str
+    transformers: str
+    compressed_tensors: str
+    device: str
+    hardware: Hardware
+    deterministic: bool
+
+
+class FileHash(Frozen):
+    """One file of a checkpoint."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class Base(Frozen):
+    """The model the run started from; `logical_params` counts tied weights once."""
+
+    id: str
+    revision: str | None
+    licence: str | None
+    family: str
+    logical_params: int
+    files: tuple[FileHash, ...]
+
+
+class LayerMetric(Frozen):
+    """`compressor.types.ModuleMetric` as it is written to JSON."""
+
+    module: str
+    bits: float
+    loss: float
+    baseline_loss: float
+
+
+class StageFallback(Frozen):
+    """`compressor.types.Fallback` as it is written to JSON."""
+
+    module: str
+    reason: str
+    action: str
+
+
+class StageFacts(Frozen):
+    """What was done to get a variant from its parent."""
+
+    method: str
+    params: dict[str, Any]
+    seconds: float
+    peak_bytes: int
+    metrics_per_module: tuple[LayerMetric, ...] = ()
+    fallbacks: tuple[StageFallback, ...] = ()
+    notes: dict[str, float] = Field(default_factory=dict)
+
+
+class RoleBytes(Frozen):
+    """Tensor bytes by what they hold; ties counted once. Dense matrices belong to `rest`."""
+
+    codes: int = 0
+    scales: int = 0
+    zero_points: int = 0
+    embeddings: int = 0
+    head: int = 0
+    rest: int = 0
+
+
+class Size(Frozen):
+    """What a variant takes on disk.
+
+    `bits_nominal` is the width of a code, `bits_linear` adds scales and zero-points,
+    `bits_checkpoint` is 8 · tensor bytes / logical parameters of the base: the headline.
+    """
+
+    bytes_on_disk: int
+    tensor_bytes: int
+    by_role: RoleBytes
+    bits_nominal: float
+    bits_linear: float
+    bits_checkpoint: float
+    ratio_total: float = Field(description="bytes on disk of the base / of this variant")
+    kv_bytes_per_token: int
+
+
+class Artifact(Frozen):
+    """The deliverable of a variant, after it was read back from disk."""
+
+    path: str
+    format: str
+    sha256: str
+    reload_ok: bool
+    max_logit_difference: float
+
+
+class Variant(Frozen):
+    """One checkpoint: a row of the report. The first one is the base and has no stage."""
+
+    id: str
+    label: str
+    parent: str | None
+    stage: StageFacts | None
+    size: Size
+    artifact: Artifact | None = None
+    load_snippets: dict[str, str] = Field(
+        default_factory=dict, description="engine or library -> code that loads the artifact"
+    )
+
+
+class Reproduce(Frozen):
+    """What gives the same bytes again."""
+
+    command: str
+    lock_file: str
+    hashes: dict[str, str] = Field(description="file -> sha256")
+
+
+class Facts(Frozen):
+    """Everything the engine hands over. Evaluations are keyed by variant id.
+
+    `parent_deltas` holds, where it was measured, the paired difference in bits per byte to the
+    parent; without it the report gives the difference of the means and no interval.
+    """
+
+    schema_version: str = Field(default=SCHEMA_VERSION, pattern=r"^1\.\d+\.\d+$")
+    run: Run
+    env: Environment
+    base: Base
+    variants: tuple[Variant, ...] = Field(min_length=1)
+    evaluations: dict[str, Evaluation]
+    parent_deltas: dict[str, Estimate] = Field(default_factory=dict)
+    noise_floor: Divergence | None = None
+    contamination: tuple[Contamination, ...] = ()
+    gates: tuple[GateVerdict, ...] = Field(default=(), description="of the headline variant")
+    reproduce: Reproduce
+
+    @model_validator(mode="after")
+    def _references_resolve(self) -> Self:
+        ids = [variant.id for variant in self.variants]
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"variant ids must be unique, got {ids}")
+        if self.variants[0].stage is not None or self.variants[0].parent is not None:
+            raise ValueError("the first variant must be the base: no stage and no parent")
+        for place, variant in enumerate(self.variants[1:], start=1):
+            if variant.stage is None or variant.parent not in ids[:place]:
+                raise ValueError(f"variant {variant.id!r} needs a stage and an earlier parent")
+        unknown = sorted((set(self.evaluations) | set(self.parent_deltas)) - set(ids))
+        if unknown:
+            raise ValueError(f"measurements of unknown variants: {unknown}")
+        return self
+
+
+class Evidence(Frozen):
+    """A part of a sentence and the place in the report that it was printed from."""
+
+    pointer: str = Field(description="JSON pointer (RFC 6901) into the report")
+    style: Style
+    shown: str
+
+
+class Statement(Frozen):
+    """A sentence for people; every digit in it is covered by its evidence."""
+
+    id: str
+    text: str
+    evidence: tuple[Evidence, ...]
+
+
+class Attribution(Frozen):
+    """What one stage cost and saved, by itself.
+
+    Attributes:
+        delta_to_base: bits per byte, paired, variant minus base.
+        delta_to_parent: bits per byte, variant minus parent.
+        paired: whether `delta_to_parent` was measured document by document.
+        bytes_saved: bytes on disk of the parent minus those of the variant.
+        median_loss: median over matrices of the relative layer error.
+        median_baseline_loss: the same for round to nearest.
+    """
+
+    variant: str
+    parent: str
+    delta_to_base: Estimate | None
+    delta_to_parent: Estimate | None
+    paired: bool
+    bytes_saved: int
+    median_loss: float | None
+    median_baseline_loss: float | None
+
+
+class RunFallback(StageFallback):
+    """A fallback and the variant it belongs to."""
+
+    variant: str
+
+
+class Report(Facts):
+    """`report.json`: the facts and everything that follows from them."""
+
+    headline: str = Field(description="variant the summary and the gates speak of")
+    verdict: Verdict
+    pareto: tuple[str, ...] = Field(description="variants that no other one dominates")
+    attribution: tuple[Attribution, ...]
+    claims: tuple[Statement, ...]
+    warnings: tuple[Statement, ...]
+    fallbacks: tuple[RunFallback, ...]
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of `report.json`."""
+    schema = Report.model_json_schema(mode="serialization")
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID}
+    return {**head, **schema}

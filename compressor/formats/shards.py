@@ -20,31 +20,13 @@ from torch import Tensor
 
 from compressor.errors import ModelError, ResourceError
 from compressor.formats.atomic import (
-    atomic_write_bytes,
     atomic_write_json,
     remove_partial,
     replacing,
 )
-from compressor.formats.headers import INDEX, SINGLE, TensorInfo, read_folder, read_header
+from compressor.formats.files import copy_parent_files
+from compressor.formats.headers import INDEX, TensorInfo, read_folder, read_header
 
-# Copied from the parent byte for byte: nothing here depends on the weights, and rewriting a
-# tokenizer through a library changes it.
-PARENT_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-_TEMPLATES = "additional_chat_templates"
 _CHUNK = 1 << 20
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -165,42 +147,6 @@ class CheckpointWriter:
                 weight_map[name] = shard
                 total += info.nbytes
         return weight_map, total
-
-
-def copy_parent_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation config and chat templates byte for byte.
-
-    Raises:
-        ResourceError: the file system refused.
-    """
-    for path in parent_files(source):
-        atomic_write_bytes(target / path.relative_to(source), path.read_bytes())
-
-
-def parent_files(folder: Path) -> list[Path]:
-    """The files beside weights and `config.json` that loading model and tokenizer reads."""
-    named = [folder / name for name in PARENT_FILES if (folder / name).is_file()]
-    return named + sorted((folder / _TEMPLATES).glob("*.jinja"))
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Every file needed to load the checkpoint: weights, index, configuration, tokenizer.
-
-    Raises:
-        ModelError: the weights are missing or damaged.
-    """
-    weights = {info.file for info in read_folder(folder).values()}
-    index = [folder / INDEX] if folder / SINGLE not in weights else []
-    return sorted([*weights, *index, folder / "config.json", *parent_files(folder)])
-
-
-def checkpoint_bytes(folder: Path) -> int:
-    """Bytes on disk of every file needed to load the checkpoint.
-
-    Raises:
-        ModelError: the weights are missing or damaged.
-    """
-    return sum(path.stat().st_size for path in checkpoint_files(folder))
 
 
 class CheckpointReader(Mapping[str, Tensor]):

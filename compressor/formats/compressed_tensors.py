@@ -1,0 +1,289 @@
+"""Export to compressed-tensors: the stored codes, packed by the format's own library.
+
+Nothing is rounded here. The codes a rounder left are packed, unpacked again and compared, and
+the library's own decompression of what is written must give the dense weights bit for bit.
+
+Loading: `AutoModelForCausalLM.from_pretrained(folder, dtype="auto")`. With another dtype
+transformers casts the scales before it multiplies, and the weights differ from the dense
+checkpoint's by rounding (exports marked `dequantize` multiply first and agree in any dtype).
+Three progress bars are the library's; `TQDM_DISABLE=1` silences them. Weights are dense in
+memory after the first forward pass: the export saves disk and bandwidth, not memory, there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import (
+    pack_to_int32,
+    unpack_from_int32,
+)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
+
+from compressor.errors import ModelError, VerificationError
+from compressor.formats.headers import read_json
+from compressor.formats.shards import CheckpointReader, CheckpointWriter
+from compressor.formats.support import Format, Kind, Target, export_problems, needs_dequantize
+from compressor.types import QTensor, WeightScheme
+
+SHARD_BYTES = 2 << 30  # of dense weights; bounds memory whatever the source's shards are
+_EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
+_HEADS = ("lm_head", "embed_out")
+_ROUTERS = ("gate", "router")
+
+
+def export(
+    checkpoint: Path,
+    codes: Mapping[str, QTensor],
+    out: Path,
+    *,
+    logical_parameters: int,
+    form: Format = "pack-quantized",
+    activation_bits: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a compressed-tensors checkpoint, shard by shard; run again, it resumes.
+
+    Args:
+        checkpoint: dense checkpoint whose quantized matrices equal `QTensor.dequantize()`.
+        codes: module name (matrix on disk without `.weight`) to codes.
+        out: folder of the export.
+        logical_parameters: weights of the model, ties once.
+        form: `pack-quantized`, or `int-quantized` for 8-bit codes by channel.
+        activation_bits: 8 adds dynamic per-token quantization of the inputs; None adds none.
+        shard_bytes: dense bytes per shard.
+
+    Raises:
+        ModelError: codes that fit no matrix, or a combination that would not load.
+        VerificationError: dense weights and codes disagree, or packing lost a code.
+        ResourceError: the file system refused.
+    """
+    reader, writer = CheckpointReader(checkpoint), CheckpointWriter(out)
+    config = read_json(checkpoint / "config.json")
+    schemes = _check(reader, codes, config, form)
+    for number, names in enumerate(_plan_shards(reader, shard_bytes), start=1):
+        shard = f"model-{number:05d}.safetensors"
+        if not writer.has_shard(shard):
+            writer.write_shard(shard, _compress_shard(reader, codes, names, form))
+    config["quantization_config"] = quantization_config(
+        schemes, reader, form, activation_bits=activation_bits
+    )
+    writer.finish(config, checkpoint, logical_parameters)
+
+
+def _check(
+    reader: CheckpointReader, codes: Mapping[str, QTensor], config: Mapping[str, Any], form: Format
+) -> dict[str, WeightScheme]:
+    if "quantization_config" in config:
+        raise ModelError(f"{reader.folder} is quantized already; export starts from dense weights")
+    unknown = [module for module in codes if f"{module}.weight" not in reader]
+    if unknown:
+        raise ModelError(f"{reader.folder} has no matrix {unknown[0]}.weight to hold its codes")
+    schemes = {module: _scheme(codes, module) for module in codes}
+    problems = export_problems(targets(reader, schemes, config), form)
+    if problems:
+        raise ModelError(problems[0])
+    return schemes
+
+
+def _scheme(codes: Mapping[str, QTensor], module: str) -> WeightScheme:
+    lazily = getattr(codes, "scheme", None)  # a CodesReader knows it without reading codes
+    scheme: WeightScheme = lazily(module) if lazily else codes[module].scheme
+    return scheme
+
+
+def targets(
+    reader: CheckpointReader, schemes: Mapping[str, WeightScheme], config: Mapping[str, Any]
+) -> list[Target]:
+    """Every matrix of a checkpoint as `support` sees it."""
+    found = []
+    for name in reader.names():
+        shape = reader.shape(name)
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and len(shape) == 2:
+            kind = matrix_kind(module, config)
+            found.append(Target(module, (shape[0], shape[1]), kind, schemes.get(module)))
+    return found
+
+
+def matrix_kind(module: str, config: Mapping[str, Any]) -> Kind:
+    """What a two-dimensional weight is, by the naming conventions of Hugging Face models."""
+    leaf = module.rpartition(".")[2]
+    if leaf in _EMBEDDINGS:
+        return "embedding"
+    if leaf in _HEADS:
+        return "head"
+    if ".experts." in module:
+        return "expert"
+    if leaf in _ROUTERS:
+        return "router"
+    return "conv1d" if config.get("model_type") == "gpt2" else "linear"
+
+
+def _plan_shards(reader: CheckpointReader, limit: int) -> Iterator[list[str]]:
+    """Cut the names, in order, where the dense bytes would pass the limit."""
+    names: list[str] = []
+    size = 0
+    for name in reader.names():
+        nbytes = reader.info(name).nbytes
+        if names and size + nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes
+    yield names
+
+
+def _compress_shard(
+    reader: CheckpointReader, codes: Mapping[str, QTensor], names: Sequence[str], form: Format
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in codes:
+            packed = _compress_verified(module, codes[module], reader[name], form)
+            tensors |= {f"{module}.{key}": value for key, value in packed.items()}
+        else:
+            tensors[name] = reader[name]
+    return tensors
+
+
+def compress(quantized: QTensor, form: Format = "pack-quantized") -> dict[str, Tensor]:
+    """The tensors that hold one matrix, by their names within the module.
+
+    Args:
+        quantized: codes [out, in] with scales [out, groups].
+        form: pack-quantized gives `weight_packed` int32 [out, ceil(in·bits/32)], lowest bits
+            first, `weight_shape` int64 [2] and, if asymmetric, `weight_zero_point` int32
+            [ceil(out·bits/32), groups]; int-quantized gives `weight` int8 [out, in] and
+            `weight_zero_point` int8 [out, groups]. Both give `weight_scale` [out, groups].
+    """
+    tensors = {"weight_scale": quantized.scale}
+    zero_point, bits = quantized.zero_point, quantized.scheme.bits
+    if form == "int-quantized":
+        tensors["weight"] = quantized.codes
+        return tensors if zero_point is None else {**tensors, "weight_zero_point": zero_point}
+    tensors["weight_packed"] = pack_to_int32(quantized.codes, bits)
+    tensors["weight_shape"] = torch.tensor(quantized.codes.shape, dtype=torch.int64)
+    if zero_point is not None:
+        tensors["weight_zero_point"] = pack_to_int32(zero_point, bits, packed_dim=0)
+    return tensors
+
+
+def decompress(
+    tensors: Mapping[str, Tensor], scheme: WeightScheme, form: Format = "pack-quantized"
+) -> Tensor:
+    """Dense weight [out, in] that the library makes of stored tensors, in the scales' dtype."""
+    arguments = QuantizationScheme(targets=["Linear"], weights=_weight_arguments(scheme))
+    compressor = BaseCompressor.get_value_from_registry(form)
+    weight: Tensor = compressor.decompress(dict(tensors), arguments)["weight"]
+    return weight
+
+
+def _compress_verified(
+    module: str, quantized: QTensor, dense: Tensor, form: Format
+) -> dict[str, Tensor]:
+    if quantized.scale.dtype != dense.dtype:
+        raise ModelError(
+            f"the scales of {module} are {quantized.scale.dtype} and the checkpoint is "
+            f"{dense.dtype}; transformers casts scales to the checkpoint's dtype at load"
+        )
+    if not torch.equal(quantized.dequantize(), dense):
+        raise VerificationError(f"{module}.weight was changed after it was rounded to its codes")
+    tensors = compress(quantized, form)
+    if form == "pack-quantized":
+        bits, shape = quantized.scheme.bits, quantized.codes.shape
+        if not torch.equal(
+            unpack_from_int32(tensors["weight_packed"], bits, shape), quantized.codes
+        ):
+            raise VerificationError(f"packing lost codes of {module}: are they within {bits} bits?")
+    if not torch.equal(decompress(tensors, quantized.scheme, form), dense):
+        raise VerificationError(f"compressed-tensors reads {module} otherwise than it was rounded")
+    return tensors
+
+
+def quantization_config(
+    schemes: Mapping[str, WeightScheme],
+    reader: CheckpointReader,
+    form: Format,
+    activation_bits: int | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` of `config.json`.
+
+    One scheme is written as target `Linear` with everything else ignored, which every engine
+    reads; several as exact names, since engines that fuse layers would let `Linear` win.
+    """
+    groups: dict[WeightScheme, list[str]] = defaultdict(list)
+    for module in sorted(schemes):
+        groups[schemes[module]].append(module)
+    ordered = sorted(groups.items(), key=lambda item: item[1][0])
+    embeddings = [name for name in schemes if name.rpartition(".")[2] in _EMBEDDINGS]
+    config: dict[str, Any] = {
+        "quant_method": "compressed-tensors",
+        "version": version("compressed-tensors"),
+        "format": form,
+        "quantization_status": "compressed",
+        "ignore": _ignored(schemes, reader) if len(groups) == 1 else [],
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{number}": _config_group(
+                ["Linear", *sorted(embeddings)] if len(groups) == 1 else _exact_targets(modules),
+                scheme,
+                form,
+                activation_bits,
+            )
+            for number, (scheme, modules) in enumerate(ordered)
+        },
+    }
+    if needs_dequantize(groups, bool(embeddings), form):
+        config["dequantize"] = True
+    return config
+
+
+def _ignored(schemes: Mapping[str, WeightScheme], reader: CheckpointReader) -> list[str]:
+    matrices = [
+        name.removesuffix(".weight")
+        for name in reader.names()
+        if name.endswith(".weight") and len(reader.shape(name)) == 2
+    ]
+    # A tied head has no tensor of its own, yet it is a Linear that engines would try to quantize.
+    dense = {"lm_head", *matrices} - set(schemes)
+    return sorted(name for name in dense if name.rpartition(".")[2] not in _EMBEDDINGS)
+
+
+def _exact_targets(modules: Sequence[str]) -> list[str]:
+    # Experts are no modules in transformers 5; it finds their scheme by a pattern naming them.
+    experts = {module.rpartition(".")[2] for module in modules if ".experts." in module}
+    patterns = [rf"re:.*\.experts\.\d+\.({'|'.join(sorted(experts))})$"] if experts else []
+    return patterns + [module for module in modules if ".experts." not in module]
+
+
+def _weight_arguments(scheme: WeightScheme) -> QuantizationArgs:
+    return QuantizationArgs(
+        num_bits=scheme.bits,
+        type="int",
+        symmetric=scheme.symmetry != "asymmetric",
+        strategy="channel" if scheme.group_size is None else "group",
+        group_size=scheme.group_size,
+    )
+
+
+def _config_group(
+    names: list[str], scheme: WeightScheme, form: Format, activation_bits: int | None
+) -> dict[str, Any]:
+    inputs = None
+    if activation_bits is not None:
+        inputs = QuantizationArgs(
+            num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True
+        )
+    group: dict[str, Any] = QuantizationScheme(
+        targets=names, weights=_weight_arguments(scheme), input_activations=inputs, format=form
+    ).model_dump(mode="json")
+    return group

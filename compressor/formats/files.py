@@ -1,0 +1,63 @@
+"""Which files make a checkpoint besides its tensors, and what they weigh. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.formats.atomic import atomic_write_bytes
+from compressor.formats.headers import INDEX, SINGLE, read_folder
+
+# Copied from the parent byte for byte: nothing here depends on the weights, and rewriting a
+# tokenizer through a library changes it.
+PARENT_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TEMPLATES = "additional_chat_templates"
+
+
+def copy_parent_files(source: Path, target: Path) -> None:
+    """Copy tokenizer, generation config and chat templates byte for byte.
+
+    Raises:
+        ResourceError: the file system refused.
+    """
+    for path in parent_files(source):
+        atomic_write_bytes(target / path.relative_to(source), path.read_bytes())
+
+
+def parent_files(folder: Path) -> list[Path]:
+    """The files beside weights and `config.json` that loading model and tokenizer reads."""
+    named = [folder / name for name in PARENT_FILES if (folder / name).is_file()]
+    return named + sorted((folder / _TEMPLATES).glob("*.jinja"))
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Every file needed to load the checkpoint: weights, index, configuration, tokenizer.
+
+    Raises:
+        ModelError: the weights are missing or damaged.
+    """
+    weights = {info.file for info in read_folder(folder).values()}
+    index = [folder / INDEX] if folder / SINGLE not in weights else []
+    return sorted([*weights, *index, folder / "config.json", *parent_files(folder)])
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Bytes on disk of every file needed to load the checkpoint.
+
+    Raises:
+        ModelError: the weights are missing or damaged.
+    """
+    return sum(path.stat().st_size for path in checkpoint_files(folder))

@@ -6,19 +6,14 @@ Each failure is one sentence naming the tensor and the rule; all of them are rep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Logits = Callable[[Path], "Tensor"]
 
 
 def verify_tensors(parent: Path, child: Path, changed: Collection[str]) -> None:
@@ -31,12 +26,13 @@ def verify_tensors(parent: Path, child: Path, changed: Collection[str]) -> None:
         VerificationError: with every rule that is broken.
     """
     before, after = CheckpointReader(parent), CheckpointReader(child)
-    problems = [*_name_problems(set(before.names()), set(after.names()), set(changed))]
-    for name in sorted(set(before.names()) & set(after.names())):
-        problems += _tensor_problems(name, before.get(name), after.get(name), name in changed)
+    problems = [*_name_problems(set(before), set(after), set(changed))]
+    for name in sorted(set(before) & set(after)):
+        problems += _tensor_problems(name, before[name], after[name], name in changed)
     if problems:
         raise VerificationError(
-            f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  " + "\n  ".join(problems)
+            f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  "
+            + "\n  ".join(problems)
         )
 
 
@@ -51,9 +47,10 @@ def _name_problems(before: set[str], after: set[str], changed: set[str]) -> Iter
 
 def _tensor_problems(name: str, before: Tensor, after: Tensor, changed: bool) -> Iterator[str]:
     if before.dtype != after.dtype or before.shape != after.shape:
-        yield f"{name} went from {before.dtype} {list(before.shape)} to {after.dtype} {list(after.shape)}"
+        kinds = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (before, after))
+        yield f"{name} went from {' to '.join(kinds)}"
         return
-    same = torch.equal(before.view(torch.uint8), after.view(torch.uint8)) if before.dim() else bool(before == after)
+    same = torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (before, after)))
     if changed and same:
         yield f"{name} was to be changed, but is identical to the parent's"
     if not changed and not same:

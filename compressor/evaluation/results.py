@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Frozen(BaseModel):
+    """Base of all results: immutable, and an unknown field is an error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -70,6 +72,8 @@ class Score(Frozen):
 
 
 class WorstDomain(Frozen):
+    """The domains that lost most; the intervals hold for the worst of all domains at once."""
+
     domain: str
     delta_bits_per_byte: Estimate
     kl_domain: str
@@ -77,6 +81,8 @@ class WorstDomain(Frozen):
 
 
 class WorstToken(Frozen):
+    """A scored token at which base and variant disagree most."""
+
     domain: str
     document: str
     context: str  # the text before it, at most 120 characters
@@ -99,6 +105,27 @@ class Evaluation(Frozen):
     kl_by_position: list[tuple[int, float]]  # (first position of the bucket, mean KL)
     seconds: float
     peak_bytes: int
+    noise_floor: Divergence | None = None  # the base against itself at another batch size
+
+
+class PairedScore(Frozen):
+    """Two variants on one domain (or on all), paired by document: b minus a, or b / a."""
+
+    delta_bits_per_byte: Estimate
+    delta_perplexity_ratio: Estimate
+    delta_kl: Estimate | None  # difference of the mean KL from the base
+    top1_agreement: Estimate
+    flips: int
+
+
+class Comparison(Frozen):
+    """Variant `b` against variant `a`, both measured under one protocol."""
+
+    a: str
+    b: str
+    protocol: Protocol
+    overall: PairedScore
+    domains: dict[str, PairedScore]
 
 
 class Contamination(Frozen):
@@ -111,6 +138,8 @@ class Contamination(Frozen):
 
 
 class GateVerdict(Frozen):
+    """Whether one margin of the user is kept."""
+
     gate: str
     limit: float
     estimate: Estimate

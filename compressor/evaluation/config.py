@@ -1,0 +1,70 @@
+"""What a recipe says under `evaluate`. Imports no torch: the command line reads it for `--help`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ProtocolName = Literal["rolling", "gptq", "llama.cpp"]
+
+
+class Suite(BaseModel):
+    """Which text is scored and how: one file of `evals/suites`.
+
+    Attributes:
+        domains: names of the domains, each scored on its own.
+        documents: documents taken from every domain's evaluation split; None takes all.
+        bytes_per_document: UTF-8 bytes kept from the start of a document; None keeps it whole.
+            A cut in bytes, not tokens, gives every tokenizer the same text.
+        protocol: how text becomes windows; see `compressor.evaluation.protocols`.
+        length: tokens a window holds; a model with a shorter context gets windows of its own size.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: str
+    domains: tuple[str, ...] = Field(min_length=1)
+    documents: int | None = Field(default=None, ge=1)
+    bytes_per_document: int | None = Field(default=None, ge=16)
+    protocol: ProtocolName = "rolling"
+    length: int = Field(default=512, ge=8)
+
+
+class EvaluateConfig(BaseModel):
+    """How every variant of a run is measured against the base.
+
+    Attributes:
+        suite: name of a shipped suite (quick, standard, full) or the path of one.
+        protocol: replaces the suite's protocol.
+        length: replaces the suite's window, in tokens.
+        documents: replaces the suite's documents per domain.
+        batch_size: windows that go through the model together.
+        dtype: precision of the forward pass; `auto` is float32 on a CPU and bfloat16 elsewhere.
+        text: the user's own text, domain -> file (.txt is one document, .jsonl has rows with
+            `text`); replaces the suite's domains and is not cut.
+        noise_floor: also score the base against itself at another batch size.
+        every_stage: measure after every stage, not only the base and the last variant.
+        resamples: bootstrap resamples behind every interval.
+        seed: of the bootstrap.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    suite: str = "quick"
+    protocol: ProtocolName | None = None
+    length: int | None = Field(default=None, ge=8)
+    documents: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    text: dict[str, str] = Field(default_factory=dict)
+    noise_floor: bool = True
+    every_stage: bool = True
+    resamples: int = Field(default=2000, ge=100, le=100_000)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _even_length(self) -> EvaluateConfig:
+        if self.protocol == "llama.cpp" and self.length is not None and self.length % 2:
+            raise ValueError("length must be even under llama.cpp: it scores the second half")
+        return self

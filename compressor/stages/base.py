@@ -10,19 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from compressor.types import Symmetry, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
 
 ReportProblem = Callable[[str, str, str], None]
 """Called with (option, message, hint) for everything that the plan finds wrong."""
-
-GroupSize = Literal["channel"] | Annotated[int, Field(ge=16)]
 
 
 def option(default: Any, what: str, *, effect: str = "", source: str = "", **rules: Any) -> Any:
@@ -71,77 +67,3 @@ class StageConfig(BaseModel):
         """
         del problems
         return architecture
-
-
-class RounderConfig(StageConfig):
-    """Options common to the methods that round weights to integer codes."""
-
-    bits: int = option(
-        4,
-        "Width of one code.",
-        effect="Each bit fewer saves 1/16 of a bf16 matrix. 8 is close to lossless, 4 costs about "
-        "1 %, 3 needs compensation, 2 is rarely usable without learned rounding.",
-        ge=2,
-        le=8,
-    )
-    group_size: GroupSize = option(
-        128,
-        "Inputs that share one scale, or `channel` for one scale per output channel.",
-        effect="Smaller groups are more accurate and cost 16/group_size bits per weight. Must "
-        "divide the input width of every target.",
-    )
-    symmetry: Symmetry = option(
-        "symmetric",
-        "Where the grid lies: `symmetric` about zero; `full_range`, the same with a signed scale "
-        "so that the largest weight uses the extra negative code; `asymmetric`, with a zero-point.",
-        effect="`asymmetric` helps most at 2 and 3 bits and adds bits/group_size per weight; "
-        "`full_range` gains about as much without zero-points.",
-    )
-    targets: tuple[str, ...] = option(
-        ("linear",),
-        "Matrices to round: `linear` for every linear layer of the decoder blocks, a role such as "
-        "`down_proj`, a glob, or `re:` and a regular expression over names on disk.",
-        effect="A pattern that matches nothing is an error.",
-        min_length=1,
-    )
-    ignore: tuple[str, ...] = option(
-        (),
-        "Matrices to leave alone, written like `targets`; wins over them.",
-        effect="A pattern that matches nothing is an error.",
-    )
-    embeddings: Literal["keep", "quantize"] = option(
-        "keep",
-        "Whether the input embedding is rounded to nearest as well.",
-        effect="In small models the embedding is a large share of the bytes.",
-    )
-    head: Literal["keep", "quantize"] = option(
-        "keep",
-        "Whether the output head is rounded as well.",
-        effect="The head is sensitive: 8 bits are safe, 4 usually are not.",
-    )
-    embedding_bits: int = option(
-        8,
-        "Width of one code in the embedding and the head, when they are quantized.",
-        effect="Independent of `bits`, because these matrices suffer more from rounding.",
-        ge=2,
-        le=8,
-    )
-    force: bool = option(
-        False,
-        "Run a setting that is known to ruin models.",
-        effect="Needed for 2 bits without compensation.",
-    )
-
-    @property
-    def scheme(self) -> WeightScheme:
-        """The grid of the targeted linear layers."""
-        return self._scheme(self.bits)
-
-    @property
-    def embedding_scheme(self) -> WeightScheme:
-        """The grid of the embedding and the head."""
-        return self._scheme(self.embedding_bits)
-
-    def _scheme(self, bits: int) -> WeightScheme:
-        group = None if self.group_size == "channel" else self.group_size
-        return WeightScheme(bits, group, self.symmetry)

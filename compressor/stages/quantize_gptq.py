@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from compressor.stages.base import Need, RounderConfig, option
+from compressor.stages.base import Need, option
+from compressor.stages.quantize_base import RounderConfig
 
 
 class QuantizeGptq(RounderConfig):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compressor.stages.base import Need, ReportProblem, RounderConfig, option
+from compressor.stages.base import Need, ReportProblem, option
+from compressor.stages.quantize_base import RounderConfig
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture

@@ -1,0 +1,176 @@
+"""Which methods may follow which: data, and the function that applies it.
+
+The order is prune, recover, untie, rotate, scale, allocate bits, round, draft. Every rule names
+what goes wrong otherwise; sources are the composition rules of the methods' papers and
+measurements (folding a rotation after a norm-folded scale cancels the scale to 2e-15).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+ORDER = (
+    "prune.*",
+    "recover.*",
+    "transform.untie",
+    "transform.rotate",
+    "transform.*",
+    "allocate.*",
+    "quantize.*",
+    "draft.*",
+)
+"""Patterns of methods in the order that works; a method has the rank of its first match."""
+
+
+@dataclass(frozen=True)
+class Forbidden:
+    """Two methods of which the second may not come after the first.
+
+    Attributes:
+        first: pattern of the earlier stage.
+        then: pattern of the later one.
+        reason: what goes wrong.
+        works: what to do instead; empty when sorting by `ORDER` is the answer.
+    """
+
+    first: str
+    then: str
+    reason: str
+    works: str = ""
+
+
+FORBIDDEN = (
+    Forbidden(
+        "quantize.*",
+        "prune.*",
+        "pruning edits weights that are rounded already, so their codes no longer fit",
+    ),
+    Forbidden(
+        "quantize.*",
+        "recover.*",
+        "training moves weights off the grid that they were rounded to",
+    ),
+    Forbidden(
+        "quantize.*",
+        "transform.*",
+        "a transform edits weights that are rounded already; rounding again would add up",
+    ),
+    Forbidden(
+        "quantize.*",
+        "allocate.*",
+        "bits are allocated before they are spent",
+    ),
+    Forbidden(
+        "transform.awq",
+        "transform.rotate",
+        "rotation fuses the norms, which cancels the scales folded into them exactly",
+    ),
+    Forbidden(
+        "transform.smoothquant",
+        "transform.rotate",
+        "rotation fuses the norms, which cancels the scales folded into them exactly",
+    ),
+    Forbidden(
+        "transform.rotate",
+        "transform.untie",
+        "rotation scales the head by the final norm, which a tied embedding cannot follow",
+    ),
+    Forbidden(
+        "transform.*",
+        "transform.untie",
+        "a transform decides what it may fold by whether the head is tied",
+    ),
+    Forbidden(
+        "transform.awq",
+        "transform.smoothquant",
+        "both scale the same edges, and the second undoes what the first balanced",
+        "keep one of the two: awq for weight-only formats, smoothquant for 8-bit activations",
+    ),
+    Forbidden(
+        "transform.smoothquant",
+        "transform.awq",
+        "both scale the same edges, and the second undoes what the first balanced",
+        "keep one of the two: awq for weight-only formats, smoothquant for 8-bit activations",
+    ),
+    Forbidden(
+        "transform.*",
+        "prune.*",
+        "after a transform the channels are mixed or rescaled, so pruning by channel misjudges "
+        "them",
+    ),
+    Forbidden(
+        "transform.*",
+        "recover.*",
+        "training after a transform breaks the equivalence that it relies on",
+    ),
+    Forbidden(
+        "recover.*",
+        "prune.*",
+        "recovery trains weights that pruning then removes, and is lost",
+    ),
+    Forbidden(
+        "allocate.*",
+        "transform.*",
+        "bits were allocated to weights that the transform changes",
+    ),
+    Forbidden(
+        "allocate.*",
+        "prune.*",
+        "bits were allocated to weights that pruning removes",
+    ),
+    Forbidden(
+        "allocate.*",
+        "recover.*",
+        "bits were allocated to weights that training changes",
+    ),
+    Forbidden(
+        "draft.*",
+        "*",
+        "a draft is distilled against the finished model; a later stage changes its target",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class OrderProblem:
+    """Stage `index` may not stand where it stands."""
+
+    index: int
+    message: str
+    hint: str
+
+
+def order_problems(methods: Sequence[str]) -> Iterator[OrderProblem]:
+    """Every stage that may not follow an earlier one; at most one problem per stage.
+
+    Args:
+        methods: in the order of the recipe.
+    """
+    for index, method in enumerate(methods):
+        for earlier, before in enumerate(methods[:index]):
+            if rule := forbidden(before, method):
+                message = f"{method} cannot follow {before} (stage {earlier}): {rule.reason}"
+                yield OrderProblem(index, message, rule.works or _sorted_hint(methods))
+                break
+
+
+def forbidden(first: str, then: str) -> Forbidden | None:
+    """The rule that forbids `then` after `first`, if there is one."""
+    if fnmatchcase(first, "draft.*") and fnmatchcase(then, "draft.*"):
+        return None  # several drafts for one target are independent of each other
+    for rule in FORBIDDEN:
+        if fnmatchcase(first, rule.first) and fnmatchcase(then, rule.then):
+            return rule
+    return None
+
+
+def rank(method: str) -> int:
+    """Place of a method in `ORDER`; unknown families come last."""
+    matches = (place for place, pattern in enumerate(ORDER) if fnmatchcase(method, pattern))
+    return next(matches, len(ORDER))
+
+
+def _sorted_hint(methods: Sequence[str]) -> str:
+    return f"order that works: {' → '.join(sorted(methods, key=rank))}"

@@ -1,0 +1,284 @@
+"""A recipe: YAML -> frozen configuration, or every problem at once with its line and column.
+
+    recipe = load_recipe("recipes/quickstart.yaml", ["stages.0.bits=3"])
+
+Unknown keys are fatal at every level, types are not coerced, and a misspelt word is answered
+with the nearest right one. `dump_lock` writes a recipe back with every default spelled out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializeAsAny,
+    ValidationError,
+    create_model,
+)
+from ruamel.yaml import YAML
+
+from compressor import resources
+from compressor.calibration import CalibrationConfig
+from compressor.diagnose import diagnose, nearest
+from compressor.errors import RecipeError
+from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.gates import Gates
+from compressor.registry import registry
+from compressor.source import Location, Source, read_source, read_text
+from compressor.stages.base import StageConfig
+from compressor.types import Problem
+
+ExportFormat = Literal["compressed-tensors", "dense"]
+
+PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.text.*")
+"""Keys that may name a file; `*` stands for any key."""
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, and strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ExportConfig(Section):
+    """A deliverable that the run writes at the end."""
+
+    format: ExportFormat = Field(
+        description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
+        "Transformers; `dense` is the same model with ordinary weights, for any program.",
+    )
+
+
+class Lock(Section):
+    """What a finished run was made of; the engine refuses to reproduce it from anything else."""
+
+    model: str = Field(description="Hub id, directory or builtin name, as typed.")
+    revision: str | None = Field(None, description="Commit of the model on the Hub.")
+    config_sha256: str = Field(description="SHA-256 of the model's config.json.")
+    weights: dict[str, str] = Field(description="SHA-256 of every weight file, by name.")
+    calibration_sha256: str | None = Field(None, description="SHA-256 of the calibration tokens.")
+    packages: dict[str, str] = Field(description="Versions that decide the bytes, by package.")
+
+
+class Recipe(Section):
+    """What to do with a model, in the order in which it happens."""
+
+    name: str = Field(
+        "",
+        description="Names the run; defaults to the file's name.",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+    )
+    description: str = Field("", description="One sentence for `compress ls recipes`.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Of everything random in the run.")
+    calibration: CalibrationConfig | None = Field(
+        None, description="Text that the stages look at. Needed by some methods."
+    )
+    stages: tuple[SerializeAsAny[StageConfig], ...] = Field(
+        min_length=1, description="The methods, applied one after the other."
+    )
+    evaluate: EvaluateConfig = Field(
+        default_factory=EvaluateConfig, description="How every variant is measured."
+    )
+    gates: Gates = Field(default_factory=Gates, description="Limits the result must keep.")
+    export: tuple[ExportConfig, ...] = Field(
+        (ExportConfig(format="compressed-tensors"),), description="Deliverables."
+    )
+    lock: Lock | None = Field(None, description="Written by a run; pins what went into it.")
+
+    _source: Source | None = PrivateAttr(None)
+
+    def problem(self, location: Location, message: str, hint: str = "") -> Problem:
+        """A problem at a place of the recipe, with file, line and column when it has a file."""
+        if self._source is None:
+            return Problem(f"{'.'.join(map(str, location))}: {message}", hint=hint)
+        return self._source.problem(location, message, hint)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the result: not the name, description or lock."""
+        content = self.model_dump(mode="json", exclude={"name", "description", "lock"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def recipe_model() -> type[Recipe]:
+    """`Recipe` with `stages` as the union of all registered methods, told apart by `method`."""
+    classes = tuple(registry().get(method.name) for method in registry())
+    stage = Annotated[Union[classes], Field(discriminator="method")]  # type: ignore[valid-type]  # noqa: UP007
+    documented = Recipe.model_fields["stages"]
+    field = Field(min_length=1, description=documented.description)
+    return create_model("Recipe", __base__=Recipe, stages=(tuple[stage, ...], field))
+
+
+def load_recipe(
+    path_or_name: str | Path, overrides: Sequence[str] = (), *, allow_outside: bool = False
+) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path_or_name: a file, or the name of a shipped recipe.
+        overrides: `dotted.path=value`, as given to `--set`.
+        allow_outside: let the recipe name files outside its own folder.
+
+    Raises:
+        RecipeError: anything is wrong with it; carries every problem found.
+    """
+    path = find_recipe(path_or_name)
+    shown = str(path_or_name) if Path(path_or_name).is_file() else path.name
+    source = read_source(read_text(path), shown, overrides)
+    return validate_recipe(source, path, allow_outside=allow_outside)
+
+
+def find_recipe(path_or_name: str | Path) -> Path:
+    """The file of a recipe given by path or by shipped name.
+
+    Raises:
+        RecipeError: neither exists.
+    """
+    path = Path(path_or_name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    name = path.name.removesuffix(".yaml")
+    if name in shipped and str(path.parent) in {".", "recipes"}:
+        return shipped[name]
+    near = nearest(name, shipped)
+    guess = f"; did you mean {near!r}?" if near else ""
+    message = f"no recipe {str(path)!r}: neither a file nor a shipped recipe{guess}"
+    raise RecipeError([Problem(message, hint="compress ls recipes")])
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted(resources.recipes().glob("*.yaml"))}
+
+
+def validate_recipe(source: Source, path: Path, *, allow_outside: bool = False) -> Recipe:
+    """Turn parsed YAML into a recipe.
+
+    Args:
+        source: the parsed text; its paths are made absolute in place.
+        path: file of the recipe; relative paths in it start from its folder.
+        allow_outside: let the recipe name files outside that folder.
+
+    Raises:
+        RecipeError: carries every problem found.
+    """
+    if isinstance(source.data, dict):
+        source.data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("-._"))
+    problems = _resolve_paths(source, path.resolve().parent, allow_outside)
+    model = recipe_model()
+    try:
+        # JSON is the strict input form in which a list may still become a tuple.
+        recipe = model.model_validate_json(json.dumps(source.data), strict=True)
+    except ValidationError as error:
+        raise RecipeError([*diagnose(error, model, source), *problems]) from None
+    recipe._source = source
+    problems += _needs(recipe)
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _needs(recipe: Recipe) -> list[Problem]:
+    """Stages that need calibration text in a recipe that names none."""
+    if recipe.calibration is not None:
+        return []
+    needs = [(index, stage.calibration_need()) for index, stage in enumerate(recipe.stages)]
+    return [
+        recipe.problem(
+            ("stages", index, need.option),
+            f"{need.reason}, and the recipe has no `calibration`",
+            "add a `calibration:` section; compress explain calibration",
+        )
+        for index, need in needs
+        if need
+    ]
+
+
+def _resolve_paths(source: Source, folder: Path, allow_outside: bool) -> list[Problem]:
+    """Make the paths in a recipe absolute; report those that leave its folder unasked."""
+    problems = []
+    for location, container, key in _written_paths(source.data):
+        written = container[key]
+        typed = bool(source.overridden(location))
+        path = ((Path.cwd() if typed else folder) / Path(written).expanduser()).resolve()
+        container[key] = str(path)
+        if not (typed or allow_outside or path.is_relative_to(folder)):
+            problems.append(
+                source.problem(
+                    location,
+                    f"the path {written!r} leaves the recipe's folder",
+                    f"type it on the command line: --set {'.'.join(map(str, location))}=…, "
+                    "or trust the whole recipe with --allow-outside",
+                )
+            )
+    return problems
+
+
+def _written_paths(data: Any) -> list[tuple[Location, dict[str, Any], str]]:
+    """Every value of `PATHS` that names a file, with the mapping that holds it."""
+    found = []
+    for pattern in PATHS:
+        *parents, last = pattern.split(".")
+        container = data
+        for step in parents:
+            container = container.get(step) if isinstance(container, dict) else None
+        if not isinstance(container, dict):
+            continue
+        keys = list(container) if last == "*" else [last]
+        for key in keys:
+            value = container.get(key)
+            if isinstance(value, str) and (last == "*" or _looks_like_path(value)):
+                found.append(((*parents, key), container, key))
+    return found
+
+
+def _looks_like_path(value: str) -> bool:
+    return "/" in value or "\\" in value or value.endswith((".yaml", ".yml", ".json"))
+
+
+def recipe_json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe, for editors."""
+    schema = recipe_model().model_json_schema()
+    for definition in schema["$defs"].values():
+        # The method tells stages apart, so leaving it out is an error although it has a default.
+        if "const" in definition.get("properties", {}).get("method", {}):
+            definition.setdefault("required", []).insert(0, "method")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "title": "Recipe of the compressor",
+    }
+
+
+def dump_lock(recipe: Recipe, facts: Lock, folder: Path) -> str:
+    """A recipe that pins every default and what the run was made of.
+
+    Args:
+        recipe: as it ran.
+        facts: model, hashes and versions.
+        folder: where the text will be stored; paths are written relative to it.
+    """
+    content = recipe.model_dump(mode="json", exclude={"lock"})
+    for _, container, key in _written_paths(content):
+        container[key] = os.path.relpath(container[key], folder)
+    content["lock"] = facts.model_dump(mode="json")
+    yaml = YAML(typ="rt")
+    yaml.width = 100
+    buffer = io.StringIO()
+    yaml.dump(content, buffer)
+    return "# Written by a run. `compress` with this file and the same model repeats it.\n" + (
+        buffer.getvalue()
+    )

@@ -1,0 +1,187 @@
+"""Options and checks that every rounder of weights shares."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from compressor.stages.base import ReportProblem, StageConfig, option
+from compressor.types import Symmetry, WeightScheme
+
+if TYPE_CHECKING:
+    from compressor.model.architecture import Architecture, Matrix, Selection
+
+GroupSize = Literal["channel"] | Annotated[int, Field(ge=16)]
+
+
+class RounderConfig(StageConfig):
+    """Options common to the methods that round weights to integer codes."""
+
+    bits: int = option(
+        4,
+        "Width of one code.",
+        effect="Each bit fewer saves 1/16 of a bf16 matrix. 8 is close to lossless, 4 costs about "
+        "1 %, 3 needs compensation, 2 is rarely usable without learned rounding.",
+        ge=2,
+        le=8,
+    )
+    group_size: GroupSize = option(
+        128,
+        "Inputs that share one scale, or `channel` for one scale per output channel.",
+        effect="Smaller groups are more accurate and cost 16/group_size bits per weight. Must "
+        "divide the input width of every target.",
+    )
+    symmetry: Symmetry = option(
+        "symmetric",
+        "Where the grid lies: `symmetric` about zero; `full_range`, the same with a signed scale "
+        "so that the largest weight uses the extra negative code; `asymmetric`, with a zero-point.",
+        effect="`asymmetric` helps most at 2 and 3 bits and adds bits/group_size per weight; "
+        "`full_range` gains about as much without zero-points.",
+    )
+    targets: tuple[str, ...] = option(
+        ("linear",),
+        "Matrices to round: `linear` for all of the decoder blocks, `attention`, `mlp`, a role "
+        "(`q`, `down`, …), a glob over names, or `re:` and a regular expression.",
+        effect="A pattern that matches nothing is an error.",
+        min_length=1,
+    )
+    ignore: tuple[str, ...] = option(
+        (),
+        "Matrices to leave alone, written like `targets`; wins over them.",
+        effect="A pattern that matches nothing is an error.",
+    )
+    embeddings: Literal["keep", "quantize"] = option(
+        "keep",
+        "Whether the input embedding is rounded to nearest as well.",
+        effect="In small models the embedding is a large share of the bytes.",
+    )
+    head: Literal["keep", "quantize"] = option(
+        "keep",
+        "Whether the output head is rounded as well.",
+        effect="The head is sensitive: 8 bits are safe, 4 usually are not.",
+    )
+    embedding_bits: int = option(
+        8,
+        "Width of one code in the embedding and the head, when they are quantized.",
+        effect="Independent of `bits`, because these matrices suffer more from rounding.",
+        ge=2,
+        le=8,
+    )
+    force: bool = option(
+        False,
+        "Run a setting that is known to ruin models.",
+        effect="Needed for 2 bits without compensation.",
+    )
+
+    @property
+    def scheme(self) -> WeightScheme:
+        """The grid of the targeted linear layers."""
+        return self._scheme(self.bits)
+
+    @property
+    def embedding_scheme(self) -> WeightScheme:
+        """The grid of the embedding and the head."""
+        return self._scheme(self.embedding_bits)
+
+    def _scheme(self, bits: int) -> WeightScheme:
+        group = None if self.group_size == "channel" else self.group_size
+        return WeightScheme(bits, group, self.symmetry)
+
+    def schemes(self, architecture: Architecture) -> dict[str, WeightScheme]:
+        """The grid of every matrix that the stage rounds, by name, in model order."""
+        ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
+        chosen = {
+            matrix.name: self.scheme
+            for matrix in architecture.select(self.targets).matrices
+            if matrix.name not in ignored
+        }
+        for role, choice in (("embed", self.embeddings), ("head", self.head)):
+            if choice == "quantize":
+                chosen |= {
+                    matrix.name: self.embedding_scheme
+                    for matrix in architecture.matrices
+                    if matrix.role == role and matrix.name not in ignored
+                }
+        return {m.name: chosen[m.name] for m in architecture.matrices if m.name in chosen}
+
+    def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
+        """The architecture with a grid on every chosen matrix; each matrix is rounded once."""
+        _check_patterns("targets", architecture.select(self.targets), problems)
+        _check_patterns("ignore", architecture.select(self.ignore), problems)
+        schemes = self.schemes(architecture)
+        chosen = [architecture.matrix(name) for name in schemes]
+        if not chosen:
+            problems("targets", "nothing is left to round once `ignore` is applied", "")
+            return architecture
+        self._check_places(architecture, problems)
+        _check_rounded_once(chosen, problems)
+        self._check_groups(chosen, problems)
+        for scheme in dict.fromkeys(schemes.values()):
+            names = [name for name, own in schemes.items() if own == scheme]
+            architecture = architecture.with_scheme(names, scheme)
+        return architecture
+
+    def _check_places(self, architecture: Architecture, problems: ReportProblem) -> None:
+        """Targets are linear layers of blocks; embedding and head have options of their own."""
+        ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
+        for matrix in architecture.select(self.targets).matrices:
+            if matrix.name in ignored:
+                continue
+            if matrix.role == "router":
+                problems(
+                    "targets",
+                    f"{matrix.name} is a router; rounding it changes which experts run",
+                    "add it to `ignore`, or use the pattern `linear`, which leaves routers out",
+                )
+            elif matrix.block is None:
+                problems(
+                    "targets",
+                    f"{matrix.name} is outside the decoder blocks",
+                    "use the pattern `linear`, and `embeddings: quantize` or `head: quantize`",
+                )
+        if self.head == "quantize" and architecture.tied and self.embeddings == "keep":
+            problems(
+                "head",
+                "the head is tied to the embedding, so that it cannot be rounded alone",
+                "write `embeddings: quantize` as well, or `head: keep`",
+            )
+
+    def _check_groups(self, chosen: Sequence[Matrix], problems: ReportProblem) -> None:
+        if self.group_size == "channel":
+            return
+        bad = [matrix for matrix in chosen if matrix.shape[1] % self.group_size]
+        widths = Counter(matrix.shape[1] for matrix in bad)
+        first = {width: next(m.name for m in bad if m.shape[1] == width) for width in widths}
+        common = math.gcd(*(matrix.shape[1] for matrix in chosen))
+        works = [str(size) for size in range(16, 257) if common % size == 0]
+        for width, count in widths.items():
+            more = f" (and {count - 1} more of that width)" if count > 1 else ""
+            problems(
+                "group_size",
+                f"groups of {self.group_size} do not divide the {width} inputs of "
+                f"{first[width]}{more}",
+                f"group sizes that divide every target: {', '.join([*works, 'channel'])}",
+            )
+
+
+def _check_patterns(option_name: str, selection: Selection, problems: ReportProblem) -> None:
+    for missed in selection.unmatched:
+        message = f"the pattern {missed.pattern!r} matches no matrix of the model"
+        problems(option_name, message, missed.suggestion)
+
+
+def _check_rounded_once(chosen: Sequence[Matrix], problems: ReportProblem) -> None:
+    twice = [matrix for matrix in chosen if matrix.scheme is not None]
+    if twice and twice[0].scheme is not None:
+        more = f" and {len(twice) - 1} more matrices" if len(twice) > 1 else ""
+        verb = "are" if len(twice) > 1 else "is"
+        problems(
+            "targets",
+            f"{twice[0].name}{more} {verb} rounded by an earlier stage already "
+            f"({twice[0].scheme.bits} bits); a second rounding adds its error to the first",
+            "round every matrix once: narrow `targets` or add to `ignore` in one of the stages",
+        )

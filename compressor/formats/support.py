@@ -100,7 +100,7 @@ def export_problems(targets: Sequence[Target], form: Format = "pack-quantized") 
 
 def _matrix_problems(target: Target, form: Format) -> Iterable[str]:
     assert target.scheme is not None
-    scheme, (_, in_features) = target.scheme, target.shape
+    scheme, (out, in_features) = target.scheme, target.shape
     if target.kind == "conv1d":
         yield (
             f"{target.name} is a Conv1D stored as [in, out], and compressed-tensors groups "
@@ -112,6 +112,9 @@ def _matrix_problems(target: Target, form: Format) -> Iterable[str]:
         yield f"{target.name} has {scheme.bits}-bit codes; compressed-tensors packs 2 to 8"
     if scheme.group_size is not None and in_features % scheme.group_size:
         yield f"{target.name} has {in_features} inputs, not a multiple of {scheme.group_size}"
+    if scheme.bits == 4 and scheme.symmetry == "asymmetric" and out <= 8:
+        # One packed word per column: compressed-tensors 0.20 fails to view it as bytes.
+        yield f"{target.name} has {out} outputs; 4-bit zero-points unpack only from 9 up"
     if form == "int-quantized" and (scheme.bits != 8 or scheme.group_size is not None):
         yield f"{target.name}: int-quantized holds 8-bit codes with one scale per output channel"
 

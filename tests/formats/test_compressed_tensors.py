@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import assume, given, settings
+
+from compressor.errors import ModelError, VerificationError
+from compressor.formats import compressed_tensors as ct
+from compressor.formats.headers import INDEX, read_json
+from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
+from compressor.formats.support import Target, engine_problems, export_problems
+from compressor.types import QTensor, WeightScheme
+
+from .helpers import logits, quantize_checkpoint, same_tensors, tiny_model
+from .test_codes import qtensors
+
+W4 = WeightScheme(4, 32)
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def is_projection(module: str) -> bool:
+    return "proj" in module or ".experts." in module
+
+
+def round_trip(
+    base: Path, work: Path, scheme_of: object, form: str = "pack-quantized", **options: object
+) -> tuple[Path, Path]:
+    """Dense and exported checkpoint of the same codes."""
+
+    def choose(module: str) -> WeightScheme | None:
+        return scheme_of(module)  # type: ignore[operator,no-any-return]
+
+    dense, codes = quantize_checkpoint(base, work / "dense", choose)
+    ct.export(dense, codes, work / "export", logical_parameters=1, form=form, **options)  # type: ignore[arg-type]
+    return dense, work / "export"
+
+
+def projections(scheme: WeightScheme) -> object:
+    return lambda module: scheme if is_projection(module) else None
+
+
+# --- packing -------------------------------------------------------------------------------
+
+
+@given(qtensors())
+def test_packed_matrix_unpacks_to_the_same_weights(quantized: QTensor) -> None:
+    tensors = ct.compress(quantized)
+    out, in_features = quantized.codes.shape
+    bits = quantized.scheme.bits
+    assume(not export_problems([Target("m", (out, in_features), "linear", quantized.scheme)]))
+    assert tensors["weight_packed"].shape == (out, -(-in_features * bits // 32))
+    assert tensors["weight_shape"].tolist() == [out, in_features]
+    assert ("weight_zero_point" in tensors) == (quantized.scheme.symmetry == "asymmetric")
+    assert torch.equal(ct.decompress(tensors, quantized.scheme), quantized.dequantize())
+
+
+@given(qtensors())
+@settings(max_examples=50)
+def test_bits_lie_lowest_first_along_the_input(quantized: QTensor) -> None:
+    """Independent reference: read the words as one long little-endian number per row."""
+    bits, low = quantized.scheme.bits, quantized.scheme.code_range[0]
+    words = ct.compress(quantized)["weight_packed"]
+    for row, codes in zip(words.numpy().astype("<i4"), quantized.codes.tolist(), strict=True):
+        number = int.from_bytes(row.tobytes(), "little")
+        unpacked = [(number >> (i * bits) & (1 << bits) - 1) + low for i in range(len(codes))]
+        assert unpacked == codes
+
+
+# --- reload --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        W4,
+        WeightScheme(2, 16, "full_range"),
+        WeightScheme(3, 32, "full_range"),
+        WeightScheme(8, None),
+        WeightScheme(4, 32, "asymmetric"),
+        WeightScheme(5, None, "asymmetric"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_reloaded_logits_are_identical(
+    llama: Path, tied_llama: Path, tmp_path: Path, scheme: WeightScheme, tied: bool
+) -> None:
+    base = tied_llama if tied else llama
+    dense, export = round_trip(base, tmp_path, projections(scheme))
+    assert torch.equal(logits(dense), logits(export))
+    assert not torch.equal(logits(dense), logits(base))
+    config = read_json(export / "config.json")["quantization_config"]
+    assert config.get("dequantize", False) == (scheme.symmetry == "asymmetric")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_other_dtypes_are_identical(tmp_path: Path, dtype: torch.dtype) -> None:
+    tiny_model("Llama", dtype).save_pretrained(tmp_path / "base")
+    dense, export = round_trip(tmp_path / "base", tmp_path, projections(W4))
+    assert torch.equal(logits(dense), logits(export))
+
+
+def test_mixed_schemes_and_quantized_head(llama: Path, tmp_path: Path) -> None:
+    by_leaf = {"down_proj": WeightScheme(6, 32), "lm_head": WeightScheme(8, None)}
+
+    def choose(module: str) -> WeightScheme | None:
+        default = W4 if is_projection(module) and "layers.1" in module else None
+        return by_leaf.get(module.rpartition(".")[2], default)
+
+    dense, export = round_trip(llama, tmp_path, choose)
+    assert torch.equal(logits(dense), logits(export))
+    groups = read_json(export / "config.json")["quantization_config"]["config_groups"]
+    assert [group["weights"]["num_bits"] for group in groups.values()] == [8, 6, 4]
+    assert groups["group_0"]["targets"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("symmetry", ["symmetric", "asymmetric"])
+def test_int_quantized_by_channel(llama: Path, tmp_path: Path, symmetry: str) -> None:
+    scheme = WeightScheme(8, None, symmetry)  # type: ignore[arg-type]
+    dense, export = round_trip(llama, tmp_path, projections(scheme), form="int-quantized")
+    assert CheckpointReader(export).dtype(f"{Q}.weight") is torch.int8
+    assert torch.equal(logits(dense), logits(export))
+
+
+def test_dynamic_activations_load_and_act(llama: Path, tmp_path: Path) -> None:
+    dense, export = round_trip(
+        llama, tmp_path, projections(WeightScheme(8, None)), "int-quantized", activation_bits=8
+    )
+    difference = (logits(dense) - logits(export)).abs().max()
+    assert 0 < difference < 0.1 * logits(dense).abs().max()
+
+
+def test_tied_quantized_embedding(tied_llama: Path, tmp_path: Path) -> None:
+    dense, export = round_trip(
+        tied_llama, tmp_path, lambda m: W4 if is_projection(m) or "embed" in m else None
+    )
+    assert "lm_head.weight" not in CheckpointReader(export)
+    assert "model.embed_tokens.weight_packed" in CheckpointReader(export)
+    assert torch.equal(logits(dense), logits(export))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Qwen3Moe", {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}),
+        ("Mixtral", {"num_local_experts": 4}),
+    ],
+)
+@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
+def test_mixture_of_experts(
+    tmp_path: Path, name: str, options: dict[str, int], mixed: bool
+) -> None:
+    tiny_model(name, **options).save_pretrained(tmp_path / "base")
+    attention = WeightScheme(8, None) if mixed else W4
+
+    def choose(module: str) -> WeightScheme | None:
+        if ".experts." in module:
+            return W4
+        return attention if "proj" in module else None
+
+    dense, export = round_trip(tmp_path / "base", tmp_path, choose)
+    assert torch.equal(logits(dense), logits(export))
+
+
+def test_dequantize_route_agrees_in_any_dtype(llama: Path, tmp_path: Path) -> None:
+    dense, export = round_trip(llama, tmp_path, projections(WeightScheme(4, 32, "asymmetric")))
+    in_float = {"dtype": torch.float32}
+    assert torch.equal(logits(dense, **in_float), logits(export, **in_float))
+
+
+# --- refusals ------------------------------------------------------------------------------
+
+EXPERT = "model.layers.0.mlp.experts.0.up_proj"
+ASYMMETRIC = WeightScheme(4, 32, "asymmetric")
+
+
+@pytest.mark.parametrize(
+    ("targets", "form", "sentence"),
+    [
+        ([Target("h.0.c_fc", (64, 256), "conv1d", W4)], "pack-quantized", "Conv1D"),
+        ([Target("mlp.gate", (4, 64), "router", W4)], "pack-quantized", "router"),
+        ([Target(Q, (64, 48), "linear", W4)], "pack-quantized", "48 inputs, not a multiple of 32"),
+        ([Target(Q, (64, 64), "linear", W4)], "int-quantized", "8-bit codes with one scale"),
+        ([Target(Q, (8, 64), "linear", ASYMMETRIC)], "pack-quantized", "8 outputs"),
+        ([Target(Q, (64, 64), "linear", WeightScheme(9, 32))], "pack-quantized", "packs 2 to 8"),
+        (
+            [Target("embed", (64, 64), "embedding", W4), Target(Q, (64, 64), "linear", ASYMMETRIC)],
+            "pack-quantized",
+            "one scheme",
+        ),
+        (
+            [Target(EXPERT, (64, 64), "expert", None), Target(Q, (64, 64), "linear", W4)],
+            "pack-quantized",
+            "only when all experts are quantized",
+        ),
+        ([Target(EXPERT, (64, 64), "expert", ASYMMETRIC)], "pack-quantized", "zero-points"),
+        (
+            [Target(EXPERT, (64, 64), "expert", WeightScheme(8, None))],
+            "int-quantized",
+            "use pack-quantized",
+        ),
+    ],
+)
+def test_what_would_not_load_is_refused(targets: list[Target], form: str, sentence: str) -> None:
+    problems = export_problems(targets, form)  # type: ignore[arg-type]
+    assert len(problems) == 1
+    assert sentence in problems[0]
+
+
+def test_engines_have_limits() -> None:
+    linear = [Target(f"{Q[:-6]}{leaf}", (64, 96), "linear", W4) for leaf in ("q_proj", "k_proj")]
+    assert all(not engine_problems(e, linear, "pack-quantized") for e in ct_engines())
+    mixed = [linear[0], Target(linear[1].name, (64, 96), "linear", WeightScheme(8, None))]
+    assert "one fused layer" in engine_problems("vllm", mixed, "pack-quantized")[0]
+    assert not engine_problems("transformers", mixed, "pack-quantized")
+    narrow = [Target(Q, (64, 80), "linear", WeightScheme(3, 16))]
+    assert len(engine_problems("vllm-cpu", narrow, "pack-quantized")) == 2
+
+
+def ct_engines() -> tuple[str, ...]:
+    return ("transformers", "vllm", "vllm-cpu", "sglang")
+
+
+@pytest.fixture(scope="module")
+def quantized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
+    folder = tmp_path_factory.mktemp("quantized")
+    return quantize_checkpoint(llama, folder, lambda m: W4 if m == Q else None)
+
+
+def export(quantized: tuple[Path, object], out: Path, **replace: QTensor) -> None:
+    codes = {Q: quantized[1][Q]} | replace  # type: ignore[index]
+    ct.export(quantized[0], codes, out, logical_parameters=1)
+
+
+def test_edited_weight_is_caught(quantized: tuple[Path, object], tmp_path: Path) -> None:
+    good: QTensor = quantized[1][Q]  # type: ignore[index]
+    codes = good.codes.clone()
+    codes[3, 5] += 1 if codes[3, 5] < 0 else -1
+    with pytest.raises(VerificationError, match="changed after it was rounded"):
+        export(quantized, tmp_path, **{Q: QTensor(codes, good.scale, None, W4)})
+
+
+def test_code_out_of_range_is_caught(quantized: tuple[Path, object], tmp_path: Path) -> None:
+    good: QTensor = quantized[1][Q]  # type: ignore[index]
+    narrower = QTensor(good.codes, good.scale, None, WeightScheme(3, 32))
+    with pytest.raises(VerificationError, match="lost codes"):
+        export(quantized, tmp_path, **{Q: narrower})
+
+
+def test_scale_of_other_dtype_is_refused(quantized: tuple[Path, object], tmp_path: Path) -> None:
+    good: QTensor = quantized[1][Q]  # type: ignore[index]
+    with pytest.raises(ModelError, match="casts scales"):
+        export(quantized, tmp_path, **{Q: QTensor(good.codes, good.scale.float(), None, W4)})
+
+
+def test_codes_without_matrix_are_refused(quantized: tuple[Path, object], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no matrix model.ghost.weight"):
+        export(quantized, tmp_path, **{"model.ghost": quantized[1][Q]})  # type: ignore[index]
+
+
+def test_quantizing_twice_is_refused(quantized: tuple[Path, object], tmp_path: Path) -> None:
+    export(quantized, tmp_path / "once")
+    with pytest.raises(ModelError, match="quantized already"):
+        ct.export(tmp_path / "once", {}, tmp_path / "twice", logical_parameters=1)
+
+
+def test_conv1d_is_refused(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="Conv1D"):
+        round_trip(tmp_path / "base", tmp_path, lambda m: W4 if m.endswith("c_fc") else None)
+
+
+# --- streaming -----------------------------------------------------------------------------
+
+
+def test_small_shards_hold_the_same_and_resume(llama: Path, tmp_path: Path) -> None:
+    dense, codes = quantize_checkpoint(llama, tmp_path / "dense", lambda m: W4 if m == Q else None)
+    ct.export(dense, codes, tmp_path / "one", logical_parameters=1)
+    ct.export(dense, codes, tmp_path / "many", logical_parameters=1, shard_bytes=20_000)
+    one, many = CheckpointReader(tmp_path / "one"), CheckpointReader(tmp_path / "many")
+    shards = CheckpointWriter(tmp_path / "many").shards()
+    assert len(shards) > 4
+    assert same_tensors(one, many)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+    (tmp_path / "many" / INDEX).unlink()
+    (tmp_path / "many" / shards[2]).unlink()
+    ct.export(dense, codes, tmp_path / "many", logical_parameters=1, shard_bytes=20_000)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "many").iterdir()} == before
+
+
+def test_untouched_tensors_keep_their_bytes(llama: Path, tmp_path: Path) -> None:
+    _, out = round_trip(llama, tmp_path, projections(W4))
+    parent, child = CheckpointReader(llama), CheckpointReader(out)
+    untouched = [name for name in parent if not is_projection(name)]
+    assert len(untouched) == 7
+    assert all(parent.tensor_sha256(name) == child.tensor_sha256(name) for name in untouched)
+
+
+def test_configuration_is_what_engines_expect(llama: Path, tmp_path: Path) -> None:
+    _, out = round_trip(llama, tmp_path, projections(W4))
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+    assert config["format"] == config["config_groups"]["group_0"]["format"] == "pack-quantized"
+    assert config["quantization_status"] == "compressed"
+    assert config["ignore"] == ["lm_head"]
+    assert config["config_groups"]["group_0"]["targets"] == ["Linear"]
+    assert shard_name(0) not in CheckpointWriter(out).shards()

@@ -33,7 +33,12 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # A library may create the file closed to other users; the umask should decide.
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(mode)
             flush(temporary)
             os.replace(temporary, path)
         finally:

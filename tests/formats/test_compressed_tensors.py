@@ -275,6 +275,45 @@ def test_conv1d_is_refused(tmp_path: Path) -> None:
         round_trip(tmp_path / "base", tmp_path, lambda m: W4 if m.endswith("c_fc") else None)
 
 
+def packed_attention(module: str) -> WeightScheme | None:
+    return W4 if "self_attn" in module else None
+
+
+def packed_embedding(module: str) -> WeightScheme | None:
+    return WeightScheme(8, None) if "embed" in module else packed_attention(module)
+
+
+def two_asymmetric(module: str) -> WeightScheme | None:
+    return ASYMMETRIC if "down" in module else packed_attention(module)
+
+
+def asymmetric_all(module: str) -> WeightScheme | None:
+    return ASYMMETRIC if is_projection(module) else None
+
+
+@pytest.mark.parametrize(
+    ("name", "choose"),
+    [
+        ("Llama", packed_embedding),
+        ("Llama", two_asymmetric),
+        ("Qwen3Moe", packed_attention),
+        ("Qwen3Moe", asymmetric_all),
+    ],
+)
+def test_the_refused_indeed_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, choose: object
+) -> None:
+    """Pins limits of the installed libraries: when one is lifted, this says so."""
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    tiny_model(name, **(experts if "Moe" in name else {})).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError):
+        round_trip(tmp_path / "base", tmp_path, choose)
+    monkeypatch.setattr(ct, "export_problems", lambda *_: [])
+    dense, out = round_trip(tmp_path / "base", tmp_path, choose)
+    with pytest.raises((RuntimeError, ValueError, AttributeError, AssertionError)):
+        assert torch.equal(logits(dense), logits(out))
+
+
 # --- streaming -----------------------------------------------------------------------------
 
 

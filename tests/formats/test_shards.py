@@ -162,6 +162,12 @@ def test_slices_of_one_tensor_and_strided_views_are_stored(tmp_path: Path) -> No
     assert same_tensors(CheckpointReader(tmp_path), parts)
 
 
+def test_shards_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    CheckpointWriter(tmp_path).write_shard("model-x.safetensors", {"x": torch.ones(1)})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "model-x.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_shard_names_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model-"):
         CheckpointWriter(tmp_path).write_shard("weights.bin", {})

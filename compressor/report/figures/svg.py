@@ -62,7 +62,8 @@ class Drawing:
     ) -> None:
         """A rectangle; a negative width extends to the left."""
         left = min(x, x + width)
-        self.add("rect", x=left, y=y, width=abs(width), height=height, cls=cls, **more)
+        box: dict[str, object] = {"x": left, "y": y, "width": abs(width), "height": height}
+        self.add("rect", None, **{**box, "cls": cls, **more})
 
     def text(self, x: float, y: float, content: str, cls: str = "", anchor: str = "start") -> None:
         """A line of text with its baseline at `y`."""
@@ -83,8 +84,8 @@ class Drawing:
         box = f"0 0 {_number(float(self.width))} {_number(float(self.height))}"
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" id="{identifier}" viewBox="{box}"'
-            f' width="{_number(float(self.width))}" height="{_number(float(self.height))}" role="img"'
-            f' aria-labelledby="{identifier}-title {identifier}-description">'
+            f' width="{_number(float(self.width))}" height="{_number(float(self.height))}"'
+            f' role="img" aria-labelledby="{identifier}-title {identifier}-description">'
         )
         names = (
             f'<title id="{identifier}-title">{safe(title)}</title>'
@@ -114,6 +115,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The coordinate of `value`."""
         low, high, value = (self._axis(v) for v in (self.low, self.high, value))
         return self.start + (self.end - self.start) * (value - low) / ((high - low) or 1.0)
 

@@ -1,0 +1,21 @@
+"""The figures of a report, in the order in which the page shows them."""
+
+from __future__ import annotations
+
+from compressor.report.figures import accuracy, structure
+from compressor.report.figures.base import Figure
+from compressor.report.schema import Report
+
+
+def figures(report: Report) -> list[Figure]:
+    """Every figure that the report has numbers for."""
+    single = [
+        accuracy.pareto(report),
+        accuracy.forest(report),
+        accuracy.heatmap(report),
+        accuracy.ccdf(report),
+        accuracy.position(report),
+    ]
+    inside = [structure.waterfall(report), structure.cost(report)]
+    found = [*single, *structure.layers(report), *inside]
+    return [figure for figure in found if figure is not None]

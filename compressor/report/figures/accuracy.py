@@ -1,0 +1,456 @@
+"""Figures of quality: Pareto, differences by domain, divergence and where it sits."""
+
+from __future__ import annotations
+
+import math
+
+from compressor.evaluation.results import Divergence, Estimate, Score
+from compressor.report import numbers
+from compressor.report.figures.base import (
+    SPLIT,
+    Figure,
+    compared,
+    domains_of,
+    labels_of,
+    remarks_of,
+    series_of,
+    shorten,
+    wrap,
+)
+from compressor.report.figures.svg import (
+    Drawing,
+    Scale,
+    log_padded,
+    padded,
+    spread,
+    text_width,
+    x_axis,
+    y_axis,
+)
+from compressor.report.schema import Report, Variant
+
+ROW = 18.0  # px
+
+
+def _ends(estimate: Estimate) -> tuple[float, float]:
+    low = estimate.value if estimate.low is None else estimate.low
+    return low, estimate.value if estimate.high is None else estimate.high
+
+
+# --- bytes against quality -------------------------------------------------------------------
+
+
+def pareto(report: Report) -> Figure | None:
+    """Bytes on disk against bits per byte, with intervals."""
+    variants = [v for v in report.variants if v.id in report.evaluations]
+    if len(variants) < 2:
+        return None
+    listed = "; ".join(
+        f"{v.label}: {numbers.size(v.size.bytes_on_disk)}, "
+        f"{numbers.plus_minus(report.evaluations[v.id].overall.bits_per_byte)} bits per byte"
+        for v in variants
+    )
+    return Figure(
+        "pareto",
+        "Bytes on disk against bits per byte",
+        "Left is smaller, down is better; hollow marks are dominated by another variant and the "
+        "diamond is the base. Bars are the 95 % interval of each level taken alone. Most of it is "
+        "the choice of documents, which all variants share: judge differences in the next figure.",
+        listed,
+        lambda width: _draw_pareto(report, variants, width),
+    )
+
+
+def _draw_pareto(report: Report, variants: list[Variant], width: float) -> Drawing:
+    drawing = Drawing(width, 360.0)
+    top, bottom, left, right = 30.0, 310.0, 52.0, width - 12
+    levels = {v.id: report.evaluations[v.id].overall.bits_per_byte for v in variants}
+    ends = [end for level in levels.values() for end in _ends(level)]
+    xs = Scale(*log_padded([v.size.bytes_on_disk for v in variants], 0.15), left, right, log=True)
+    ys = Scale(*padded(ends), bottom, top)
+    y_axis(drawing, ys, left, right, lambda v: f"{v:g}")
+    x_axis(drawing, xs, top, bottom, numbers.size, 4)
+    drawing.text(0, 14, "bits per byte (lower is better)", "muted small")
+    drawing.text(right, 346, "bytes on disk, log scale", "muted small", "end")
+    _frontier(drawing, report, xs, ys, levels)
+    for variant in variants:
+        _pareto_point(drawing, report, variant, (xs, ys))
+    _pareto_labels(drawing, report, variants, (xs, ys))
+    return drawing
+
+
+def _frontier(
+    drawing: Drawing, report: Report, xs: Scale, ys: Scale, levels: dict[str, Estimate]
+) -> None:
+    on_it = [v for v in report.variants if v.id in report.pareto]
+    points = sorted((xs(v.size.bytes_on_disk), ys(levels[v.id].value)) for v in on_it)
+    if len(points) > 1:
+        drawing.path(points, "ghostline")
+
+
+def _pareto_point(
+    drawing: Drawing, report: Report, variant: Variant, scales: tuple[Scale, Scale]
+) -> None:
+    series = series_of(report)[variant.id]
+    level = report.evaluations[variant.id].overall.bits_per_byte
+    x, (low, high) = scales[0](variant.size.bytes_on_disk), _ends(level)
+    drawing.line((x, scales[1](low)), (x, scales[1](high)), f"line{series}")
+    for end in (low, high):
+        drawing.line((x - 4, scales[1](end)), (x + 4, scales[1](end)), f"line{series}")
+    hollow = variant.id not in report.pareto
+    drawing.marker(x, scales[1](level.value), series, hollow, 5.5)
+
+
+def _pareto_labels(
+    drawing: Drawing, report: Report, variants: list[Variant], scales: tuple[Scale, Scale]
+) -> None:
+    series, middle = series_of(report), (scales[0].start + scales[0].end) / 2
+    points = [
+        (scales[0](v.size.bytes_on_disk), scales[1](_level(report, v).value)) for v in variants
+    ]
+    for on_left in (True, False):
+        group = [i for i, (x, _) in enumerate(points) if (x > middle) == on_left]
+        places = spread([points[i][1] + 4 for i in group], 15, scales[1].end + 8, scales[1].start)
+        for i, y in zip(group, places, strict=True):
+            x = points[i][0] + (-11 if on_left else 11)
+            anchor = "end" if on_left else "start"
+            cls = f"fill{series[variants[i].id]} strong halo"
+            drawing.text(x, y, shorten(variants[i].label, 190), cls, anchor)
+
+
+def _level(report: Report, variant: Variant) -> Estimate:
+    return report.evaluations[variant.id].overall.bits_per_byte
+
+
+# --- paired differences by domain ------------------------------------------------------------
+
+
+def forest(report: Report) -> Figure | None:
+    """Paired differences in bits per byte, domain by domain."""
+    if not compared(report):
+        return None
+    rows = [
+        f"{labels_of(report)[name]}, {domain or 'all domains'}: {numbers.with_limits(d, True)}"
+        for domain in ("", *domains_of(report))
+        for name, d in _deltas(report, domain)
+    ]
+    return Figure(
+        "forest",
+        "What each variant costs, domain by domain",
+        "Paired difference in bits per byte to the base on the same documents, with its 95 % "
+        "interval from a bootstrap over documents. Right of the line is worse. An interval that "
+        "touches the line is no evidence of a loss, nor of its absence.",
+        "; ".join(rows),
+        lambda width: _draw_forest(report, width),
+    )
+
+
+def _score(report: Report, variant: str, domain: str) -> Score | None:
+    evaluation = report.evaluations[variant]
+    return evaluation.domains.get(domain) if domain else evaluation.overall
+
+
+def _deltas(report: Report, domain: str) -> list[tuple[str, Estimate]]:
+    found = ((name, _score(report, name, domain)) for name in compared(report))
+    return [(n, s.delta_bits_per_byte) for n, s in found if s and s.delta_bits_per_byte]
+
+
+def _draw_forest(report: Report, width: float) -> Drawing:
+    groups = [(domain, _deltas(report, domain)) for domain in ("", *domains_of(report))]
+    key = 0.0 if width >= SPLIT else 18.0 * len(compared(report)) + 6
+    height = key + sum(26 + ROW * len(rows) for _, rows in groups) + 44
+    drawing = Drawing(width, height)
+    ends = [0.0, *(end for _, rows in groups for _, delta in rows for end in _ends(delta))]
+    left = 176.0 if width >= SPLIT else 10.0
+    scale = Scale(*padded(ends, 0.05), left, width - 118)
+    x_axis(drawing, scale, key + 18, height - 36, lambda v: numbers.fixed(v, 3), 4)
+    drawing.line((scale(0), key + 14), (scale(0), height - 36), "zero")
+    drawing.text(scale.end, height - 4, "Δ bits per byte", "muted small", "end")
+    if key:
+        _key(drawing, report)
+    y = key + 18
+    for domain, rows in groups:
+        y = _forest_group(drawing, report, domain, rows, scale, y)
+    return drawing
+
+
+def _key(drawing: Drawing, report: Report) -> None:
+    for place, name in enumerate(compared(report)):
+        series, y = series_of(report)[name], 12 + 18.0 * place
+        drawing.marker(8, y - 4, series)
+        drawing.text(20, y, shorten(labels_of(report)[name], 300), f"fill{series} strong")
+
+
+def _forest_group(
+    drawing: Drawing,
+    report: Report,
+    domain: str,
+    rows: list[tuple[str, Estimate]],
+    scale: Scale,
+    y: float,
+) -> float:
+    y += 16
+    title = domain or "mean over domains"
+    drawing.text(0, y, title, "strong halo")
+    if domain:
+        drawing.text(text_width(title) + 14, y, remarks_of(report, domain), "muted small halo")
+    for name, delta in rows:
+        y += ROW
+        series = series_of(report)[name]
+        if scale.start > 100:
+            label = shorten(labels_of(report)[name], scale.start - 14)
+            drawing.text(8, y, label, f"fill{series} small")
+        low, high = _ends(delta)
+        drawing.line((scale(low), y - 4), (scale(high), y - 4), f"line{series}")
+        drawing.marker(scale(delta.value), y - 4, series)
+        drawing.text(drawing.width, y, numbers.plus_minus(delta, True), "small", "end")
+    return y + 10
+
+
+# --- heatmap ---------------------------------------------------------------------------------
+
+
+def heatmap(report: Report) -> Figure | None:
+    """Domain by variant: the difference in bits per byte and the divergence."""
+    if not compared(report) or not domains_of(report):
+        return None
+    return Figure(
+        "heatmap",
+        "Where the loss sits",
+        "Each cell is one variant on one domain; the stronger the colour, the worse, up to the "
+        "worst cell of the panel (blue: better than the base). The outlined cell is the worst "
+        "domain of its variant.",
+        "Worst domains: " + "; ".join(_worst_in_words(report)),
+        lambda width: _draw_heatmap(report, width),
+    )
+
+
+def _worst_in_words(report: Report) -> list[str]:
+    worst = ((name, report.evaluations[name].worst) for name in compared(report))
+    return [f"{labels_of(report)[name]}: {w.domain}" for name, w in worst if w is not None]
+
+
+def _draw_heatmap(report: Report, width: float) -> Drawing:
+    domains, gutter = domains_of(report), 120.0 if width >= SPLIT else 104.0
+    panel = 34.0 * len(domains) + 84
+    side_by_side = width >= SPLIT
+    drawing = Drawing(width, panel if side_by_side else 2 * panel + 8)
+    room = (width - gutter - 24) / 2 if side_by_side else width - gutter
+    second = (gutter + room + 24, 0.0) if side_by_side else (gutter, panel + 8)
+    _heat_panel(drawing, report, (gutter, 0.0), room, "Δ bits per byte")
+    _heat_panel(drawing, report, second, room, "mean KL, nats per token")
+    for y in (0.0,) if side_by_side else (0.0, panel + 8):
+        _heat_rows(drawing, report, y + 80)
+    return drawing
+
+
+def _heat_rows(drawing: Drawing, report: Report, top: float) -> None:
+    for row, domain in enumerate(domains_of(report)):
+        y, remarks = top + 34 * row, remarks_of(report, domain)
+        drawing.text(0, y + (15 if remarks else 21), shorten(domain, 112))
+        if remarks:
+            drawing.text(0, y + 28, shorten(remarks, 108, 5.2), "muted small")
+
+
+def _heat_value(report: Report, name: str, domain: str, title: str) -> float | None:
+    score = report.evaluations[name].domains.get(domain)
+    if score is None:
+        return None
+    if title.startswith("Δ"):
+        return score.delta_bits_per_byte.value if score.delta_bits_per_byte else None
+    return score.divergence.mean.value if score.divergence else None
+
+
+def _heat_panel(
+    drawing: Drawing, report: Report, corner: tuple[float, float], room: float, title: str
+) -> None:
+    x0, y0 = corner
+    names, domains = compared(report), domains_of(report)
+    cell = min(170.0, room / len(names))
+    drawing.text(x0, y0 + 14, title, "strong")
+    values = {(n, d): _heat_value(report, n, d, title) for n in names for d in domains}
+    largest = max((abs(v) for v in values.values() if v is not None), default=1.0) or 1.0
+    for column, name in enumerate(names):
+        x = x0 + column * cell
+        _column_head(drawing, labels_of(report)[name], series_of(report)[name], x, y0 + 32, cell)
+        worst = report.evaluations[name].worst
+        marked = None if worst is None else worst.domain if title[0] == "Δ" else worst.kl_domain
+        for row, domain in enumerate(domains):
+            box = (x, y0 + 80 + 34 * row, cell)
+            _cell(drawing, box, values[name, domain], largest, domain == marked)
+
+
+def _column_head(
+    drawing: Drawing, label: str, series: int, x: float, y: float, cell: float
+) -> None:
+    for place, line in enumerate(wrap(label, cell - 8)):
+        drawing.text(x + 2, y + 14 * place, line, f"fill{series} small")
+
+
+def _cell(
+    drawing: Drawing,
+    box: tuple[float, float, float],
+    value: float | None,
+    largest: float,
+    worst: bool,
+) -> None:
+    x, y, cell = box
+    if value is None:
+        drawing.text(x + cell / 2, y + 21, "–", "muted", "middle")
+        return
+    strength = 0.06 + 0.5 * abs(value) / largest
+    tone = "warm" if value > 0 else "cool"
+    drawing.bar(x + 1, y + 1, cell - 3, 32, tone, fill_opacity=strength, rx=2)
+    if worst:
+        drawing.bar(x + 1.5, y + 1.5, cell - 4, 31, "outline", rx=2)
+    signed = numbers.fixed(value, max(3, numbers.decimals_for(largest, 2)), signed=value < 0)
+    drawing.text(x + cell / 2 - 1, y + 21, signed, "strong" if worst else "", "middle")
+
+
+# --- divergence ------------------------------------------------------------------------------
+
+
+def _divergence(report: Report, name: str) -> Divergence | None:
+    return report.evaluations[name].overall.divergence
+
+
+def ccdf(report: Report) -> Figure | None:
+    """Share of tokens whose divergence exceeds a value, log-log."""
+    curves = {n: d.ccdf for n in compared(report) if (d := _divergence(report, n)) and d.ccdf}
+    if not any(_positive(points) for points in curves.values()):
+        return None
+    listed = [
+        f"{labels_of(report)[n]}: mean {numbers.number(d.mean.value)}, 99.9 % "
+        f"{numbers.number(d.p999)} nats"
+        for n in curves
+        if (d := _divergence(report, n))
+    ]
+    return Figure(
+        "ccdf",
+        "How much the rare tokens suffer",
+        "Share of tokens whose KL divergence from the base exceeds the value below; both axes are "
+        "logarithmic. Means hide the right end of a curve, and generations fail there. The dashed "
+        "curve is the noise floor: the base against itself in another batch size.",
+        "; ".join(listed),
+        lambda width: _draw_ccdf(report, curves, width),
+    )
+
+
+def _positive(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in points if x > 0 and y > 0]
+
+
+def _draw_ccdf(
+    report: Report, curves: dict[str, list[tuple[float, float]]], width: float
+) -> Drawing:
+    drawing = Drawing(width, 360.0)
+    kept = {name: _positive(points) for name, points in curves.items() if _positive(points)}
+    flat = [point for points in kept.values() for point in points]
+    low = 10 ** math.floor(math.log10(min(x for x, y in flat if y < 0.9 or x == flat[-1][0])))
+    high = 10 ** math.ceil(math.log10(max(x for x, _ in flat)) + 1e-9)
+    smallest = 10 ** math.floor(math.log10(max(1e-7, min(y for _, y in flat))))
+    xs = Scale(low, high, 52.0, width - 12, log=True)
+    ys = Scale(min(smallest, 0.1), 1.0, 310.0, 30.0, log=True)
+    y_axis(drawing, ys, 52, width - 12, _percent_tick)
+    x_axis(drawing, xs, 30, 310, lambda v: numbers.power(round(math.log10(v))), 8)
+    drawing.text(0, 14, "share of tokens above, log scale", "muted small")
+    drawing.text(width - 12, 346, "KL(base ‖ variant), nats, log scale", "muted small", "end")
+    _noise(drawing, report, xs, ys)
+    for name, points in kept.items():
+        inside = [(xs(x), ys(y)) for x, y in points if x >= low and y >= ys.low]
+        drawing.path(inside, f"line{series_of(report)[name]}")
+    _ccdf_labels(drawing, report, kept, xs, ys)
+    return drawing
+
+
+def _percent_tick(value: float) -> str:
+    return f"{value * 100:g} %"
+
+
+def _noise(drawing: Drawing, report: Report, xs: Scale, ys: Scale) -> None:
+    floor = report.noise_floor
+    if floor is None:
+        return
+    inside = [(x, y) for x, y in _positive(floor.ccdf) if x >= xs.low and y >= ys.low]
+    if len(inside) > 1:
+        drawing.path([(xs(x), ys(y)) for x, y in inside], "ghostline")
+        drawing.text(xs(inside[-1][0]) + 6, ys.start - 8, "noise floor", "muted small halo")
+        return
+    note = f"← noise floor: 99.9 % below {numbers.number(max(floor.p999, 0.0), 2)}"
+    drawing.text(xs.start + 6, ys.start - 8, note, "muted small halo")
+
+
+def _ccdf_labels(
+    drawing: Drawing,
+    report: Report,
+    curves: dict[str, list[tuple[float, float]]],
+    xs: Scale,
+    ys: Scale,
+) -> None:
+    """Left curves are labelled low on their left, right ones high on their right: both empty."""
+    names = sorted(curves, key=lambda n: max(x for x, _ in curves[n]))
+    names.sort(key=lambda n: d.mean.value if (d := _divergence(report, n)) else 0.0)
+    for place, name in enumerate(names):
+        share = ys.low ** (0.8 - 0.62 * (place + 1) / len(names))
+        crossing = next((x for x, y in curves[name] if y <= share), curves[name][-1][0])
+        on_left = place < len(names) // 2
+        label = shorten(labels_of(report)[name], 190)
+        x = xs(crossing) + (-8 if on_left else 8)
+        room = text_width(label)
+        x = max(x, xs.start + room) if on_left else min(x, xs.end - room)
+        cls = f"fill{series_of(report)[name]} strong halo"
+        drawing.text(x, ys(share) + 4, label, cls, "end" if on_left else "start")
+
+
+def position(report: Report) -> Figure | None:
+    """Mean divergence by the position of the token in its window."""
+    curves = {n: report.evaluations[n].kl_by_position for n in compared(report)}
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    if not curves:
+        return None
+    last = {name: points[-1][1] / max(points[0][1], 1e-12) for name, points in curves.items()}
+    return Figure(
+        "position",
+        "Divergence along the context",
+        "Mean KL by position in the window; each point is a bucket that starts there. A level "
+        "curve is healthy. One that rises to the right says that errors pile up in the context.",
+        "; ".join(
+            f"{labels_of(report)[name]}: last bucket {numbers.ratio(value)} the first"
+            for name, value in last.items()
+        ),
+        lambda width: _draw_position(report, curves, width),
+    )
+
+
+def _draw_position(
+    report: Report, curves: dict[str, list[tuple[int, float]]], width: float
+) -> Drawing:
+    drawing = Drawing(width, 300.0)
+    starts = sorted({at for points in curves.values() for at, _ in points})
+    values = [kl for points in curves.values() for _, kl in points]
+    xs = Scale(starts[0] + 1, starts[-1] + 1, 58.0, width - 16, log=True)
+    ys = Scale(min(0.0, *values), padded(values)[1], 250.0, 30.0)
+    y_axis(drawing, ys, 52, width - 12, lambda v: numbers.number(v, 2))
+    drawing.line((52, 250), (width - 12, 250), "axis")
+    shown = -math.inf
+    for at in starts:
+        if xs(at + 1) - shown > 30:
+            shown = xs(at + 1)
+            drawing.text(shown, 266, str(at), "muted small", "middle")
+    drawing.text(0, 14, "mean KL, nats per token", "muted small")
+    drawing.text(width - 12, 286, "position in the window, tokens, log scale", "muted small", "end")
+    for name, points in curves.items():
+        places = [(xs(at + 1), ys(kl)) for at, kl in points]
+        drawing.path(places, f"line{series_of(report)[name]}")
+        for x, y in places:
+            drawing.marker(x, y, series_of(report)[name], r=3.5)
+    _end_labels(drawing, report, {name: ys(points[-1][1]) for name, points in curves.items()}, ys)
+    return drawing
+
+
+def _end_labels(drawing: Drawing, report: Report, ends: dict[str, float], ys: Scale) -> None:
+    places = spread([y - 10 for y in ends.values()], 15, ys.end, ys.start - 6)
+    for name, y in zip(ends, places, strict=True):
+        label = shorten(labels_of(report)[name], 190)
+        cls = f"fill{series_of(report)[name]} strong halo"
+        drawing.text(drawing.width - 14, y, label, cls, "end")

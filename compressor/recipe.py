@@ -41,6 +41,7 @@ from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
 ExportFormat = Literal["compressed-tensors", "dense"]
+EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang"]
 
 PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.text.*")
 """Keys that may name a file; `*` stands for any key."""
@@ -58,6 +59,15 @@ class ExportConfig(Section):
     format: ExportFormat = Field(
         description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
         "Transformers; `dense` is the same model with ordinary weights, for any program.",
+    )
+    form: Literal["pack-quantized", "int-quantized"] = Field(
+        "pack-quantized",
+        description="Layout of compressed-tensors: codes packed into words, or one byte a code "
+        "(8 bits by channel only).",
+    )
+    engines: tuple[EngineName, ...] = Field(
+        ("transformers",),
+        description="Programs that must load the result; the plan refuses what one of them cannot.",
     )
 
 
@@ -104,6 +114,16 @@ class Recipe(Section):
         if self._source is None:
             return Problem(f"{'.'.join(map(str, location))}: {message}", hint=hint)
         return self._source.problem(location, message, hint)
+
+    def text(self) -> str:
+        """The recipe verbatim, or written out when it did not come from a file.
+
+        Values that `--set` replaced are named in a comment; the lock file has them.
+        """
+        if self._source is None:
+            return _dump_yaml(self.model_dump(mode="json", exclude_none=True))
+        replaced = "".join(f"# replaced by {how}\n" for how in self._source.overrides.values())
+        return replaced + self._source.text
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result: not the name, description or lock."""
@@ -275,10 +295,13 @@ def dump_lock(recipe: Recipe, facts: Lock, folder: Path) -> str:
     for _, container, key in _written_paths(content):
         container[key] = os.path.relpath(container[key], folder)
     content["lock"] = facts.model_dump(mode="json")
+    heading = "# Written by a run. `compress` with this file and the same model repeats it.\n"
+    return heading + _dump_yaml(content)
+
+
+def _dump_yaml(content: dict[str, Any]) -> str:
     yaml = YAML(typ="rt")
     yaml.width = 100
     buffer = io.StringIO()
     yaml.dump(content, buffer)
-    return "# Written by a run. `compress` with this file and the same model repeats it.\n" + (
-        buffer.getvalue()
-    )
+    return buffer.getvalue()

@@ -39,13 +39,15 @@ class Source:
 
     Attributes:
         file: name shown in messages.
+        text: verbatim.
         data: mappings, lists, strings, numbers, booleans and None only.
         keys: line and column (from 1) of the key, or of the dash, that introduces a value.
         values: line and column (from 1) of the value itself.
-        overrides: locations written by `--set`, with the option as typed.
+        overrides: locations written by `--set`, as `--set dotted.path`.
     """
 
     file: str
+    text: str
     data: Any
     keys: dict[Location, tuple[int, int]]
     values: dict[Location, tuple[int, int]]
@@ -96,7 +98,7 @@ def read_source(text: str, file: str, overrides: Sequence[str] = ()) -> Source:
         data = reader.plain(document, (), (1, 1))
     except _Refused as refused:
         raise RecipeError([Problem(refused.message, file, *refused.place)]) from None
-    source = Source(file, data, reader.keys, reader.values, {})
+    source = Source(file, text, data, reader.keys, reader.values, {})
     _apply(source, overrides)
     return source
 

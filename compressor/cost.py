@@ -1,0 +1,140 @@
+"""What a step costs: bits and bytes by formula, memory, operations and time by estimate."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from compressor import machine, resources
+from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.suites import load_suite
+from compressor.formats.sizes import bits_per_weight, packed_bytes
+from compressor.formats.support import Format
+from compressor.model.architecture import Architecture, Matrix
+from compressor.text import shards
+from compressor.types import WeightScheme
+
+_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_BYTES_PER_TOKEN = 3.5  # of English text and code, for tokenizers of 32k entries and more
+_FLOPS_PER_CORE = {False: 4e10, True: 1e11}  # fp32 products without and with AVX-512, in practice
+_GRID_CANDIDATES = 80
+_PROBE_SECONDS = 0.05
+
+
+def linear_bits(architecture: Architecture) -> tuple[float, float]:
+    """Mean bits of a weight of the blocks' linear layers: codes alone, and with scales."""
+    nominal = stored = weights = 0.0
+    for matrix in architecture.matrices:
+        if matrix.block is None:
+            continue
+        dense = 8.0 * architecture.dtype_bytes
+        own = dense if matrix.scheme is None else float(matrix.scheme.bits)
+        full = dense if matrix.scheme is None else _bits(matrix, matrix.scheme, architecture)
+        weights += matrix.parameters
+        nominal += own * matrix.parameters
+        stored += full * matrix.parameters
+    return nominal / weights, stored / weights
+
+
+def _bits(matrix: Matrix, scheme: WeightScheme, architecture: Architecture) -> float:
+    return bits_per_weight(matrix.shape, scheme, _STORED[architecture.dtype])
+
+
+def checkpoint_bytes(architecture: Architecture, form: Format = "pack-quantized") -> int:
+    """Exact bytes of all tensors of a compressed-tensors export, file headers excepted."""
+    total = sum(math.prod(shape) for _, shape in architecture.others) * architecture.dtype_bytes
+    for matrix in architecture.matrices:
+        if matrix.scheme is None:
+            total += matrix.parameters * architecture.dtype_bytes
+        else:
+            dtype = _STORED[architecture.dtype]
+            total += packed_bytes(matrix.shape, matrix.scheme, dtype, form).total
+    return total
+
+
+def rounding_flops(
+    changed: Sequence[Matrix], after: Architecture, tokens: int, passes: int
+) -> float:
+    """Operations of a rounding stage.
+
+    Grid search reads every weight once per candidate, about 6 operations each. With text: one
+    forward pass of every block per capture and one onward, 2·weights·tokens each; one Hessian
+    per input group, 2·tokens·in²; its factor, in³ in fp64; and GPTQ itself, 2·out·in² per matrix.
+    """
+    weights = sum(matrix.parameters for matrix in changed)
+    total = 6.0 * _GRID_CANDIDATES * weights
+    if not tokens:
+        return total
+    block_weights = sum(m.parameters for m in after.matrices if m.block is not None)
+    total += 2.0 * block_weights * tokens * passes
+    widths = {matrix.input_group: matrix.shape[1] for matrix in changed}
+    total += sum(2.0 * tokens * width**2 + 2.0 * width**3 for width in widths.values())
+    return total + sum(2.0 * matrix.parameters * matrix.shape[1] for matrix in changed)
+
+
+def block_memory(architecture: Architecture, tokens: int) -> int:
+    """Peak memory of a stage that streams blocks, in bytes.
+
+    One block, as stored, in fp32 and once more as the rounder's working copy; one fp32 Hessian
+    per input group of that block and three fp64 copies of the largest while it is factored; the
+    residual stream of all calibration tokens before and after the block, fp32.
+    """
+    most = 0
+    for index in range(architecture.layers):
+        groups = architecture.groups(index)
+        weights = sum(matrix.parameters for matrix in architecture.block(index))
+        need = weights * (architecture.dtype_bytes + 8)
+        if tokens:
+            widths = [matrices[0].shape[1] for matrices in groups.values()]
+            need += 4 * sum(width**2 for width in widths) + 24 * max(widths) ** 2
+        most = max(most, need)
+    return most + 8 * tokens * architecture.hidden
+
+
+def evaluation_memory(config: EvaluateConfig, base: Architecture) -> int:
+    """Model in fp32 and the logits of one batch in fp32, twice (base and variant), in bytes."""
+    window = config.length or 512
+    logits = config.batch_size * min(window, base.max_positions) * base.vocab
+    return 4 * base.parameters + 8 * logits
+
+
+def evaluation_tokens(config: EvaluateConfig) -> int:
+    """Tokens of the evaluation text, from its bytes."""
+    if config.text:
+        return int(
+            sum(Path(path).stat().st_size for path in config.text.values()) / _BYTES_PER_TOKEN
+        )
+    return int(sum(_suite_bytes(config)) / _BYTES_PER_TOKEN)
+
+
+def _suite_bytes(config: EvaluateConfig) -> Iterator[int]:
+    """UTF-8 bytes that each domain of the suite contributes, at most."""
+    suite = load_suite(config.suite)
+    limit = config.documents or suite.documents
+    for shard in shards(resources.evals()):
+        if shard.split == "evaluation" and shard.domain in suite.domains:
+            documents = min(limit or shard.documents, shard.documents)
+            average = shard.bytes / shard.documents
+            yield int(documents * min(average, suite.bytes_per_document or average))
+
+
+def flops_per_second() -> tuple[float, str]:
+    """Speed of an fp32 matrix product, and how it is known.
+
+    Measured for 50 ms when torch is loaded already; else a nominal rate per core, because
+    loading torch takes longer than the plan.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        count, wide = machine.cores(), "avx512f" in machine.cpu_flags()
+        return count * _FLOPS_PER_CORE[wide], f"nominal for {count} cores"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    matrix = torch.ones(512, 512, device=device)
+    began, products = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - began) < _PROBE_SECONDS:
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        products += 1
+    return 2 * 512**3 * products / elapsed, f"measured on {device}"

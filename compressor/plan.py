@@ -1,0 +1,315 @@
+"""What a recipe will do to a model, worked out from `config.json` alone, before any work.
+
+Every stage maps the architecture to the next one, so that whatever can be refused without
+weights is refused here, at the line of the recipe that causes it. What is accepted is priced:
+parameters, bits, bytes on disk, memory, time. Bytes are exact by formula; memory, operations and
+time are estimates, with their formulas in the docstrings below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from compressor.cost import (
+    block_memory,
+    checkpoint_bytes,
+    evaluation_memory,
+    evaluation_tokens,
+    flops_per_second,
+    linear_bits,
+    rounding_flops,
+)
+from compressor.errors import ModelError, PlanError, UsageError
+from compressor.evaluation.suites import load_suite
+from compressor.formats.support import Target, engine_problems, export_problems
+from compressor.model.architecture import Architecture, Matrix
+from compressor.order import order_problems
+from compressor.recipe import ExportConfig, Recipe
+from compressor.source import Location
+from compressor.stages.base import ReportProblem
+from compressor.types import Problem
+
+_KINDS = {"head": "head", "embed": "embedding", "router": "router"}
+_PASSES = {"block": 2, "sublayer": 5}  # forward passes of a block: one per capture, one onward
+
+
+class Priced(BaseModel):
+    """A frozen row of the plan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StagePlan(Priced):
+    """One stage as it will run.
+
+    Attributes:
+        index: place in the recipe, from 0.
+        method: `family.name`.
+        parameters: of the model it leaves, ties counted once.
+        matrices: how many matrices it changes.
+        bits_nominal: mean code width over the weights of linear layers in blocks.
+        bits_linear: the same with scales and zero-points.
+        bits_checkpoint: 8 · packed bytes / parameters of the base, the headline.
+        packed_bytes: of all tensors in a compressed-tensors export.
+        disk_bytes: what the stage itself writes: a dense checkpoint and the codes.
+        peak_bytes: memory, estimated.
+        flops: floating-point operations, estimated.
+        seconds: estimated.
+    """
+
+    index: int
+    method: str
+    parameters: int
+    matrices: int
+    bits_nominal: float
+    bits_linear: float
+    bits_checkpoint: float
+    packed_bytes: int
+    disk_bytes: int
+    peak_bytes: int
+    flops: float
+    seconds: float
+
+
+class ExportPlan(Priced):
+    """One deliverable: bytes of its tensors."""
+
+    format: str
+    tensor_bytes: int
+    ratio: float  # base bytes / these bytes
+
+
+class Plan(Priced):
+    """Everything that is known before a weight is read.
+
+    Attributes:
+        model: as typed.
+        family: such as "Llama".
+        parameters: of the base, ties counted once.
+        base_bytes: of the base's tensors.
+        stages, exports: in the order of the recipe.
+        calibration_tokens: that every calibrated stage reads.
+        evaluation_tokens: that every variant is scored on, estimated.
+        context_length: longest window the model accepts, tokens.
+        disk_bytes: most that the run's directory will hold, estimated from above.
+        peak_bytes: most memory of any step, estimated.
+        seconds: of the whole run, estimated.
+        rate: operations per second behind `seconds`, and where that number is from.
+    """
+
+    model: str
+    family: str
+    parameters: int
+    base_bytes: int
+    stages: tuple[StagePlan, ...]
+    exports: tuple[ExportPlan, ...]
+    calibration_tokens: int
+    evaluation_tokens: int
+    context_length: int
+    disk_bytes: int
+    peak_bytes: int
+    seconds: float
+    rate: tuple[float, str]
+
+
+def make_plan(recipe: Recipe, config: Mapping[str, object], model: str) -> Plan:
+    """Check a recipe against a model and price it.
+
+    Args:
+        recipe: as loaded; its problems point into its file.
+        config: content of the model's `config.json`.
+        model: the model as typed, for the plan's heading.
+
+    Raises:
+        PlanError: the chain cannot work on this model; carries every reason found.
+        ModelError: the model's family is unknown, or it is compressed already.
+    """
+    base = Architecture.from_config(config)
+    if base.quantized:
+        raise ModelError(
+            f"{model} is quantized already; rounding it again would add up the errors",
+            "start from the original weights",
+        )
+    problems = _order(recipe)
+    chain = _chain(recipe, base, problems)
+    if not problems:  # else the exports would repeat what is wrong with the stages
+        problems += _exports(recipe, chain[-1])
+    problems += _evaluation(recipe)
+    if problems:
+        raise PlanError(problems)
+    return _price(recipe, chain, model)
+
+
+# ---------------------------------------------------------------------- what cannot work
+
+
+def _order(recipe: Recipe) -> list[Problem]:
+    methods = [stage.method for stage in recipe.stages]
+    return [
+        recipe.problem(("stages", found.index, "method"), found.message, found.hint)
+        for found in order_problems(methods)
+    ]
+
+
+def _chain(recipe: Recipe, base: Architecture, problems: list[Problem]) -> list[Architecture]:
+    """The architecture before the first stage and after each; adds to `problems`."""
+    chain = [base]
+    for index, stage in enumerate(recipe.stages):
+        chain.append(stage.plan(chain[-1], _reporter(recipe, index, problems)))
+    return chain
+
+
+def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProblem:
+    """Turn a stage's (option, message, hint) into a problem at the option's place."""
+
+    def report(option: str, message: str, hint: str) -> None:
+        steps: Location = tuple(int(s) if s.isdigit() else s for s in option.split("."))
+        method = recipe.stages[index].method
+        problems.append(
+            recipe.problem(("stages", index, *steps), f"{method}.{steps[0]}: {message}", hint)
+        )
+
+    return report
+
+
+def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
+    """Deliverables that a format cannot hold or an engine would not load."""
+    found = []
+    for index, export in enumerate(recipe.export):
+        if export.format == "dense":
+            continue
+        targets = [_target(matrix) for matrix in final.matrices if matrix.role != "position"]
+        if all(target.scheme is None for target in targets):
+            message = f"nothing is quantized, so there is nothing to pack as {export.format}"
+            hint = "add a quantize stage, or export `dense`"
+            found.append(recipe.problem(("export", index, "format"), message, hint))
+        for message in _summary(export_problems(targets, export.form)):
+            hint = "change the stage, or export `dense`"
+            found.append(recipe.problem(("export", index, "format"), message, hint))
+        for engine in export.engines:
+            for message in _summary(engine_problems(engine, targets, export.form)):
+                hint = f"change the stage, or take {engine} out of `engines`"
+                found.append(recipe.problem(("export", index, "engines"), message, hint))
+    return found
+
+
+def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
+    """The first few of many sentences of one kind; a model has hundreds of matrices."""
+    kept = list(sentences[:most])
+    if len(sentences) > most:
+        kept[-1] += f" (and {len(sentences) - most} more problems like these)"
+    return kept
+
+
+def _target(matrix: Matrix) -> Target:
+    kind = _KINDS.get(matrix.role, "linear")
+    if matrix.role != "router" and matrix.expert is not None:
+        kind = "expert"
+    if matrix.transposed_on_disk:
+        kind = "conv1d"
+    return Target(matrix.name, matrix.shape, kind, matrix.scheme)  # type: ignore[arg-type]
+
+
+def _evaluation(recipe: Recipe) -> list[Problem]:
+    """Text that evaluation names and that does not exist."""
+    found = []
+    if not recipe.evaluate.text:
+        try:
+            load_suite(recipe.evaluate.suite)
+        except UsageError as error:
+            place: Location = ("evaluate", "suite")
+            found.append(recipe.problem(place, error.message, error.hint))
+    for domain, path in recipe.evaluate.text.items():
+        if not Path(path).is_file():
+            place = ("evaluate", "text", domain)
+            found.append(recipe.problem(place, f"no file {path}", ""))
+    return found
+
+
+# ---------------------------------------------------------------------- what it costs
+
+
+def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
+    base, final = chain[0], chain[-1]
+    rate = flops_per_second()
+    calibration = _calibration_tokens(recipe)
+    evaluation = evaluation_tokens(recipe.evaluate)
+    stages = tuple(
+        _stage_plan(recipe, index, chain, calibration, rate[0])
+        for index in range(len(recipe.stages))
+    )
+    exports = tuple(_export_plan(export, base, final) for export in recipe.export)
+    scored = 1 + recipe.evaluate.noise_floor + (len(stages) if recipe.evaluate.every_stage else 1)
+    scoring = scored * evaluation * 2 * base.parameters
+    return Plan(
+        model=model,
+        family=base.family,
+        parameters=base.parameters,
+        base_bytes=base.bytes,
+        stages=stages,
+        exports=exports,
+        calibration_tokens=calibration,
+        evaluation_tokens=evaluation,
+        context_length=base.max_positions,
+        disk_bytes=_disk_bytes(stages, exports, base, calibration, evaluation),
+        peak_bytes=max(
+            evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)
+        ),
+        seconds=sum(stage.seconds for stage in stages) + scoring / rate[0],
+        rate=rate,
+    )
+
+
+def _stage_plan(
+    recipe: Recipe, index: int, chain: Sequence[Architecture], tokens: int, rate: float
+) -> StagePlan:
+    stage, base, before, after = recipe.stages[index], chain[0], chain[index], chain[index + 1]
+    reads_text = stage.calibration_need() is not None
+    kept = set(before.matrices)
+    changed = [matrix for matrix in after.matrices if matrix not in kept]
+    passes = _PASSES[getattr(stage, "sequential", "block")]
+    flops = rounding_flops(changed, after, tokens if reads_text else 0, passes)
+    nominal, linear = linear_bits(after)
+    packed = checkpoint_bytes(after)
+    return StagePlan(
+        index=index,
+        method=stage.method,
+        parameters=after.parameters,
+        matrices=len(changed),
+        bits_nominal=nominal,
+        bits_linear=linear,
+        bits_checkpoint=8 * packed / base.parameters,
+        packed_bytes=packed,
+        disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
+        peak_bytes=block_memory(after, tokens if reads_text else 0),
+        flops=flops,
+        seconds=flops / rate,
+    )
+
+
+def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
+    size = final.bytes if export.format == "dense" else checkpoint_bytes(final, export.form)
+    return ExportPlan(format=export.format, tensor_bytes=size, ratio=base.bytes / size)
+
+
+def _disk_bytes(
+    stages: Sequence[StagePlan],
+    exports: Sequence[ExportPlan],
+    base: Architecture,
+    calibration: int,
+    evaluation: int,
+) -> int:
+    """Checkpoints of all stages, deliverables, spilled activations, hidden states for the KL."""
+    written = sum(stage.disk_bytes for stage in stages)
+    written += sum(export.tensor_bytes for export in exports)
+    return written + (2 * calibration + evaluation) * base.hidden * 4
+
+
+def _calibration_tokens(recipe: Recipe) -> int:
+    if recipe.calibration is None:
+        return 0
+    samples: int = recipe.calibration.samples
+    return samples * recipe.calibration.length

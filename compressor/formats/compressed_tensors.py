@@ -253,8 +253,11 @@ def _ignored(schemes: Mapping[str, WeightScheme], reader: CheckpointReader) -> l
         for name in reader.names()
         if name.endswith(".weight") and len(reader.shape(name)) == 2
     ]
-    # A tied head has no tensor of its own, yet it is a Linear that engines would try to quantize.
-    dense = {"lm_head", *matrices} - set(schemes)
+    dense = set(matrices) - set(schemes)
+    if not any(name.rpartition(".")[2] in _HEADS for name in schemes):
+        # A tied head has no tensor of its own, and others have another name on disk (GPT-NeoX);
+        # it is a Linear in the model all the same, which engines would try to quantize.
+        dense.add("lm_head")
     return sorted(name for name in dense if name.rpartition(".")[2] not in _EMBEDDINGS)
 
 
@@ -262,7 +265,9 @@ def _exact_targets(modules: Sequence[str]) -> list[str]:
     # Experts are no modules in transformers 5; it finds their scheme by a pattern naming them.
     experts = {module.rpartition(".")[2] for module in modules if ".experts." in module}
     patterns = [rf"re:.*\.experts\.\d+\.({'|'.join(sorted(experts))})$"] if experts else []
-    return patterns + [module for module in modules if ".experts." not in module]
+    # GPT-NeoX's head is `embed_out` on disk and `lm_head` in the model; engines want either.
+    heads = ["lm_head"] if "embed_out" in modules else []
+    return patterns + heads + [module for module in modules if ".experts." not in module]
 
 
 def _weight_arguments(scheme: WeightScheme) -> QuantizationArgs:

@@ -19,6 +19,7 @@ from .helpers import logits, quantize_checkpoint, same_tensors, tiny_model
 from .test_codes import qtensors
 
 W4 = WeightScheme(4, 32)
+LAST = ("down_proj", "fc2", "4h_to_h")
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -140,6 +141,35 @@ def test_tied_quantized_embedding(tied_llama: Path, tmp_path: Path) -> None:
     )
     assert "lm_head.weight" not in CheckpointReader(export)
     assert "model.embed_tokens.weight_packed" in CheckpointReader(export)
+    assert torch.equal(logits(dense), logits(export))
+
+
+@pytest.mark.parametrize("with_head", [False, True], ids=["", "head"])
+@pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("GPTNeoX", {"tie_word_embeddings": False}),
+        ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 32}),
+        ("Phi3", {"pad_token_id": 0}),
+        ("Gemma2", {"head_dim": 16}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+    ],
+)
+def test_families(
+    tmp_path: Path, name: str, options: dict[str, int], mixed: bool, with_head: bool
+) -> None:
+    """Names on disk differ from names in the model for some; targets must fit the latter."""
+    tiny_model(name, **options).save_pretrained(tmp_path / "base")
+    config = read_json(tmp_path / "base" / "config.json")
+    chosen = {"linear", "head"} if with_head else {"linear"}
+
+    def choose(module: str) -> WeightScheme | None:
+        if ct.matrix_kind(module, config) not in chosen:
+            return None
+        return WeightScheme(8, None) if mixed and module.endswith(LAST) else W4
+
+    dense, export = round_trip(tmp_path / "base", tmp_path, choose)
     assert torch.equal(logits(dense), logits(export))
 
 

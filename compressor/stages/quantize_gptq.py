@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.stages.base import Need, option
 from compressor.stages.quantize_base import RounderConfig
+
+if TYPE_CHECKING:
+    from compressor.calibration import CalibrationSet
+    from compressor.stages.context import StageContext
+    from compressor.types import StageResult
 
 
 class QuantizeGptq(RounderConfig):
@@ -63,3 +69,20 @@ class QuantizeGptq(RounderConfig):
     def calibration_need(self) -> Need | None:
         """Compensation needs the second moments of the inputs, always."""
         return Need("method", "quantize.gptq measures its Hessians on calibration text")
+
+    def run(
+        self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
+    ) -> StageResult:
+        """Round every target on inputs that passed through the blocks rounded before it."""
+        from compressor.stages.rounding import round_model
+        from compressor.stages.solving import compensated
+
+        assert calibration is not None  # calibration_need() says so; the recipe was checked
+        return round_model(
+            self,
+            compensated(self),
+            checkpoint,
+            calibration.batches,
+            context,
+            sublayers=self.sequential == "sublayer",
+        )

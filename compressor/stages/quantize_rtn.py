@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.stages.base import Need, ReportProblem, option
 from compressor.stages.quantize_base import RounderConfig
 
 if TYPE_CHECKING:
+    from compressor.calibration import CalibrationSet
     from compressor.model.architecture import Architecture
+    from compressor.stages.context import StageContext
+    from compressor.types import StageResult
 
 
 class QuantizeRtn(RounderConfig):
@@ -42,3 +46,13 @@ class QuantizeRtn(RounderConfig):
                 "use quantize.gptq, 3 bits or more, or write `force: true`",
             )
         return super().plan(architecture, problems)
+
+    def run(
+        self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
+    ) -> StageResult:
+        """Round every target; inputs are measured only if the grid weighs them."""
+        from compressor.stages.rounding import round_model
+        from compressor.stages.solving import nearest
+
+        batches = calibration.batches if calibration and self.calibration_need() else ()
+        return round_model(self, nearest(self.grid), checkpoint, batches, context)

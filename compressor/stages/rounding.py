@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from compressor.formats.codes import codes_name, write_codes
-from compressor.formats.shards import CheckpointWriter, shard_name
+from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
 from compressor.model.architecture import Architecture
-from compressor.model.load import read_config
-from compressor.model.walk import Block, BlockWalk, MatrixHandle
+from compressor.model.reader import read_config
+from compressor.model.walk import Block, BlockMatrix, BlockWalk
 from compressor.numerics.hessian import HessianAccumulator, relative_loss
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
+from compressor.stages.quantize_base import RounderConfig
 from compressor.types import (
     BlockRecord,
     Fallback,
@@ -44,6 +43,12 @@ class Rounded:
     fallback: tuple[str, str] | None = None
 
 
+Solve = Callable[
+    [Sequence[Tensor], Sequence[WeightScheme], Tensor | None, torch.dtype],
+    list[Rounded],
+]
+
+
 @dataclass(frozen=True)
 class Job:
     """What a rounder asks of the loop.
@@ -51,46 +56,50 @@ class Job:
     Attributes:
         schemes: grid of every matrix to be rounded, by its name on disk without `.weight`.
         solve: rounds matrices [out, in] (fp32) that see the same input; gets their schemes, that
-            input's Hessian (None when no token reached it or none was asked for) and the dtype in
-            which scales are stored.
-        needs_inputs: whether `solve` wants Hessians.
+            input's Hessian [in, in] (None when no token reached it or none was asked for) and the
+            dtype in which scales are stored.
+        batches: calibration tokens; none when `solve` wants no Hessians.
         sublayers: measure inputs again after each group of matrices has been rounded.
     """
 
     schemes: Mapping[str, WeightScheme]
     solve: Solve
-    needs_inputs: bool
+    batches: Sequence[TokenBatch]
     sublayers: bool = False
 
 
-Solve = Callable[
-    [Sequence[Tensor], Sequence[WeightScheme], HessianAccumulator | None, torch.dtype],
-    list[Rounded],
-]
-
-
 def round_model(
-    job: Job, checkpoint: Path, batches: Sequence[TokenBatch], context: StageContext
+    stage: RounderConfig,
+    solve: Solve,
+    checkpoint: Path,
+    batches: Sequence[TokenBatch],
+    context: StageContext,
+    *,
+    sublayers: bool = False,
 ) -> StageResult:
-    """Round the job's matrices and write the new checkpoint with its codes.
+    """Round the stage's matrices and write the new checkpoint with its codes.
 
     Args:
-        job: which matrices, on which grids, by which solver.
+        stage: says which matrices, on which grids.
+        solve: how they are rounded; see `Job`.
         checkpoint: the parent, a plain Hugging Face directory.
-        batches: calibration tokens; read only if the job needs inputs.
+        batches: calibration tokens; none when `solve` wants no Hessians.
         context: where to work and whom to tell.
+        sublayers: let each matrix see inputs that passed through the rounded ones before it.
 
     Returns:
         The stage's result; `changed` names every rounded tensor.
     """
-    architecture = Architecture.from_config(read_config(checkpoint))
+    config = read_config(checkpoint)
+    architecture = Architecture.from_config(config)
+    job = Job(stage.schemes(architecture), solve, batches, sublayers)
     walk = BlockWalk(
         checkpoint,
-        batches if job.needs_inputs else (),
-        context.device,
-        context.dtype,
-        context.scratch,
-        context.activation_budget,
+        batches,
+        device=context.device,
+        dtype=context.dtype,
+        scratch=context.scratch,
+        memory_budget=context.activation_budget,
     )
     writer = CheckpointWriter(context.folder)
     records = list(context.finished)
@@ -100,12 +109,12 @@ def round_model(
             codes, record = _round_block(job, block)
             writer.write_shard(shard_name(block.index), block.state())
             write_codes(context.folder / codes_name(block.index), codes)
-            block.forward()
+            block.save_outputs()
             context.block_done(record)
             records.append(record)
             task.advance()
     records.append(_round_outside(job, walk, writer, context.folder))
-    writer.finish(read_config(checkpoint), checkpoint, architecture.parameters)
+    writer.finish(config, checkpoint, architecture.parameters)
     return _result(context.folder, records)
 
 
@@ -116,27 +125,31 @@ def _round_block(job: Job, block: Block) -> tuple[dict[str, QTensor], BlockRecor
     metrics: list[ModuleMetric] = []
     fallbacks: list[Fallback] = []
     for wave in _waves(groups, job.sublayers):
-        hessians = _measure(block, groups, wave) if job.needs_inputs else {}
+        hessians = _measure(block, groups, wave) if job.batches else {}
         for name in wave:
-            hessian = hessians.pop(name, None)
-            for handle, rounded in _solve(job, groups[name], hessian):
-                module = handle.info.name
+            hessian = hessians.pop(name).matrix() if name in hessians else None
+            weights = [matrix.weight.float() for matrix in groups[name]]
+            schemes = [job.schemes[matrix.info.name] for matrix in groups[name]]
+            dtype = block.tensor(groups[name][0].info.tensor).dtype
+            solved = job.solve(weights, schemes, hessian, dtype)
+            for matrix, weight, rounded in zip(groups[name], weights, solved, strict=True):
+                module = matrix.info.name
                 codes[module] = rounded.qtensor
-                metrics.append(_metric(module, handle.weight, rounded.qtensor, hessian))
+                metrics.append(_metric(module, weight, rounded.qtensor, hessian))
                 if rounded.fallback:
                     fallbacks.append(Fallback(module, *rounded.fallback))
-                handle.set_weight(rounded.qtensor.dequantize())
+                matrix.set_weight(rounded.qtensor.dequantize())
     return codes, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
 
 
 def _chosen_groups(
-    handles: Iterable[MatrixHandle], schemes: Collection[str]
-) -> dict[str, list[MatrixHandle]]:
+    matrices: Iterable[BlockMatrix], schemes: Collection[str]
+) -> dict[str, list[BlockMatrix]]:
     """The matrices to be rounded, by the input they see, in order of execution."""
-    groups: dict[str, list[MatrixHandle]] = {}
-    for handle in handles:
-        if handle.info.name in schemes:
-            groups.setdefault(handle.info.input_group, []).append(handle)
+    groups: dict[str, list[BlockMatrix]] = {}
+    for matrix in matrices:
+        if matrix.info.name in schemes:
+            groups.setdefault(matrix.info.input_group, []).append(matrix)
     return groups
 
 
@@ -149,39 +162,33 @@ def _waves(groups: Collection[str], sublayers: bool) -> Iterator[list[str]]:
 
 
 def _measure(
-    block: Block, groups: Mapping[str, Sequence[MatrixHandle]], wave: Collection[str]
+    block: Block, groups: Mapping[str, Sequence[BlockMatrix]], wave: Collection[str]
 ) -> dict[str, HessianAccumulator]:
     """One pass of all calibration tokens through the block; a Hessian per input."""
-    hessians = {
-        name: HessianAccumulator(groups[name][0].info.shape[1], groups[name][0].weight.device)
-        for name in wave
-    }
+    device = next(block.module.parameters()).device
+    hessians = {name: HessianAccumulator(groups[name][0].info.shape[1], device) for name in wave}
     block.capture(lambda name, inputs, _: hessians[name].add(inputs), groups=wave)
     return {name: hessian for name, hessian in hessians.items() if hessian.tokens}
 
 
-def _solve(
-    job: Job, handles: Sequence[MatrixHandle], hessian: HessianAccumulator | None
-) -> Iterator[tuple[MatrixHandle, Rounded]]:
-    weights = [handle.weight.float() for handle in handles]
-    schemes = [job.schemes[handle.info.name] for handle in handles]
-    dtype = handles[0].disk_dtype
-    rounded = job.solve(weights, schemes, hessian, dtype)
-    return zip(handles, rounded, strict=True)
-
-
-def _metric(
-    module: str, weight: Tensor, qtensor: QTensor, hessian: HessianAccumulator | None
-) -> ModuleMetric:
+def _metric(module: str, weight: Tensor, qtensor: QTensor, hessian: Tensor | None) -> ModuleMetric:
     """Relative layer error beside that of plain rounding, on the same inputs."""
-    matrix = hessian.matrix() if hessian else torch.eye(weight.shape[1], device=weight.device)
-    simple = rtn(weight.float(), qtensor.scheme, scale_dtype=qtensor.scale.dtype)
+    simple = rtn(weight, qtensor.scheme, scale_dtype=qtensor.scale.dtype)
+    shape = (weight.shape[0], weight.shape[1])
     return ModuleMetric(
         module=module,
-        bits=bits_per_weight(tuple(weight.shape), qtensor.scheme, qtensor.scale.dtype),
-        loss=relative_loss(weight, qtensor.dequantize(), matrix),
-        baseline_loss=relative_loss(weight, simple.dequantize(), matrix),
+        bits=bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype)),
+        loss=_relative_loss(weight, qtensor, hessian),
+        baseline_loss=_relative_loss(weight, simple, hessian),
     )
+
+
+def _relative_loss(weight: Tensor, qtensor: QTensor, hessian: Tensor | None) -> float:
+    """tr(D H Dᵀ) / tr(W H Wᵀ); without a Hessian H = I, which needs no product."""
+    dense = qtensor.dequantize().to(weight)
+    if hessian is not None:
+        return relative_loss(weight, dense, hessian)
+    return float((weight - dense).square().sum() / weight.square().sum())
 
 
 def _round_outside(
@@ -191,16 +198,15 @@ def _round_outside(
 
     An embedding is a table of rows that are looked up, not a product, so there is no Hessian.
     """
-    tensors = {name: walk.read(name) for name in walk.rest()}
+    tensors = {name: walk.tensor(name) for name in walk.rest()}
     codes: dict[str, QTensor] = {}
     metrics: list[ModuleMetric] = []
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if module in job.schemes:
-            codes[module] = rtn(
-                tensor.float(), job.schemes[module], search="mse", scale_dtype=tensor.dtype
-            )
-            metrics.append(_metric(module, tensor, codes[module], None))
+            weight = tensor.float()
+            codes[module] = rtn(weight, job.schemes[module], search="mse", scale_dtype=tensor.dtype)
+            metrics.append(_metric(module, weight, codes[module], None))
     dense = {f"{module}.weight": qtensor.dequantize() for module, qtensor in codes.items()}
     writer.write_shard(shard_name("outside"), tensors | dense)
     if codes:
@@ -216,3 +222,8 @@ def _result(folder: Path, records: Iterable[BlockRecord]) -> StageResult:
         metrics=metrics,
         fallbacks=tuple(fallback for record in records for fallback in record.fallbacks),
     )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    """As safetensors names it."""
+    return next(name for name, known in TORCH_DTYPES.items() if known == dtype)

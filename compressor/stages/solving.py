@@ -1,0 +1,109 @@
+"""How matrices that see one input are rounded: the glue between options and `numerics`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compressor.errors import NumericalError
+from compressor.numerics.gptq import HessianFactor, factorize, gptq
+from compressor.numerics.grid import Search, fit_grid
+from compressor.numerics.rtn import rtn
+from compressor.stages.rounding import Rounded, Solve
+from compressor.types import QTensor, WeightScheme
+
+if TYPE_CHECKING:
+    from compressor.stages.quantize_gptq import QuantizeGptq
+
+_UNREACHED = "no calibration token reached it"
+
+
+def nearest(search: Search) -> Solve:
+    """Round to nearest. An input that no token reached has no importance: `mse` stands in."""
+
+    def solve(
+        weights: Sequence[Tensor],
+        schemes: Sequence[WeightScheme],
+        hessian: Tensor | None,
+        dtype: torch.dtype,
+    ) -> list[Rounded]:
+        blind = search == "imatrix" and hessian is None
+        importance = None if hessian is None else hessian.diagonal()
+        used: Search = "mse" if blind else search
+        fallback = (_UNREACHED, "its grid ignores importance") if blind else None
+        return [
+            Rounded(
+                rtn(weight, scheme, search=used, importance=importance, scale_dtype=dtype), fallback
+            )
+            for weight, scheme in zip(weights, schemes, strict=True)
+        ]
+
+    return solve
+
+
+def compensated(options: QuantizeGptq) -> Solve:
+    """GPTQ: one factorisation for all matrices of an input, their rows solved together."""
+
+    def solve(
+        weights: Sequence[Tensor],
+        schemes: Sequence[WeightScheme],
+        hessian: Tensor | None,
+        dtype: torch.dtype,
+    ) -> list[Rounded]:
+        if hessian is None:
+            simple = nearest("mse")(weights, schemes, None, dtype)
+            return [Rounded(r.qtensor, (_UNREACHED, "rounded to nearest")) for r in simple]
+        factor = factorize(hessian, damping=options.damping, act_order=options.act_order)
+        if factor.failed and options.on_failure == "stop":
+            raise NumericalError("a Hessian is not positive definite even with full damping")
+        fallback = _fallback(factor, options.damping)
+        solved: list[QTensor] = []
+        for scheme, members in groupby(
+            zip(schemes, weights, strict=True), key=lambda pair: pair[0]
+        ):
+            solved += _solve_rows([weight for _, weight in members], scheme, factor, options, dtype)
+        return [Rounded(qtensor, fallback) for qtensor in solved]
+
+    return solve
+
+
+def _solve_rows(
+    weights: Sequence[Tensor],
+    scheme: WeightScheme,
+    factor: HessianFactor,
+    options: QuantizeGptq,
+    dtype: torch.dtype,
+) -> list[QTensor]:
+    """Matrices of one scheme stacked by rows: rows do not interact, so one solve serves all."""
+    stacked = torch.cat(list(weights))
+    grid = fit_grid(
+        stacked,
+        scheme,
+        search=options.grid,
+        importance=factor.hessian.diagonal(),
+        scale_dtype=dtype,
+    )
+    solved = gptq(stacked, factor, scheme, grid, block_size=options.block_size).quantized
+    heights = [len(weight) for weight in weights]
+    zeros = [None] * len(heights) if solved.zero_point is None else solved.zero_point.split(heights)
+    return [
+        QTensor(codes, scale, zero, scheme)
+        for codes, scale, zero in zip(
+            solved.codes.split(heights), solved.scale.split(heights), zeros, strict=True
+        )
+    ]
+
+
+def _fallback(factor: HessianFactor, damping: float) -> tuple[str, str] | None:
+    if factor.failed:
+        return "its Hessian is not positive definite even with full damping", "rounded to nearest"
+    if factor.attempts > 1:
+        return (
+            f"its Hessian is not positive definite with damping {damping:g}",
+            f"damping raised to {factor.damping_used:g}",
+        )
+    return None

@@ -1,0 +1,127 @@
+"""Hidden states between two blocks: in memory up to a budget, in files beyond it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from compressor.errors import ResumeError
+
+_MANIFEST = "activations.json"
+_KEY = "hidden"
+
+
+class ActivationStore:
+    """A list of tensors, appended once and read many times, on the CPU.
+
+    Args:
+        folder: for the files; made when first needed.
+        memory_budget_bytes: tensors that would take the memory in use beyond this go to files.
+    """
+
+    def __init__(self, folder: Path, memory_budget_bytes: int) -> None:
+        self.folder = folder
+        self.budget = memory_budget_bytes
+        self._held: list[Tensor | None] = []
+        self.bytes_in_memory = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Tensor:
+        """The tensor appended as number `index`; do not write into it."""
+        held = self._held[index]
+        return load_file(self._path(index))[_KEY] if held is None else held
+
+    def append(self, tensor: Tensor) -> None:
+        """Add a tensor of any shape and dtype; its bytes are kept exactly."""
+        tensor = tensor.detach().cpu().contiguous()
+        if self.bytes_in_memory + tensor.nbytes <= self.budget:
+            self.bytes_in_memory += tensor.nbytes
+            self._held.append(tensor)
+        else:
+            self._write(len(self), tensor)
+            self._held.append(None)
+
+    def save(self) -> None:
+        """Put everything on disk so that `load` finds it after a crash at any moment.
+
+        The manifest is renamed into place last: without it the folder counts as absent.
+        """
+        sizes = []
+        for index, held in enumerate(self._held):
+            if held is not None:
+                self._write(index, held)
+            sizes.append(self._path(index).stat().st_size)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_atomically(self.folder / _MANIFEST, json.dumps({"sizes": sizes}).encode())
+
+    @classmethod
+    def load(cls, folder: Path, memory_budget_bytes: int) -> ActivationStore:
+        """What `save` left; tensors stay on disk and are read when asked for.
+
+        Raises:
+            ResumeError: nothing complete was saved there.
+        """
+        store = cls(folder, memory_budget_bytes)
+        try:
+            sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
+            whole = all(
+                store._path(index).stat().st_size == size for index, size in enumerate(sizes)
+            )
+        except (OSError, ValueError, KeyError):
+            raise ResumeError(f"{folder} holds no saved activations") from None
+        if not whole:
+            raise ResumeError(f"the activations in {folder} are damaged: a file changed its size")
+        store._held = [None] * len(sizes)
+        return store
+
+    def free(self) -> None:
+        """Forget what is in memory; what is only there is lost, what was saved stays."""
+        self._held = []
+        self.bytes_in_memory = 0
+
+    def delete(self) -> None:
+        """Forget everything, the files as well."""
+        self.free()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"batch-{index:05d}.safetensors"
+
+    def _write(self, index: int, tensor: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(index)
+        temporary = path.with_suffix(".tmp")
+        save_file({_KEY: tensor}, temporary)
+        _rename_flushed(temporary, path)
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(content)
+    _rename_flushed(temporary, path)
+
+
+def _rename_flushed(temporary: Path, path: Path) -> None:
+    """Rename once the bytes are on the medium, and flush the folder's entry as well."""
+    _flush(temporary)
+    temporary.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,233 @@
+"""Find a model wherever it is, and load it whole with its tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compressor.errors import AccessError, ModelError, ResourceError
+from compressor.model.reader import read_config, weight_files
+from compressor.resources import builtin_model
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ModelSource", "load_model", "load_tokenizer", "read_config", "resolve"]
+
+_BUILTIN = "builtin:"
+_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_CONFIG = ("config.json",)
+_FILES = (
+    *_CONFIG,
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+# Other copies of the same weights: subfolders hold exports, Mistral adds `consolidated`.
+_NOT = ("*/*", "consolidated*")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model on this machine.
+
+    Attributes:
+        path: directory with `config.json` and, unless only that was asked for, safetensors.
+        id: what the user called it, without the revision.
+        revision: commit on the Hub; None for a local or built-in model.
+    """
+
+    path: Path
+    id: str
+    revision: str | None
+
+
+def resolve(
+    model: str, *, config_only: bool = False, trust_remote_code: bool = False
+) -> ModelSource:
+    """Find `builtin:<name>`, a local directory, or a Hub id `org/name[@revision]`.
+
+    A model of the Hub is downloaded into the Hub's cache, only safetensors, configuration and
+    tokenizer; a directory of that name goes before the Hub.
+
+    Args:
+        model: what the user wrote.
+        config_only: fetch `config.json` alone, which suffices for a plan.
+        trust_remote_code: also fetch the model's own Python files.
+
+    Raises:
+        ModelError: there is no such model, or it has no safetensors.
+        ResourceError: the Hub cannot be reached.
+        AccessError: the Hub wants a licence accepted or a token.
+    """
+    if model.startswith(_BUILTIN):
+        source = ModelSource(builtin_model(model.removeprefix(_BUILTIN)), model, None)
+    elif Path(model).is_dir():
+        source = ModelSource(Path(model), model, None)
+    else:
+        source = _from_hub(model, _CONFIG if config_only else _patterns(trust_remote_code))
+    read_config(source.path)
+    if not config_only:
+        weight_files(source.path)
+    return source
+
+
+def _patterns(trust_remote_code: bool) -> tuple[str, ...]:
+    return (*_FILES, "*.py") if trust_remote_code else _FILES
+
+
+def _from_hub(model: str, patterns: tuple[str, ...]) -> ModelSource:
+    """Download what matches the patterns; the folder of a snapshot is named by its commit."""
+    match = _HUB_ID.fullmatch(model)
+    if match is None:
+        raise ModelError(
+            f"{model!r} is neither a directory nor a Hub id",
+            "a Hub id looks like org/name or org/name@revision; builtin:tiny needs no download",
+        )
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(match["id"], match["revision"]):
+        folder = snapshot_download(
+            match["id"],
+            revision=match["revision"],
+            allow_patterns=list(patterns),
+            ignore_patterns=list(_NOT),
+        )
+    return ModelSource(Path(folder), match["id"], Path(folder).name)
+
+
+@contextmanager
+def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
+    """Turn what the Hub's library raises into one sentence each; most specific first."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise AccessError(
+            f"{model} is gated on the Hub",
+            f"accept its licence at https://huggingface.co/{model}, then run `hf auth login`",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"the Hub has no model {model}, or it is private",
+            "check the spelling; for a private model run `hf auth login`",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{model} has no revision {revision!r} on the Hub") from None
+    except errors.HFValidationError:
+        raise ModelError(f"{model!r} is not a valid Hub id") from None
+    except errors.HfHubHTTPError as error:
+        raise _http_error(model, error.response.status_code) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+        raise ResourceError(
+            f"the Hub cannot be reached and {model} is not in the local cache",
+            "check the network and HF_HUB_OFFLINE, or give a local directory or builtin:tiny",
+        ) from None
+
+
+def _http_error(model: str, status: int) -> AccessError | ResourceError:
+    if status in (401, 403):
+        return AccessError(
+            f"the Hub refused {model} (HTTP {status})", "run `hf auth login` with a valid token"
+        )
+    return ResourceError(f"the Hub answered HTTP {status} for {model}", "try again later")
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            path, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} holds no usable tokenizer: {_first_line(error)}") from None
+
+
+def load_model(
+    path: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model in evaluation mode; packed checkpoints arrive dequantized.
+
+    Attention is `sdpa` where the family supports it, else `eager`; mixtures of experts are
+    computed expert by expert, as in the block walk.
+
+    Args:
+        path: checkpoint directory.
+        device: where it is put.
+        dtype: in which it computes; by default that of the configuration.
+
+    Raises:
+        ModelError: it cannot be loaded, or weights that its configuration calls for are missing.
+        ResourceError: its format needs a package that is not installed.
+    """
+    import transformers
+
+    from compressor.model.quiet import quiet
+
+    weight_files(path)
+    options = _load_options(read_config(path))
+    try:
+        with quiet():
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype="auto" if dtype is None else dtype,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except ImportError as error:
+        raise ResourceError(f"{path} needs a package: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from None
+    _check_complete(path, info)
+    return model.eval().to(device)
+
+
+def _load_options(config: dict[str, Any]) -> dict[str, Any]:
+    """What depends on the configuration: attention, experts, decompression."""
+    import transformers
+
+    eager = config.get("model_type") == "gemma2" or config.get("attn_logit_softcapping")
+    options: dict[str, Any] = {
+        "attn_implementation": "eager" if eager else "sdpa",
+        "experts_implementation": "eager",
+    }
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") == "compressed-tensors":
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    return options
+
+
+def _check_complete(path: Path, info: dict[str, Any]) -> None:
+    """transformers fills gaps with random numbers and only warns; that is an error here."""
+    wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ModelError(f"{path} lacks {wrong[0]}{more}, which its config.json calls for")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

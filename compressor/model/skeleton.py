@@ -1,0 +1,222 @@
+"""A model without weights, of which one part at a time is brought to life.
+
+The model's own `forward` computes masks, rotary tables and everything else that differs from
+family to family and from block to block. To run one block alone, the others are replaced by
+the identity, the hidden states we stored are put in front of the block, and the forward is
+left as soon as the block has answered. Nothing is cached or imitated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from compressor.model.architecture import Architecture
+from compressor.model.quiet import quiet
+
+
+class _Reached(Exception):
+    """Carries what was asked for out of the model's forward."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+
+class Skeleton:
+    """A causal language model on the meta device, in evaluation mode.
+
+    Args:
+        checkpoint: directory with `config.json`.
+        architecture: of the same configuration.
+        device: where parts are brought to life.
+        dtype: in which everything is computed.
+    """
+
+    def __init__(
+        self, checkpoint: Path, architecture: Architecture, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype = device, dtype
+        with quiet(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=architecture.attention_implementation,
+                experts_implementation="eager",
+            )
+        self.model.eval().requires_grad_(False)
+        self.layers: nn.ModuleList = self.model.get_submodule(architecture.blocks_path)
+        self._restore_buffers()
+        for layer in self.layers:
+            _bypass(layer)
+
+    def _restore_buffers(self) -> None:
+        """Compute what is no weight and not on disk, such as rotary frequencies.
+
+        Runs the model's own initialisation, as `from_pretrained` does, on the modules concerned.
+        """
+        for module in self.model.modules():
+            missing = [
+                name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta
+            ]
+            for name in missing:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            if missing:
+                self.model._init_weights(module)
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """Put a weight in place; `name` is that of the module tree."""
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        expected = module.get_parameter(leaf).shape
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: shape {list(tensor.shape)} instead of {list(expected)}")
+        value = tensor.to(self.device, self.dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def release(self, module: nn.Module) -> None:
+        """Send all weights of a module back to the meta device."""
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    empty = torch.empty_like(parameter, device="meta")
+                    part._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def parameter(self, name: str) -> Tensor:
+        """A weight that is in place."""
+        parameter: Tensor = self.model.get_parameter(name)
+        return parameter
+
+    def embed(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        """What enters block 0: [batch, length, hidden]; needs the embedding in place."""
+
+        def reached(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+        with _hook(self.layers[0].register_forward_pre_hook, reached):
+            return self._jump(input_ids=input_ids.to(self.device), mask=mask)
+
+    def block(self, index: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        """Output of block `index`, which is in place, for an input [batch, length, hidden]."""
+        hidden = hidden.to(self.device, self.dtype)
+
+        def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
+
+        def reached(_: nn.Module, __: Any, output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+        layer = self.layers[index]
+        with (
+            _alive(layer),
+            _hook(layer.register_forward_pre_hook, substitute),
+            _hook(layer.register_forward_hook, reached, pre=False),
+        ):
+            return self._jump(shape=hidden.shape[:2], mask=mask)
+
+    def finish(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """From the last block's output to what enters the head: [batch, length, width]."""
+        hidden = hidden.to(self.device, self.dtype)
+
+        def reached(_: nn.Module, args: tuple[Any, ...], __: dict[str, Any]) -> None:
+            raise _Reached(args[0])
+
+        with (
+            _returning(self.layers[-1], hidden),
+            _hook(self.head.register_forward_pre_hook, reached),
+        ):
+            return self._jump(shape=hidden.shape[:2], mask=mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Head and whatever the family does to logits: [..., width] to [..., vocab]."""
+        hidden = hidden.to(self.device, self.dtype)
+
+        def substitute(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> Any:
+            return (hidden,), kwargs
+
+        with _hook(self.head.register_forward_pre_hook, substitute):
+            output = self.model(inputs_embeds=self._zeros(torch.Size((1, 1))), use_cache=False)
+            logits: Tensor = output.logits
+            return logits
+
+    @property
+    def head(self) -> nn.Module:
+        """The module that turns hidden states into logits."""
+        head: nn.Module = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The module that turns token ids into vectors."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
+
+    def _zeros(self, shape: torch.Size) -> Tensor:
+        """Stand-ins for embeddings [batch, length, width] where their values do not matter."""
+        width = self.embedding.get_parameter("weight").shape[1]
+        return torch.zeros(*shape, width, device=self.device, dtype=self.dtype)
+
+    def _jump(
+        self, mask: Tensor, input_ids: Tensor | None = None, shape: torch.Size | None = None
+    ) -> Tensor:
+        """Start the model's forward and come back with what a hook reached."""
+        inputs: Mapping[str, Tensor] = (
+            {"inputs_embeds": self._zeros(shape)} if shape is not None else {"input_ids": input_ids}  # type: ignore[dict-item]
+        )
+        # Without padding no mask is passed, so that fused causal attention can be used.
+        attention = None if bool(mask.all()) else mask.to(self.device, torch.int64)
+        try:
+            self.model(**inputs, attention_mask=attention, use_cache=False)
+        except _Reached as reached:
+            return reached.value
+        raise RuntimeError("the forward ended without reaching the part that was asked for")
+
+
+def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+def _bypass(layer: nn.Module) -> None:
+    """An attribute of the instance goes before the method of its class."""
+    layer.forward = _identity
+
+
+@contextmanager
+def _alive(layer: nn.Module) -> Iterator[None]:
+    """Let the layer's own forward run."""
+    del layer.forward
+    try:
+        yield
+    finally:
+        _bypass(layer)
+
+
+@contextmanager
+def _returning(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
+    layer.forward = lambda *_, **__: hidden
+    try:
+        yield
+    finally:
+        _bypass(layer)
+
+
+@contextmanager
+def _hook(
+    register: Callable[..., torch.utils.hooks.RemovableHandle],
+    hook: Callable[..., Any],
+    pre: bool = True,
+) -> Iterator[None]:
+    handle = register(hook, with_kwargs=True) if pre else register(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

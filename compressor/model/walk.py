@@ -1,0 +1,415 @@
+"""Walk a checkpoint block by block: one block in memory, whatever the depth.
+
+    walk = BlockWalk(checkpoint, batches, device=…, dtype=…, scratch=…, memory_budget=…)
+    for block in walk.blocks():
+        block.capture(observe)                  # inputs of every matrix, valid tokens only
+        for matrix in block.matrices:
+            matrix.set_weight(rounded)
+        block.forward()                         # activations for the next block
+        block.save_outputs()                    # a later walk can start behind this block
+        write(block.state())
+    logits = walk.logits(hidden) for hidden in walk.final_hidden()
+
+Weights are computed with in `dtype` but stored as on disk: what `set_weight` takes is rounded
+to the disk dtype first, so that the activations are those of the model that will be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import ModelError, ResumeError
+from compressor.model.activations import ActivationStore
+from compressor.model.architecture import Architecture, Matrix
+from compressor.model.experts import ExpertWatch, Place, place
+from compressor.model.reader import TensorReader, read_config
+from compressor.model.skeleton import Skeleton
+from compressor.types import TokenBatch
+
+Observer = Callable[[str, Tensor, Tensor], None]
+"""Called with (input group, inputs [tokens, in], index of each token's domain [tokens])."""
+
+
+class _Enough(Exception):
+    """All groups that were asked for have been seen."""
+
+
+class BlockWalk:
+    """A checkpoint with calibration text, opened block by block.
+
+    Args:
+        checkpoint: directory of a dense checkpoint of a known family.
+        batches: what runs through the model, right-padded.
+        device: where blocks are computed.
+        dtype: in which they are computed.
+        scratch: folder for activations beyond the budget and for those saved to resume.
+        memory_budget: bytes of activations held in memory.
+
+    Raises:
+        ModelError: unknown family, compressed weights, or tensors that do not fit config.json.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        batches: Sequence[TokenBatch],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        scratch: Path,
+        memory_budget: int = 1 << 30,
+    ) -> None:
+        self.architecture = Architecture.from_config(read_config(checkpoint))
+        if self.architecture.quantized:
+            raise ModelError(f"{checkpoint} is compressed already; its weights cannot be changed")
+        self.reader = TensorReader(checkpoint)
+        self.reader.require(tuple(self.architecture.tensors()))
+        self.batches = tuple(batches)
+        self.device, self.dtype = torch.device(device), dtype
+        self.scratch, self.memory_budget = scratch, memory_budget
+        self.domains = tuple(sorted({name for batch in batches for name in batch.domains}))
+        self._changed: dict[str, Tensor] = {}
+        self._skeleton = Skeleton(checkpoint, self.architecture, self.device, dtype)
+        self._fill_outside()
+        self._inputs = ActivationStore(self._folder(0), 0)
+
+    def blocks(self, start: int = 0) -> Iterator[Block]:
+        """The blocks in order, each released when the next one is asked for.
+
+        A block that the caller leaves without `forward()` is run as it stands.
+
+        Args:
+            start: index of the first block; above 0 its inputs must have been saved.
+
+        Raises:
+            ResumeError: `start` is above 0 and its inputs were not saved, or belong to other text.
+        """
+        self._inputs = self._embedded() if start == 0 else self._saved(start)
+        for index in range(start, self.architecture.layers):
+            block = Block(self, index, self._inputs)
+            yield block
+            block._close()
+            self._inputs = block._outputs
+
+    def rest(self) -> tuple[str, ...]:
+        """Names on disk of all tensors outside the blocks."""
+        inside = tuple(f"{self._prefix(index)}" for index in range(self.architecture.layers))
+        return tuple(name for name in self.reader.names if not name.startswith(inside))
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in its disk shape and dtype: as changed by `set_tensor`, else as on disk."""
+        return self._changed[name] if name in self._changed else self.reader.read(name)
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Change a tensor outside the blocks (disk shape); later activations feel it.
+
+        Raises:
+            ModelError: there is no such tensor outside the blocks, or its shape differs.
+        """
+        if name not in self.rest():
+            raise ModelError(f"there is no tensor {name!r} outside the blocks")
+        self._changed[name] = self._as_on_disk(name, value)
+        self._fill_outside()
+        self._skeleton.release(self._skeleton.head)
+
+    def final_hidden(self) -> Iterator[Tensor]:
+        """After the last block: per batch what enters the head, [batch, length, width]."""
+        for hidden, batch in zip(self._inputs, self.batches, strict=True):
+            with torch.no_grad():
+                yield self._skeleton.finish(hidden, batch.mask)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] as the model computes them, for hidden states [..., width]."""
+        head = self._skeleton.head
+        if next(head.parameters()).is_meta:
+            role = "embed" if self.architecture.tied else "head"
+            self._assign(head, self._table(role))
+        with torch.no_grad():
+            return self._skeleton.logits(hidden)
+
+    def _prefix(self, index: int) -> str:
+        return f"{self.architecture.blocks_path}.{index}."
+
+    def _folder(self, index: int) -> Path:
+        return self.scratch / f"inputs-{index:05d}"
+
+    def _new_store(self, index: int) -> ActivationStore:
+        """Inputs and outputs of a block are alive together, hence half the budget each."""
+        return ActivationStore(self._folder(index), self.memory_budget // 2)
+
+    def _table(self, role: str) -> Matrix:
+        return next(matrix for matrix in self.architecture.matrices if matrix.role == role)
+
+    def _assign(self, module: nn.Module, matrix: Matrix) -> None:
+        """Fill the only weight of an embedding or a head."""
+        value = self.tensor(matrix.tensor).to(self.device, self.dtype)
+        module.weight = nn.Parameter(value, requires_grad=False)
+
+    def _fill_outside(self) -> None:
+        """Norms, positions and projections are small and stay; embedding and head do not."""
+        large = {matrix.tensor for matrix in self.architecture.matrices if matrix.role in _LARGE}
+        for name, _ in self.architecture.tensors():
+            if name not in large and not name.startswith(f"{self.architecture.blocks_path}."):
+                module_name = self.architecture.module_tensor(name)
+                self._skeleton.assign(module_name, self.tensor(name))
+
+    def _embedded(self) -> ActivationStore:
+        store = self._new_store(0)
+        embedding = self._skeleton.embedding
+        self._assign(embedding, self._table("embed"))
+        with torch.no_grad():
+            for batch in self.batches:
+                store.append(self._skeleton.embed(batch.input_ids, batch.mask))
+        self._skeleton.release(embedding)
+        return store
+
+    def _saved(self, index: int) -> ActivationStore:
+        store = ActivationStore.load(self._folder(index), self.memory_budget // 2)
+        expected = [batch.input_ids.shape for batch in self.batches]
+        if len(store) != len(expected) or store[0].shape[:2] != expected[0]:
+            raise ResumeError(f"the activations in {store.folder} belong to other text")
+        return store
+
+    def _as_on_disk(self, name: str, value: Tensor) -> Tensor:
+        """A copy on the CPU in the disk dtype.
+
+        Raises:
+            ModelError: the shape is not that on disk.
+        """
+        if tuple(value.shape) != self.reader.shape(name):
+            raise ModelError(
+                f"{name} has shape {list(self.reader.shape(name))},"
+                f" so {list(value.shape)} cannot replace it"
+            )
+        return value.detach().to("cpu", self.reader.dtype(name), copy=True).contiguous()
+
+    def _valid(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Mask [tokens] of what is no padding, and the domain index of every token [tokens]."""
+        rows = torch.tensor([self.domains.index(name) for name in batch.domains])
+        domains = rows.repeat_interleave(batch.mask.shape[1])
+        return batch.mask.flatten().to(self.device), domains.to(self.device)
+
+
+_LARGE = ("embed", "head")
+
+
+class BlockMatrix:
+    """One matrix of the block that is in memory.
+
+    Attributes:
+        info: name, shape, role, input group.
+    """
+
+    def __init__(self, block: Block, info: Matrix) -> None:
+        self._block = block
+        self.info = info
+
+    @property
+    def weight(self) -> Tensor:
+        """A copy of the weight [out, in] in the walk's dtype, on the walk's device."""
+        return self._block._view(self.info).clone()
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Replace the weight by one [out, in], rounded to the disk dtype.
+
+        Raises:
+            ModelError: the shape differs.
+        """
+        value = weight.T if self.info.transposed_on_disk else weight
+        self._block.set_tensor(self.info.tensor, value)
+
+
+class Block:
+    """One block in memory, with what enters it.
+
+    Attributes:
+        index: its position.
+        matrices: its matrices in execution order.
+        inputs: hidden states that enter it, one tensor [batch, length, hidden] per batch.
+        module: its live module in the walk's dtype; for optimisation through it.
+    """
+
+    def __init__(self, walk: BlockWalk, index: int, inputs: ActivationStore) -> None:
+        self._walk = walk
+        self.index = index
+        self.inputs = inputs
+        self.module: nn.Module = walk._skeleton.layers[index]
+        self.matrices = tuple(
+            BlockMatrix(self, matrix) for matrix in walk.architecture.block(index)
+        )
+        self._places = {
+            matrix.info.tensor: place(walk.architecture, matrix.info) for matrix in self.matrices
+        }
+        self._changed: dict[str, Tensor] = {}
+        self._outputs = walk._new_store(index + 1)
+        self._fill()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names on disk of all tensors of the block, also of those the model does not use."""
+        return self._walk.reader.under(self._walk._prefix(self.index))
+
+    def matrix(self, name: str) -> BlockMatrix:
+        """The matrix of that name (without `.weight`).
+
+        Raises:
+            ModelError: the block has none.
+        """
+        info = self._walk.architecture.matrix(name)
+        for matrix in self.matrices:
+            if matrix.info is info:
+                return matrix
+        raise ModelError(f"{name} belongs to another block than {self.index}")
+
+    def tensor(self, name: str) -> Tensor:
+        """Any tensor of the block in its disk shape and dtype, changed or not.
+
+        Raises:
+            ModelError: the block has none of that name.
+        """
+        if name not in self.names:
+            raise ModelError(f"block {self.index} has no tensor {name!r}")
+        return self._changed[name] if name in self._changed else self._walk.reader.read(name)
+
+    def set_tensor(self, name: str, value: Tensor) -> None:
+        """Replace any tensor of the block by one of the disk's shape, rounded to its dtype.
+
+        Raises:
+            ModelError: the block has none of that name, or the shape differs.
+        """
+        if name not in self.names:
+            raise ModelError(f"block {self.index} has no tensor {name!r}")
+        self._changed[name] = self._walk._as_on_disk(name, value)
+        self._put(name, self._changed[name])
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors of the block as on disk; those never set are byte-identical to it."""
+        return {name: self.tensor(name) for name in self.names}
+
+    def run(self, batch: int) -> Tensor:
+        """Output [batch, length, hidden] for one batch with the present weights."""
+        mask = self._walk.batches[batch].mask
+        return self._walk._skeleton.block(self.index, self.inputs[batch], mask)
+
+    def forward(self) -> None:
+        """Run all batches with the present weights; the outputs enter the next block."""
+        self._outputs.free()
+        with torch.no_grad():
+            for batch in range(len(self._walk.batches)):
+                self._outputs.append(self.run(batch))
+
+    def save_outputs(self) -> None:
+        """Put the outputs on disk, so that a walk can start at the next block.
+
+        The inputs of this block stay, those of the block before it go: until the caller has
+        recorded this block as done, either point may be where the run resumes.
+        """
+        self._finish()
+        self._outputs.save()
+        if self.index:
+            ActivationStore(self._walk._folder(self.index - 1), 0).delete()
+
+    def capture(self, observe: Observer, groups: Collection[str] | None = None) -> None:
+        """Run all batches with the present weights and report what enters each input group.
+
+        Only valid tokens are reported, and to a group of an expert only those routed to it.
+        The forward of a batch ends as soon as all groups asked for have been reported.
+
+        Args:
+            observe: called per batch and group, in execution order.
+            groups: input groups to report; all of the block by default.
+
+        Raises:
+            ModelError: the block has no such group.
+        """
+        known = self._walk.architecture.groups(self.index)
+        wanted = set(known if groups is None else groups)
+        if not wanted <= set(known):
+            raise ModelError(f"block {self.index} has no input group {min(wanted - set(known))!r}")
+        with torch.no_grad():
+            for batch in range(len(self._walk.batches)):
+                self._capture_batch(batch, observe, wanted)
+
+    def _capture_batch(self, batch: int, observe: Observer, wanted: set[str]) -> None:
+        valid, domains = self._walk._valid(self._walk.batches[batch])
+        members = self._walk.architecture.groups(self.index)
+        shared = [members[group][0] for group in members if group in wanted]
+        plain = [matrix for matrix in shared if matrix.expert is None]
+        routed = {matrix.input_group for matrix in shared if matrix.expert is not None}
+        waiting = {matrix.input_group for matrix in plain}
+
+        def saw(group: str, inputs: Tensor) -> None:
+            rows = inputs.reshape(-1, inputs.shape[-1])
+            observe(group, rows[valid], domains[valid])
+            waiting.discard(group)
+            if not waiting and not routed:
+                raise _Enough
+
+        def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor) -> None:
+            group = f"{self._walk._prefix(self.index)}experts.{expert}.{side}"
+            keep = valid[tokens]
+            if group in routed and bool(keep.any()):
+                observe(group, rows[keep], domains[tokens[keep]])
+
+        with ExitStack() as stack:
+            for matrix in plain:
+                stack.callback(self._listen(matrix, saw).remove)
+            if routed:
+                stack.enter_context(ExpertWatch(self._experts(), routed_to))
+            try:
+                self.run(batch)
+            except _Enough:
+                return
+
+    def _listen(
+        self, matrix: Matrix, saw: Callable[[str, Tensor], None]
+    ) -> torch.utils.hooks.RemovableHandle:
+        path = self._places[matrix.tensor].parameter.removesuffix(".weight")
+        module: nn.Module = self._walk._skeleton.model.get_submodule(path)
+        return module.register_forward_pre_hook(
+            lambda _, args: saw(matrix.input_group, args[0]), with_kwargs=False
+        )
+
+    def _experts(self) -> nn.Module:
+        expert = next(matrix.info for matrix in self.matrices if matrix.info.expert is not None)
+        path, _, _ = self._places[expert.tensor].parameter.rpartition(".")
+        module: nn.Module = self._walk._skeleton.model.get_submodule(path)
+        return module
+
+    def _fill(self) -> None:
+        """Bring the module to life: whole tensors by name, experts into their fused tensors."""
+        skeleton, walk = self._walk._skeleton, self._walk
+        fused = {spot.parameter for spot in self._places.values() if spot.expert is not None}
+        for name in fused:
+            shape = skeleton.parameter(name).shape
+            skeleton.assign(name, torch.empty(shape, dtype=walk.dtype, device=walk.device))
+        for name, _ in walk.architecture.tensors():
+            if name.startswith(walk._prefix(self.index)):
+                self._put(name, walk.reader.read(name))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        """Copy a tensor of the disk's shape into the live module."""
+        skeleton = self._walk._skeleton
+        spot = self._places.get(name)
+        if spot is None or spot.expert is None:
+            skeleton.assign(self._walk.architecture.module_tensor(name), value)
+        else:
+            spot.view(skeleton.parameter(spot.parameter)).copy_(value)
+
+    def _view(self, matrix: Matrix) -> Tensor:
+        spot: Place = self._places[matrix.tensor]
+        return spot.view(self._walk._skeleton.parameter(spot.parameter).detach())
+
+    def _finish(self) -> None:
+        if len(self._outputs) < len(self._walk.batches):
+            self.forward()
+
+    def _close(self) -> None:
+        self._finish()
+        self.inputs.free()
+        self._walk._skeleton.release(self.module)

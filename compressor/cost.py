@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
 from compressor import machine, resources
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
-from compressor.formats.sizes import bits_per_weight, packed_bytes
+from compressor.formats.sizes import Role, bits_per_weight, packed_bytes
 from compressor.formats.support import Format
 from compressor.model.architecture import Architecture, Matrix
 from compressor.text import shards
 from compressor.types import WeightScheme
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_OUTER: Mapping[str, Role] = {"embed": "embeddings", "position": "embeddings", "head": "head"}
 _BYTES_PER_TOKEN = 3.5  # of English text and code, for tokenizers of 32k entries and more
 _FLOPS_PER_CORE = {False: 4e10, True: 1e11}  # fp32 products without and with AVX-512, in practice
 _GRID_CANDIDATES = 80
@@ -45,14 +47,25 @@ def _bits(matrix: Matrix, scheme: WeightScheme, architecture: Architecture) -> f
 
 def checkpoint_bytes(architecture: Architecture, form: Format = "pack-quantized") -> int:
     """Exact bytes of all tensors of a compressed-tensors export, file headers excepted."""
-    total = sum(math.prod(shape) for _, shape in architecture.others) * architecture.dtype_bytes
+    return sum(role_bytes(architecture, form).values())
+
+
+def role_bytes(architecture: Architecture, form: Format = "pack-quantized") -> dict[Role, int]:
+    """The same by what the bytes hold, as `formats.sizes.measure` counts them after the fact."""
+    found: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
+    others = sum(math.prod(shape) for _, shape in architecture.others)
+    found["rest"] += others * architecture.dtype_bytes
     for matrix in architecture.matrices:
+        outer = _OUTER.get(matrix.role)
         if matrix.scheme is None:
-            total += matrix.parameters * architecture.dtype_bytes
-        else:
-            dtype = _STORED[architecture.dtype]
-            total += packed_bytes(matrix.shape, matrix.scheme, dtype, form).total
-    return total
+            found[outer or "rest"] += matrix.parameters * architecture.dtype_bytes
+            continue
+        size = packed_bytes(matrix.shape, matrix.scheme, _STORED[architecture.dtype], form)
+        found[outer or "codes"] += size.codes
+        found[outer or "scales"] += size.scales
+        found[outer or "zero_points"] += size.zero_points
+        found[outer or "rest"] += size.shape
+    return found
 
 
 def rounding_flops(

@@ -20,10 +20,12 @@ from compressor.cost import (
     evaluation_tokens,
     flops_per_second,
     linear_bits,
+    role_bytes,
     rounding_flops,
 )
 from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
+from compressor.formats.sizes import Role
 from compressor.formats.support import Target, engine_problems, export_problems
 from compressor.model.architecture import Architecture, Matrix
 from compressor.order import order_problems
@@ -54,6 +56,7 @@ class StagePlan(Priced):
         bits_linear: the same with scales and zero-points.
         bits_checkpoint: 8 · packed bytes / parameters of the base, the headline.
         packed_bytes: of all tensors in a compressed-tensors export.
+        by_role: the same by what they hold.
         disk_bytes: what the stage itself writes: a dense checkpoint and the codes.
         peak_bytes: memory, estimated.
         flops: floating-point operations, estimated.
@@ -68,6 +71,7 @@ class StagePlan(Priced):
     bits_linear: float
     bits_checkpoint: float
     packed_bytes: int
+    by_role: dict[Role, int]
     disk_bytes: int
     peak_bytes: int
     flops: float
@@ -283,6 +287,7 @@ def _stage_plan(
         bits_linear=linear,
         bits_checkpoint=8 * packed / base.parameters,
         packed_bytes=packed,
+        by_role=role_bytes(after),
         disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
         peak_bytes=block_memory(after, tokens if reads_text else 0),
         flops=flops,

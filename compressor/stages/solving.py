@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,14 +88,14 @@ def _solve_rows(
         scale_dtype=dtype,
     )
     solved = gptq(stacked, factor, scheme, grid, block_size=options.block_size).quantized
-    heights = [len(weight) for weight in weights]
-    zeros = [None] * len(heights) if solved.zero_point is None else solved.zero_point.split(heights)
-    return [
-        QTensor(codes, scale, zero, scheme)
-        for codes, scale, zero in zip(
-            solved.codes.split(heights), solved.scale.split(heights), zeros, strict=True
-        )
-    ]
+    ends = list(accumulate(len(weight) for weight in weights))
+    return [_rows(solved, slice(start, end)) for start, end in pairwise([0, *ends])]
+
+
+def _rows(stacked: QTensor, rows: slice) -> QTensor:
+    zero_point = None if stacked.zero_point is None else stacked.zero_point[rows].contiguous()
+    codes, scale = stacked.codes[rows].contiguous(), stacked.scale[rows].contiguous()
+    return QTensor(codes, scale, zero_point, stacked.scheme)
 
 
 def _fallback(factor: HessianFactor, damping: float) -> tuple[str, str] | None:

@@ -1,0 +1,500 @@
+"""From a recipe's `calibration` section to token batches.
+
+Text comes from a mix of the shipped domains or from one source of the user's: a file, a folder,
+a saved dataset or a dataset of the Hub. Documents are put in an order fixed by the seed,
+tokenized, and packed into windows (or padded, one document a row). The number of rows is exactly
+`samples`; domains get theirs by largest remainder. The same config and tokenizer give the same
+bytes, and `CalibrationSet.sha256` says so in the lock file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from compressor import resources, text
+from compressor.errors import AccessError, ResourceError, TextError
+from compressor.text import Document
+from compressor.types import TokenBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+USER_DOMAIN = "user"  # the domain of text that the user brings
+_SHARE_TOLERANCE = 1e-6
+_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+
+
+class CalibrationConfig(BaseModel):
+    """Which text the stages may look at, and how much of it.
+
+    Either `mix` (a shipped name, or the path of a YAML file like those in calibration/mixes) or
+    `source` (a .txt, .md, .jsonl or .parquet file, a folder of such, a dataset saved by
+    `datasets`, or a Hub id). `samples` windows of `length` tokens are drawn.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mix: str = "default"
+    source: str | None = None
+    split: str = "train"
+    column: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    chat_template: bool = False
+    pack: bool = True
+    samples: int = Field(default=128, gt=0)
+    length: int = Field(default=512, ge=8)
+    batch_size: int = Field(default=8, gt=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> CalibrationConfig:
+        given = self.model_fields_set
+        if self.source is not None and "mix" in given:
+            raise ValueError("`mix` and `source` exclude each other: name one of them")
+        options = {"split", "column", "subset", "revision", "streaming", "chat_template"}
+        if self.source is None and (stray := sorted(options & given)):
+            raise ValueError(f"`{stray[0]}` describes a `source`, and none is named")
+        return self
+
+
+class Mix(BaseModel):
+    """Shares of the shipped domains, as calibration/mixes/*.yaml hold them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    description: str
+    domains: dict[str, float]
+
+    @field_validator("domains")
+    @classmethod
+    def _shares(cls, domains: dict[str, float]) -> dict[str, float]:
+        for name, share in domains.items():
+            if not share > 0:
+                raise ValueError(f"the share of {name!r} is {share}; shares must be positive")
+        total = sum(domains.values())
+        if not abs(total - 1) <= _SHARE_TOLERANCE:
+            raise ValueError(f"the shares sum to {total:g}; they must sum to 1")
+        return domains
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """What the stages see.
+
+    Attributes:
+        batches: rows of all domains, shuffled by the seed; the last batch may be smaller.
+        documents: every document that gave at least one token, for contamination checks.
+        tokens: unpadded tokens by domain.
+        sha256: of all token ids, row lengths and row domains, in order.
+    """
+
+    batches: tuple[TokenBatch, ...]
+    documents: tuple[Document, ...]
+    tokens: dict[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: list[int]
+    domain: str
+
+
+def mixes() -> tuple[str, ...]:
+    """Names of the shipped mixes, sorted."""
+    return tuple(sorted(path.stem for path in _mix_folder().glob("*.yaml")))
+
+
+def load_mix(mix: str) -> Mix:
+    """A shipped mix by name, or one of the user's by path.
+
+    Raises:
+        TextError: no such mix, a broken file, shares that do not sum to 1, an unknown domain.
+    """
+    path = _mix_path(mix)
+    try:
+        loaded = Mix.model_validate(YAML(typ="safe").load(path))
+    except YAMLError as error:
+        raise TextError(f"{path} is not YAML: {error}") from error
+    except ValidationError as error:
+        raise TextError(f"mix {path}: {_first(error)}") from error
+    valid = text.domains(resources.calibration(), "calibration")
+    for domain in loaded.domains:
+        if domain not in valid:
+            raise text.unknown_domain(domain, valid)
+    return loaded
+
+
+def _mix_folder() -> Path:
+    return resources.calibration() / "mixes"
+
+
+def _mix_path(mix: str) -> Path:
+    if mix in mixes():
+        return _mix_folder() / f"{mix}.yaml"
+    path = Path(mix).expanduser()
+    if path.is_file():
+        return path
+    hint = f"{_guess(mix, mixes())}shipped: {', '.join(mixes())}; or give the path of a YAML file"
+    raise TextError(f"there is no calibration mix {mix!r}", hint)
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem of a validation, as `place: sentence`."""
+    problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"]))
+    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _guess(word: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(valid), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+# Documents
+
+
+def load_documents(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[Document]:
+    """Every document the config names, domain by domain, in the order fixed by the seed.
+
+    A streamed source is read to its end; `build_batches` reads only what it needs. The tokenizer
+    is needed for `chat_template` only.
+
+    Raises:
+        TextError: the text is missing, empty, or not of the kind the config says.
+        ResourceError: the Hub cannot be reached.
+        AccessError: the Hub wants credentials.
+    """
+    found = _origins(config, tokenizer)
+    return [document for _, documents in found.values() for document in documents]
+
+
+def _origins(
+    config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, tuple[float, Iterator[Document]]]:
+    """Share and documents by domain."""
+    if config.source is not None:
+        return {USER_DOMAIN: (1.0, _user_documents(config, config.source, tokenizer))}
+    shares = load_mix(config.mix).domains
+    return {name: (share, _domain_documents(config, name)) for name, share in shares.items()}
+
+
+def _domain_documents(config: CalibrationConfig, domain: str) -> Iterator[Document]:
+    documents = text.calibration_documents(domain)
+    random.Random(f"{config.seed}/{domain}").shuffle(documents)
+    yield from documents
+
+
+def _user_documents(
+    config: CalibrationConfig, source: str, tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[Document]:
+    """Non-empty documents of the user's source.
+
+    Raises:
+        TextError: there is none.
+    """
+    column = config.column or ("messages" if config.chat_template else "text")
+    if config.chat_template and not getattr(tokenizer, "chat_template", None):
+        hint = "set `chat_template: false`, or use a model whose tokenizer has one"
+        raise TextError("`chat_template` is set but the tokenizer has no chat template", hint)
+    empty = True
+    for number, row in enumerate(_rows(config, source)):
+        content = _cell(row, column, source)
+        written = _as_text(content, column, source, config, tokenizer)
+        if written.strip():
+            empty = False
+            yield Document(f"{number}", USER_DOMAIN, written, source=source)
+    if empty:
+        raise TextError(f"column {column!r} of {source} holds no text")
+
+
+def _cell(row: Mapping[str, Any], column: str, source: str) -> Any:
+    if column not in row:
+        hint = f"{_guess(column, row)}columns: {', '.join(row)}; set `column`"
+        raise TextError(f"{source} has no column {column!r}", hint)
+    return row[column]
+
+
+def _as_text(
+    content: Any,
+    column: str,
+    source: str,
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> str:
+    if content is None:
+        return ""
+    if config.chat_template and tokenizer is not None and isinstance(content, list):
+        return str(tokenizer.apply_chat_template(content, tokenize=False))
+    if config.chat_template or not isinstance(content, str):
+        wanted = "a list of messages" if config.chat_template else "text"
+        hint = "set `chat_template: true` for conversations and `false` for text"
+        kind = type(content).__name__
+        raise TextError(f"column {column!r} of {source} holds {kind}, not {wanted}", hint)
+    return content
+
+
+# Sources
+
+
+def _rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a source; shuffled by the seed unless they are streamed."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        if path.suffix in _SUFFIXES or source.startswith((".", "/", "~")):
+            raise TextError(f"calibration source {source} does not exist")
+        yield from _hub_rows(config, source)
+    elif path.is_file():
+        yield from _shuffled(list(_file_rows(path)), config.seed)
+    elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        yield from _saved_rows(config, path)
+    else:
+        yield from _shuffled(_folder_rows(path), config.seed)
+
+
+def _shuffled(rows: Any, seed: int) -> Iterator[Mapping[str, Any]]:
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    for index in order:
+        yield rows[index]
+
+
+def _folder_rows(folder: Path) -> list[Mapping[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    if not files:
+        raise TextError(f"folder {folder} holds no file that ends in {', '.join(_SUFFIXES)}")
+    return [row for file in files for row in _file_rows(file)]
+
+
+def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of one file; a text file is one row.
+
+    Raises:
+        TextError: unknown kind of file, or its content is broken.
+    """
+    if path.suffix not in _SUFFIXES:
+        raise TextError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
+    if path.suffix == ".parquet":
+        yield from _parquet_rows(path)
+        return
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8: {error}") from error
+    if path.suffix == ".jsonl":
+        yield from _json_rows(path, content)
+    else:
+        yield {"text": content}
+
+
+def _json_rows(path: Path, content: str) -> Iterator[Mapping[str, Any]]:
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TextError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise TextError(f"{path}:{number} must be a JSON object with named columns")
+        yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowInvalid as error:
+        raise TextError(f"{path} is not a parquet file: {error}") from error
+    yield from table.to_pylist()
+
+
+def _saved_rows(config: CalibrationConfig, path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a folder that `Dataset.save_to_disk` wrote."""
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.DatasetDict):
+        if config.split not in loaded:
+            hint = f"splits: {', '.join(loaded)}"
+            raise TextError(f"dataset {path} has no split {config.split!r}", hint)
+        loaded = loaded[config.split]
+    yield from _shuffled(loaded, config.seed)
+
+
+def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, Any]]:
+    """Rows of a dataset of the Hub; streamed rows keep their order.
+
+    `datasets` reports a wrong subset or split as ValueError, with a list of the right ones.
+    """
+    import datasets
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    try:
+        loaded = datasets.load_dataset(
+            source,
+            config.subset,
+            split=config.split,
+            streaming=config.streaming,
+            revision=config.revision,
+        )
+    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
+        raise TextError(f"dataset {source!r} cannot be read: {error}") from error
+    except GatedRepoError as error:
+        raise AccessError(f"dataset {source!r} is gated: {error}", "run `hf auth login`") from error
+    except (ConnectionError, HfHubHTTPError, OSError) as error:
+        hint = "calibrate on a shipped mix or a local file when offline"
+        raise ResourceError(f"dataset {source!r} cannot be fetched: {error}", hint) from error
+    yield from loaded if config.streaming else _shuffled(loaded, config.seed)
+
+
+# Tokens
+
+
+def build_batches(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase) -> CalibrationSet:
+    """Tokenize and pack: exactly `samples` rows of `length` tokens.
+
+    Packed rows are windows of a stream in which the end-of-text token follows every document; a
+    domain has its own stream. Unpacked rows are the head of one document each. When the
+    tokenizer begins its texts with a begin-of-text token, so does every row, because models
+    trained that way put their attention sink there.
+
+    Raises:
+        TextError: less text than asked for, and everything `load_documents` raises.
+    """
+    rows: list[_Row] = []
+    used: list[Document] = []
+    origins = _origins(config, tokenizer)
+    counts = apportion({name: share for name, (share, _) in origins.items()}, config.samples)
+    for domain, (_, documents) in origins.items():
+        take = _pack if config.pack else _head_rows
+        rows += take(config, tokenizer, domain, counts[domain], _recorded(documents, used))
+    random.Random(config.seed).shuffle(rows)
+    return _assemble(config, tokenizer, rows, tuple(used))
+
+
+def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:
+    """Integer parts of `total` by largest remainder (Hamilton's method); ties go by name."""
+    exact = {name: share * total for name, share in shares.items()}
+    parts = {name: int(value + _SHARE_TOLERANCE) for name, value in exact.items()}
+    order = sorted(exact, key=lambda name: (parts[name] - exact[name], name))
+    for name in order[: total - sum(parts.values())]:
+        parts[name] += 1
+    return parts
+
+
+def _recorded(documents: Iterator[Document], used: list[Document]) -> Iterator[Document]:
+    for document in documents:
+        used.append(document)
+        yield document
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token, when the tokenizer puts it before a text."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, written: str, prefix: list[int]) -> list[int]:
+    """Token ids without the begin-of-text token, which `prefix` adds to the row."""
+    ids: list[int] = tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids[1:] if prefix and ids[:1] == prefix else ids
+
+
+def _pack(
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: str,
+    count: int,
+    documents: Iterator[Document],
+) -> list[_Row]:
+    prefix = _prefix(tokenizer)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    body = config.length - len(prefix)
+    stream: list[int] = []
+    while len(stream) < count * body:
+        document = next(documents, None)
+        if document is None:
+            raise _too_little(domain, f"{len(stream):,} tokens", f"{count * body:,}", config)
+        stream += _ids(tokenizer, document.text, prefix) + end
+    return [_Row(prefix + stream[i * body : (i + 1) * body], domain) for i in range(count)]
+
+
+def _head_rows(
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    domain: str,
+    count: int,
+    documents: Iterator[Document],
+) -> list[_Row]:
+    prefix = _prefix(tokenizer)
+    rows: list[_Row] = []
+    while len(rows) < count:
+        document = next(documents, None)
+        if document is None:
+            raise _too_little(domain, f"{len(rows):,} documents", f"{count:,}", config)
+        ids = prefix + _ids(tokenizer, document.text, prefix)
+        rows.append(_Row(ids[: config.length], domain))
+    return rows
+
+
+def _too_little(domain: str, have: str, need: str, config: CalibrationConfig) -> TextError:
+    place = config.source if domain == USER_DOMAIN and config.source else f"domain {domain!r}"
+    asked = f"{config.samples} samples of {config.length} tokens need {need} of it"
+    return TextError(
+        f"{place} has {have} of calibration text, and {asked}",
+        "lower `samples` or `length`, or bring more text",
+    )
+
+
+def _assemble(
+    config: CalibrationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[_Row],
+    documents: tuple[Document, ...],
+) -> CalibrationSet:
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = tokenizer.eos_token_id or 0  # masked, so any id will do
+    tokens: dict[str, int] = {}
+    for row in rows:
+        tokens[row.domain] = tokens.get(row.domain, 0) + len(row.ids)
+    size = config.batch_size
+    chunks = (rows[i : i + size] for i in range(0, len(rows), size))
+    batches = tuple(_batch(chunk, padding) for chunk in chunks)
+    return CalibrationSet(batches, documents, dict(sorted(tokens.items())), _digest(rows))
+
+
+def _batch(rows: list[_Row], padding: int) -> TokenBatch:
+    import torch
+
+    length = max(len(row.ids) for row in rows)
+    ids = [row.ids + [padding] * (length - len(row.ids)) for row in rows]
+    mask = [[True] * len(row.ids) + [False] * (length - len(row.ids)) for row in rows]
+    domains = tuple(row.domain for row in rows)
+    return TokenBatch(torch.tensor(ids), torch.tensor(mask), domains)
+
+
+def _digest(rows: list[_Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.domain, row.ids]).encode())
+    return digest.hexdigest()

@@ -43,8 +43,11 @@ from compressor.types import Problem
 ExportFormat = Literal["compressed-tensors", "dense"]
 EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang"]
 
-PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.text.*")
+PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.source")
 """Keys that may name a file; `*` stands for any key."""
+
+_SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".parquet")
+_OF_SOURCE = ("source", "split", "column", "subset", "revision", "streaming", "chat_template")
 
 
 class Section(BaseModel):
@@ -61,12 +64,12 @@ class ExportConfig(Section):
         "Transformers; `dense` is the same model with ordinary weights, for any program.",
     )
     form: Literal["pack-quantized", "int-quantized"] = Field(
-        "pack-quantized",
+        default="pack-quantized",
         description="Layout of compressed-tensors: codes packed into words, or one byte a code "
         "(8 bits by channel only).",
     )
     engines: tuple[EngineName, ...] = Field(
-        ("transformers",),
+        default=("transformers",),
         description="Programs that must load the result; the plan refuses what one of them cannot.",
     )
 
@@ -75,10 +78,12 @@ class Lock(Section):
     """What a finished run was made of; the engine refuses to reproduce it from anything else."""
 
     model: str = Field(description="Hub id, directory or builtin name, as typed.")
-    revision: str | None = Field(None, description="Commit of the model on the Hub.")
+    revision: str | None = Field(default=None, description="Commit of the model on the Hub.")
     config_sha256: str = Field(description="SHA-256 of the model's config.json.")
     weights: dict[str, str] = Field(description="SHA-256 of every weight file, by name.")
-    calibration_sha256: str | None = Field(None, description="SHA-256 of the calibration tokens.")
+    calibration_sha256: str | None = Field(
+        default=None, description="SHA-256 of the calibration tokens."
+    )
     packages: dict[str, str] = Field(description="Versions that decide the bytes, by package.")
 
 
@@ -86,26 +91,26 @@ class Recipe(Section):
     """What to do with a model, in the order in which it happens."""
 
     name: str = Field(
-        "",
+        default="",
         description="Names the run; defaults to the file's name.",
         pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
     )
-    description: str = Field("", description="One sentence for `compress ls recipes`.")
-    seed: int = Field(0, ge=0, lt=2**63, description="Of everything random in the run.")
+    description: str = Field(default="", description="One sentence for `compress ls recipes`.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Of everything random in the run.")
     calibration: CalibrationConfig | None = Field(
-        None, description="Text that the stages look at. Needed by some methods."
+        default=None, description="Text that the stages look at. Needed by some methods."
     )
     stages: tuple[SerializeAsAny[StageConfig], ...] = Field(
         min_length=1, description="The methods, applied one after the other."
     )
     evaluate: EvaluateConfig = Field(
-        default_factory=EvaluateConfig, description="How every variant is measured."
+        default=EvaluateConfig(), description="How every variant is measured."
     )
-    gates: Gates = Field(default_factory=Gates, description="Limits the result must keep.")
+    gates: Gates = Field(default=Gates(), description="Limits the result must keep.")
     export: tuple[ExportConfig, ...] = Field(
-        (ExportConfig(format="compressed-tensors"),), description="Deliverables."
+        default=(ExportConfig(format="compressed-tensors"),), description="Deliverables."
     )
-    lock: Lock | None = Field(None, description="Written by a run; pins what went into it.")
+    lock: Lock | None = Field(default=None, description="Written by a run; pins what went into it.")
 
     _source: Source | None = PrivateAttr(None)
 
@@ -230,7 +235,7 @@ def _needs(recipe: Recipe) -> list[Problem]:
 def _resolve_paths(source: Source, folder: Path, allow_outside: bool) -> list[Problem]:
     """Make the paths in a recipe absolute; report those that leave its folder unasked."""
     problems = []
-    for location, container, key in _written_paths(source.data):
+    for location, container, key in _written_paths(source.data, folder):
         written = container[key]
         typed = bool(source.overridden(location))
         path = ((Path.cwd() if typed else folder) / Path(written).expanduser()).resolve()
@@ -247,7 +252,7 @@ def _resolve_paths(source: Source, folder: Path, allow_outside: bool) -> list[Pr
     return problems
 
 
-def _written_paths(data: Any) -> list[tuple[Location, dict[str, Any], str]]:
+def _written_paths(data: Any, folder: Path) -> list[tuple[Location, dict[str, Any], str]]:
     """Every value of `PATHS` that names a file, with the mapping that holds it."""
     found = []
     for pattern in PATHS:
@@ -257,16 +262,18 @@ def _written_paths(data: Any) -> list[tuple[Location, dict[str, Any], str]]:
             container = container.get(step) if isinstance(container, dict) else None
         if not isinstance(container, dict):
             continue
-        keys = list(container) if last == "*" else [last]
-        for key in keys:
+        for key in list(container) if last == "*" else [last]:
             value = container.get(key)
-            if isinstance(value, str) and (last == "*" or _looks_like_path(value)):
+            if isinstance(value, str) and (last == "*" or _is_path(value, folder)):
                 found.append(((*parents, key), container, key))
     return found
 
 
-def _looks_like_path(value: str) -> bool:
-    return "/" in value or "\\" in value or value.endswith((".yaml", ".yml", ".json"))
+def _is_path(value: str, folder: Path) -> bool:
+    """Whether a value that may also be a name (of a suite, a mix, a Hub dataset) is a path."""
+    if value.startswith(("/", "~", ".")) or "\\" in value or ".." in value.split("/"):
+        return True
+    return value.endswith(_SUFFIXES) or ("/" in value and (folder / value).exists())
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -292,8 +299,13 @@ def dump_lock(recipe: Recipe, facts: Lock, folder: Path) -> str:
         folder: where the text will be stored; paths are written relative to it.
     """
     content = recipe.model_dump(mode="json", exclude={"lock"})
-    for _, container, key in _written_paths(content):
+    for _, container, key in _written_paths(content, folder):
         container[key] = os.path.relpath(container[key], folder)
+    if recipe.calibration is not None:
+        # `mix` and `source` exclude each other even at their defaults.
+        unused = ("mix",) if recipe.calibration.source is not None else _OF_SOURCE
+        for key in unused:
+            content["calibration"].pop(key, None)
     content["lock"] = facts.model_dump(mode="json")
     heading = "# Written by a run. `compress` with this file and the same model repeats it.\n"
     return heading + _dump_yaml(content)

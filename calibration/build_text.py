@@ -375,10 +375,10 @@ def _lines(paragraph: str, limit: int) -> Iterator[str]:
 class Blocks(html.parser.HTMLParser):
     """Block texts of a handbook page, without navigation, listings and head matter."""
 
-    BLOCK = frozenset(
-        ["div", "p", "li", "ul", "ol", "dl", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6"]
-        + ["table", "tr", "td", "th", "blockquote", "body"]
-    )
+    HEADINGS = frozenset(["h1", "h2", "h3", "h4", "h5", "h6"])
+    LISTS = frozenset(["li", "ul", "ol", "dl", "dt", "dd"])
+    TABLES = frozenset(["table", "tr", "td", "th"])
+    BLOCK = frozenset(["div", "p", "blockquote", "body"]) | HEADINGS | LISTS | TABLES
     VOID = frozenset(["br", "img", "hr", "link", "meta", "input", "col"])
     MUTE = frozenset(["head", "pre", "script", "style"])
 

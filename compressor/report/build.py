@@ -46,19 +46,28 @@ def build_report(facts: Facts) -> Report:
     return draft.model_copy(update={"claims": claims, "warnings": warnings})
 
 
+def check_evidence(report: Report) -> None:
+    """Refuse a report with a sentence that its numbers do not support.
+
+    Raises:
+        VerificationError: names the first such sentence.
+    """
+    document = report.model_dump(mode="json")
+    found = statements.problems(document, (*report.claims, *report.warnings))
+    if found:
+        raise VerificationError(f"report.json contradicts itself: {found[0]}")
+
+
 def check_report(report: Report) -> None:
     """Refuse a report whose sentences or derived values differ from its facts.
 
     Raises:
         VerificationError: names the first difference.
     """
-    document = report.model_dump(mode="json")
-    found = statements.problems(document, (*report.claims, *report.warnings))
-    if found:
-        raise VerificationError(f"report.json contradicts itself: {found[0]}")
+    check_evidence(report)
     facts = Facts(**{name: getattr(report, name) for name in Facts.model_fields})
     rebuilt = build_report(facts)
-    for name in set(Report.model_fields) - set(Facts.model_fields):
+    for name in sorted(set(Report.model_fields) - set(Facts.model_fields)):
         if getattr(rebuilt, name) != getattr(report, name):
             raise VerificationError(f"report.json: {name!r} does not follow from the facts")
 
@@ -167,11 +176,16 @@ def _size_claims(report: Report, document: Document) -> Iterator[Statement]:
     yield state(
         document,
         "bits",
-        "Its tensors hold {checkpoint} bits per parameter of the base, ties counted once; "
-        "the quantized matrices hold {linear} with scales and zero-points.",
+        "Its tensors hold {checkpoint} bits per parameter of the base, ties counted once.",
         checkpoint=(pointer(*size, "bits_checkpoint"), "bits"),
-        linear=(pointer(*size, "bits_linear"), "bits"),
     )
+    if report.variants[place].size.by_role.codes:
+        yield state(
+            document,
+            "matrices",
+            "The quantized matrices hold {linear} bits per weight, scales and zero-points counted.",
+            linear=(pointer(*size, "bits_linear"), "bits"),
+        )
 
 
 def _quality_claims(report: Report, document: Document) -> Iterator[Statement]:

@@ -39,7 +39,11 @@ def environment() -> Environment:
         keep_trailing_newline=True,
     )
     made.filters.update(
-        size=numbers.size, duration=numbers.duration, count=numbers.count, share=numbers.share
+        size=numbers.size,
+        duration=numbers.duration,
+        count=numbers.count,
+        share=numbers.share,
+        moment=numbers.moment,
     )
     return made
 
@@ -98,7 +102,7 @@ def tiles(report: Report) -> list[Tile]:
     base = report.variants[0].size
     size = next(v for v in report.variants if v.id == report.headline).size
     sizes = f"{numbers.size(base.bytes_on_disk)} → {numbers.size(size.bytes_on_disk)}"
-    linear = f"{numbers.bits(size.bits_linear)} in the matrices"
+    linear = f"{numbers.bits(size.bits_linear)} in the matrices" if size.by_role.codes else "dense"
     found = [
         Tile("size on disk", numbers.ratio(size.ratio_total), "smaller", sizes),
         Tile("checkpoint", numbers.bits(size.bits_checkpoint), "bits / weight", linear),

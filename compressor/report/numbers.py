@@ -52,14 +52,31 @@ def _interval_decimals(estimate: Estimate) -> int | None:
 
 def value_of(estimate: Estimate, signed: bool = False) -> str:
     """The value alone, rounded where its interval says."""
+    if _tiny(estimate):
+        return number(estimate.value)
     decimals = _interval_decimals(estimate)
     if decimals is None:
         decimals = min(8, decimals_for(estimate.value, 3))
     return fixed(estimate.value, decimals, signed)
 
 
+def _tiny(estimate: Estimate) -> bool:
+    ends = (estimate.value, estimate.low or 0.0, estimate.high or 0.0)
+    return 0 < max(abs(end) for end in ends) < 1e-4
+
+
+def _scaled(estimate: Estimate, exponent: int) -> Estimate:
+    low, high = (
+        None if end is None else end / 10.0**exponent for end in (estimate.low, estimate.high)
+    )
+    return Estimate(value=estimate.value / 10.0**exponent, low=low, high=high)
+
+
 def plus_minus(estimate: Estimate, signed: bool = False) -> str:
     """Value ± half the width of the 95 % interval; the value alone without an interval."""
+    if _tiny(estimate) and estimate.value:
+        exponent = math.floor(math.log10(abs(estimate.value)))
+        return f"({plus_minus(_scaled(estimate, exponent), signed)}) × {power(exponent)}"
     decimals = _interval_decimals(estimate)
     if decimals is None or estimate.low is None or estimate.high is None:
         return value_of(estimate, signed)
@@ -71,6 +88,8 @@ def limits(estimate: Estimate, signed: bool = False) -> str:
     """The two ends of the 95 % interval, or a dash."""
     if estimate.low is None or estimate.high is None:
         return "–"
+    if _tiny(estimate):
+        return f"{number(estimate.low)} to {number(estimate.high)}"
     decimals = _interval_decimals(estimate)
     if decimals is None:
         decimals = min(8, decimals_for(estimate.low, 3))
@@ -114,7 +133,17 @@ def count(value: float) -> str:
 
 def share(value: float) -> str:
     """A share in percent."""
-    return f"{fixed(100 * value, 1)} %"
+    return f"{fixed(100 * value, 1)}\u00a0%"
+
+
+def plain(value: float) -> str:
+    """A number of unknown kind: whole ones as they are, others with four digits."""
+    return count(value) if float(value).is_integer() else number(value, 4)
+
+
+def moment(iso: str) -> str:
+    """An ISO 8601 time to the minute."""
+    return f"{iso[:16].replace('T', ' ')} UTC"
 
 
 def ratio(value: float) -> str:

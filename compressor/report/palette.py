@@ -70,7 +70,7 @@ def figure_css() -> str:
         "svg .grid { stroke: var(--grid); stroke-width: 1; }",
         "svg .axis { stroke: var(--rule); stroke-width: 1; }",
         "svg .zero { stroke: var(--muted); stroke-width: 1; }",
-        "svg .ghost { fill: var(--muted); fill-opacity: .28; stroke: none; }",
+        "svg .ghost { fill: var(--muted); fill-opacity: .4; stroke: none; }",
         "svg .ghostline { fill: none; stroke: var(--muted); stroke-width: 1.25;"
         " stroke-dasharray: 4 3; }",
         "svg .warm { fill: var(--warm); } svg .cool { fill: var(--cool); }",

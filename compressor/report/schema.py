@@ -6,6 +6,7 @@ bytes, times seconds, losses and divergences as named in `compressor.evaluation.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -202,6 +203,14 @@ class Facts(Frozen):
     contamination: tuple[Contamination, ...] = ()
     gates: tuple[GateVerdict, ...] = Field(default=(), description="of the headline variant")
     reproduce: Reproduce
+
+    @model_validator(mode="after")
+    def _numbers_are_finite(self) -> Self:
+        try:
+            json.dumps(self.model_dump(), allow_nan=False)
+        except ValueError as error:
+            raise ValueError("a report holds finite numbers only, found NaN or infinity") from error
+        return self
 
     @model_validator(mode="after")
     def _references_resolve(self) -> Self:

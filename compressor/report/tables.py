@@ -32,6 +32,13 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     words: frozenset[int] = frozenset({0})
 
+    def without(self, *headings: str) -> Table:
+        """The same table with some columns left out."""
+        kept = [i for i, heading in enumerate(self.header) if heading not in headings]
+        words = frozenset(place for place, i in enumerate(kept) if i in self.words)
+        rows = tuple(tuple(row[i] for i in kept) for row in self.rows)
+        return Table(self.key, self.caption, tuple(self.header[i] for i in kept), rows, words)
+
 
 def _or_none(value: Any, show: Callable[[Any], str]) -> str:
     return NONE if value is None else show(value)
@@ -97,7 +104,6 @@ def quality_table(report: Report) -> Table:
             "Δ base",
             "Δ parent",
             "worst domain",
-            "perplexity",
             "mean KL, nats",
             "99.9 % KL",
             "same top token",
@@ -116,8 +122,7 @@ def _quality_row(
         numbers.plus_minus(score.bits_per_byte),
         signed(score.delta_bits_per_byte),
         own_delta(own),
-        f"{worst.domain} {signed(worst.delta_bits_per_byte)}" if worst else NONE,
-        numbers.plus_minus(score.perplexity),
+        f"{worst.domain} {numbers.value_of(worst.delta_bits_per_byte, True)}" if worst else NONE,
         *_divergence_cells(score.divergence),
     )
 
@@ -157,28 +162,33 @@ def domain_table(report: Report, variant: str) -> Table:
             "mean KL, nats",
             "99.9 % KL",
             "same top token",
-            "remarks",
         ),
-        tuple(
-            _domain_row(report, name, evaluation.domains[name])
-            for name in domains_of(report)
-            if name in evaluation.domains
+        (
+            *(
+                _domain_row(_with_remarks(report, name), evaluation.domains[name])
+                for name in domains_of(report)
+                if name in evaluation.domains
+            ),
+            _domain_row("mean over domains", evaluation.overall),
         ),
-        frozenset({0, 10}),
     )
 
 
-def _domain_row(report: Report, domain: str, score: Score) -> tuple[str, ...]:
+def _with_remarks(report: Report, domain: str) -> str:
+    remarks = remarks_of(report, domain)
+    return f"{domain} ({remarks})" if remarks else domain
+
+
+def _domain_row(domain: str, score: Score) -> tuple[str, ...]:
     return (
         domain,
         numbers.count(score.documents),
         numbers.count(score.tokens),
         numbers.plus_minus(score.bits_per_byte),
         signed(score.delta_bits_per_byte),
-        numbers.plus_minus(score.perplexity),
-        _or_none(score.delta_perplexity_ratio, numbers.plus_minus),
+        numbers.value_of(score.perplexity),
+        _or_none(score.delta_perplexity_ratio, numbers.value_of),
         *_divergence_cells(score.divergence),
-        remarks_of(report, domain),
     )
 
 
@@ -236,7 +246,6 @@ def stage_table(report: Report) -> Table | None:
         (
             "stage",
             "settings",
-            "from",
             "bytes",
             "Δ bits / byte",
             "layer error",
@@ -246,7 +255,7 @@ def stage_table(report: Report) -> Table | None:
             "fallbacks",
         ),
         tuple(rows),
-        frozenset({0, 1, 2}),
+        frozenset({0, 1}),
     )
 
 
@@ -255,9 +264,8 @@ def _stage_row(variant: Variant, own: Attribution, labels: dict[str, str]) -> tu
     if stage is None:
         return ()
     return (
-        stage.method,
+        f"{stage.method} after {labels[own.parent]}",
         settings(stage.params),
-        labels[own.parent],
         numbers.size_change(-own.bytes_saved),
         own_delta(own),
         _or_none(own.median_loss, numbers.number),
@@ -276,7 +284,7 @@ def settings(params: dict[str, Any]) -> str:
 def notes_table(report: Report) -> Table | None:
     """Facts that stages reported by name."""
     rows = [
-        (v.stage.method, name.replace("_", " "), numbers.number(value, 4))
+        (v.stage.method, name.replace("_", " "), numbers.plain(value))
         for v in report.variants
         if v.stage is not None
         for name, value in v.stage.notes.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise, zip_longest
 
 from compressor.evaluation.results import Divergence, Estimate, Score
 from compressor.report import numbers
@@ -19,6 +20,7 @@ from compressor.report.figures.base import (
 )
 from compressor.report.figures.svg import (
     Drawing,
+    Point,
     Scale,
     log_padded,
     padded,
@@ -84,8 +86,10 @@ def _frontier(
 ) -> None:
     on_it = [v for v in report.variants if v.id in report.pareto]
     points = sorted((xs(v.size.bytes_on_disk), ys(levels[v.id].value)) for v in on_it)
+    steps = [(right[0], left[1]) for left, right in pairwise(points)]
+    path = [point for pair in zip_longest(points, steps) for point in pair if point]
     if len(points) > 1:
-        drawing.path(points, "ghostline")
+        drawing.path(path, "ghostline")
 
 
 def _pareto_point(
@@ -104,18 +108,30 @@ def _pareto_point(
 def _pareto_labels(
     drawing: Drawing, report: Report, variants: list[Variant], scales: tuple[Scale, Scale]
 ) -> None:
-    series, middle = series_of(report), (scales[0].start + scales[0].end) / 2
-    points = [
-        (scales[0](v.size.bytes_on_disk), scales[1](_level(report, v).value)) for v in variants
+    """Labels stand beside their mark, on the side where no other error bar is in the way."""
+    series = series_of(report)
+    xs = [scales[0](v.size.bytes_on_disk) for v in variants]
+    ys = [scales[1](_level(report, v).value) - 8 for v in variants]
+    texts = [shorten(v.label, 210, 7.8) for v in variants]
+    sides = [
+        _side(x, text_width(text), [other for other in xs if other != x], scales[0].end)
+        for x, text in zip(xs, texts, strict=True)
     ]
-    for on_left in (True, False):
-        group = [i for i, (x, _) in enumerate(points) if (x > middle) == on_left]
-        places = spread([points[i][1] + 4 for i in group], 15, scales[1].end + 8, scales[1].start)
+    for side in (-1, 1):
+        group = [i for i, chosen in enumerate(sides) if chosen == side]
+        places = spread([ys[i] for i in group], 15, scales[1].end + 8, scales[1].start - 4)
         for i, y in zip(group, places, strict=True):
-            x = points[i][0] + (-11 if on_left else 11)
-            anchor = "end" if on_left else "start"
             cls = f"fill{series[variants[i].id]} strong halo"
-            drawing.text(x, y, shorten(variants[i].label, 190), cls, anchor)
+            drawing.text(xs[i] + 10 * side, y, texts[i], cls, "start" if side > 0 else "end")
+
+
+def _side(x: float, width: float, others: list[float], end: float) -> int:
+    """1 for a label on the right of `x`, -1 for one on the left."""
+    if x + 10 + width > end:
+        return -1
+    blocked = any(x < other < x + 10 + width for other in others)
+    free_left = x - 10 - width > 52 and not any(x - 10 - width < other < x for other in others)
+    return -1 if blocked and free_left else 1
 
 
 def _level(report: Report, variant: Variant) -> Estimate:
@@ -158,7 +174,7 @@ def _deltas(report: Report, domain: str) -> list[tuple[str, Estimate]]:
 def _draw_forest(report: Report, width: float) -> Drawing:
     groups = [(domain, _deltas(report, domain)) for domain in ("", *domains_of(report))]
     key = 0.0 if width >= SPLIT else 18.0 * len(compared(report)) + 6
-    height = key + sum(26 + ROW * len(rows) for _, rows in groups) + 44
+    height = key + sum(26 + ROW * len(rows) for _, rows in groups) + 58
     drawing = Drawing(width, height)
     ends = [0.0, *(end for _, rows in groups for _, delta in rows for end in _ends(delta))]
     left = 176.0 if width >= SPLIT else 10.0
@@ -178,7 +194,7 @@ def _key(drawing: Drawing, report: Report) -> None:
     for place, name in enumerate(compared(report)):
         series, y = series_of(report)[name], 12 + 18.0 * place
         drawing.marker(8, y - 4, series)
-        drawing.text(20, y, shorten(labels_of(report)[name], 300), f"fill{series} strong")
+        drawing.text(20, y, shorten(labels_of(report)[name], 320, 7.8), f"fill{series} strong")
 
 
 def _forest_group(
@@ -232,16 +248,27 @@ def _worst_in_words(report: Report) -> list[str]:
 
 def _draw_heatmap(report: Report, width: float) -> Drawing:
     domains, gutter = domains_of(report), 120.0 if width >= SPLIT else 104.0
-    panel = 34.0 * len(domains) + 84
     side_by_side = width >= SPLIT
-    drawing = Drawing(width, panel if side_by_side else 2 * panel + 8)
     room = (width - gutter - 24) / 2 if side_by_side else width - gutter
-    second = (gutter + room + 24, 0.0) if side_by_side else (gutter, panel + 8)
+    head = _head_height(report, room)
+    panel = 34.0 * len(domains) + head + 4
+    drawing = Drawing(width, panel if side_by_side else 2 * panel + 14)
+    second = (gutter + room + 24, 0.0) if side_by_side else (gutter, panel + 14)
     _heat_panel(drawing, report, (gutter, 0.0), room, "Δ bits per byte")
     _heat_panel(drawing, report, second, room, "mean KL, nats per token")
-    for y in (0.0,) if side_by_side else (0.0, panel + 8):
-        _heat_rows(drawing, report, y + 80)
+    for y in (0.0,) if side_by_side else (0.0, panel + 14):
+        _heat_rows(drawing, report, y + head)
     return drawing
+
+
+def _cell_width(report: Report, room: float) -> float:
+    return min(190.0, room / len(compared(report)))
+
+
+def _head_height(report: Report, room: float) -> float:
+    """Room for the title of a panel and the labels of its columns."""
+    labels = (labels_of(report)[name] for name in compared(report))
+    return 26 + 14.0 * max(len(wrap(label, _cell_width(report, room) - 8)) for label in labels)
 
 
 def _heat_rows(drawing: Drawing, report: Report, top: float) -> None:
@@ -266,7 +293,7 @@ def _heat_panel(
 ) -> None:
     x0, y0 = corner
     names, domains = compared(report), domains_of(report)
-    cell = min(170.0, room / len(names))
+    cell, head = _cell_width(report, room), _head_height(report, room)
     drawing.text(x0, y0 + 14, title, "strong")
     values = {(n, d): _heat_value(report, n, d, title) for n in names for d in domains}
     largest = max((abs(v) for v in values.values() if v is not None), default=1.0) or 1.0
@@ -276,7 +303,7 @@ def _heat_panel(
         worst = report.evaluations[name].worst
         marked = None if worst is None else worst.domain if title[0] == "Δ" else worst.kl_domain
         for row, domain in enumerate(domains):
-            box = (x, y0 + 80 + 34 * row, cell)
+            box = (x, y0 + head + 34 * row, cell)
             _cell(drawing, box, values[name, domain], largest, domain == marked)
 
 
@@ -350,11 +377,12 @@ def _draw_ccdf(
     high = 10 ** math.ceil(math.log10(max(x for x, _ in flat)) + 1e-9)
     smallest = 10 ** math.floor(math.log10(max(1e-7, min(y for _, y in flat))))
     xs = Scale(low, high, 52.0, width - 12, log=True)
-    ys = Scale(min(smallest, 0.1), 1.0, 310.0, 30.0, log=True)
+    ys = Scale(min(smallest, 5e-4), 1.0, 310.0, 30.0, log=True)
     y_axis(drawing, ys, 52, width - 12, _percent_tick)
     x_axis(drawing, xs, 30, 310, lambda v: numbers.power(round(math.log10(v))), 8)
     drawing.text(0, 14, "share of tokens above, log scale", "muted small")
     drawing.text(width - 12, 346, "KL(base ‖ variant), nats, log scale", "muted small", "end")
+    drawing.text(58, ys(0.001) - 5, "99.9 % quantile", "muted small halo")
     _noise(drawing, report, xs, ys)
     for name, points in kept.items():
         inside = [(xs(x), ys(y)) for x, y in points if x >= low and y >= ys.low]
@@ -394,7 +422,7 @@ def _ccdf_labels(
         share = ys.low ** (0.8 - 0.62 * (place + 1) / len(names))
         crossing = next((x for x, y in curves[name] if y <= share), curves[name][-1][0])
         on_left = place < len(names) // 2
-        label = shorten(labels_of(report)[name], 190)
+        label = shorten(labels_of(report)[name], 210, 7.8)
         x = xs(crossing) + (-8 if on_left else 8)
         room = text_width(label)
         x = max(x, xs.start + room) if on_left else min(x, xs.end - room)
@@ -444,13 +472,23 @@ def _draw_position(
         drawing.path(places, f"line{series_of(report)[name]}")
         for x, y in places:
             drawing.marker(x, y, series_of(report)[name], r=3.5)
-    _end_labels(drawing, report, {name: ys(points[-1][1]) for name, points in curves.items()}, ys)
+    drawn = {n: [(xs(at + 1), ys(kl)) for at, kl in points] for n, points in curves.items()}
+    _end_labels(drawing, report, drawn, ys)
     return drawing
 
 
-def _end_labels(drawing: Drawing, report: Report, ends: dict[str, float], ys: Scale) -> None:
-    places = spread([y - 10 for y in ends.values()], 15, ys.end, ys.start - 6)
-    for name, y in zip(ends, places, strict=True):
-        label = shorten(labels_of(report)[name], 190)
+def _end_labels(
+    drawing: Drawing, report: Report, curves: dict[str, list[Point]], ys: Scale
+) -> None:
+    """Every label stands above the right end of its curve, clear of the points under it."""
+    texts = {name: shorten(labels_of(report)[name], 210, 7.8) for name in curves}
+    wanted = []
+    for name, points in curves.items():
+        start = drawing.width - 14 - text_width(texts[name])
+        first = next((i for i, (x, _) in enumerate(points) if x >= start), len(points) - 1)
+        wanted.append(min(y for _, y in points[max(0, first - 1) :]) - 9)
+    for (name, text), y in zip(
+        texts.items(), spread(wanted, 15, ys.end, ys.start - 6), strict=True
+    ):
         cls = f"fill{series_of(report)[name]} strong halo"
-        drawing.text(drawing.width - 14, y, label, cls, "end")
+        drawing.text(drawing.width - 14, y, text, cls, "end")

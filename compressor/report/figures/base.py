@@ -9,7 +9,7 @@ from compressor.report import palette as colours
 from compressor.report.figures.svg import Drawing, standalone_style
 from compressor.report.schema import Report
 
-WIDE, NARROW = 760.0, 330.0  # px: the text column, and a small telephone
+WIDE, NARROW = 820.0, 350.0  # px: the text column, and a small telephone
 SPLIT = 560.0  # below this width panels stand on top of each other
 
 

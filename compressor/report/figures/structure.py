@@ -69,7 +69,7 @@ def _draw_layers(
     panels = panels_of(metrics)
     columns = 4 if width >= SPLIT else 2
     rows = -(-len(panels) // columns)
-    drawing = Drawing(width, rows * 148.0 + 22)
+    drawing = Drawing(width, rows * 148.0)
     values = [v for m in metrics for v in (m.loss, m.baseline_loss) if v > 0]
     low, high = log_padded(values, 0.06)
     last = max(block for panel in panels.values() for block, _ in panel)
@@ -78,10 +78,11 @@ def _draw_layers(
         x, y = 46 + room * (place % columns), 148.0 * (place // columns)
         xs = Scale(0, max(1, last), x + 6, x + room - 16)
         ys = Scale(low, high, y + 120, y + 28, log=True)
-        drawing.text(x, y + 16, shorten(kind, room - 8), "strong small")
+        drawing.text(x, y + 16, shorten(kind, room - 8, 7.2), "strong small")
         _frame(drawing, xs, ys, place % columns == 0, last)
+        if place % columns == 0:
+            drawing.text(x - 6, y + 134, "block", "muted small", "end")
         _layer_points(drawing, panel, xs, ys, series_of(report)[variant.id])
-    drawing.text(width - 12, drawing.height - 4, "block", "muted small", "end")
     return drawing
 
 
@@ -146,7 +147,7 @@ def _steps(base: Variant, final: Variant) -> list[tuple[str, int]]:
 def _draw_waterfall(
     base: Variant, final: Variant, steps: list[tuple[str, int]], width: float
 ) -> Drawing:
-    row, left = 28.0, 158.0 if width >= SPLIT else 104.0
+    row, left = 28.0, 190.0 if width >= SPLIT else 140.0
     drawing = Drawing(width, row * (len(steps) + 2) + 6)
     start, end = base.size.bytes_on_disk, final.size.bytes_on_disk
     level, peak = start, start
@@ -170,7 +171,7 @@ def _draw_waterfall(
 
 
 def _total(drawing: Drawing, label: str, total: int, scale: Scale, y: float) -> None:
-    drawing.text(0, y + 17, shorten(label, scale.start - 6, 6.2), "strong")
+    drawing.text(0, y + 17, shorten(label, scale.start - 6, 7.6), "strong")
     drawing.bar(scale.start, y + 4, scale(total) - scale.start, 18, "fill0")
     drawing.text(drawing.width, y + 17, numbers.size(total), "small strong", "end")
 

@@ -15,6 +15,7 @@ Formatter = Callable[[float], str]
 
 _ILLEGAL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 CHARACTER = 6.6  # px, mean advance of a character at 12 px in the widest of the system fonts
+BOLD = 7.8  # px, the same for bold text
 
 
 def safe(text: str) -> str:
@@ -23,8 +24,8 @@ def safe(text: str) -> str:
 
 
 def text_width(text: str) -> float:
-    """Room to leave for `text` at 12 px, in pixels; on the generous side."""
-    return len(text) * CHARACTER
+    """Room to leave for bold `text` at 12 px, in pixels; on the generous side."""
+    return len(text) * BOLD
 
 
 def _number(value: object) -> str:
@@ -131,13 +132,14 @@ class Scale:
             last = math.floor(math.log10(self.high) + 1e-9)
             return [10.0**exponent for exponent in range(first, last + 1, step)]
         if decades > 0.6:
-            return [v for v in _one_two_five(self.low) if self.low <= v <= self.high]
+            factors = (1, 2, 5) if decades < 1.3 else (1, 3)
+            return [v for v in _multiples(self.low, factors) if self.low <= v <= self.high]
         return _linear_ticks(self.low, self.high, wanted)
 
 
-def _one_two_five(low: float) -> list[float]:
+def _multiples(low: float, factors: tuple[int, ...]) -> list[float]:
     start = math.floor(math.log10(low))
-    return [m * 10.0**e for e in range(start, start + 4) for m in (1, 2, 5)]
+    return [factor * 10.0**e for e in range(start, start + 4) for factor in factors]
 
 
 def _linear_ticks(low: float, high: float, wanted: int) -> list[float]:

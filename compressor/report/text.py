@@ -1,0 +1,49 @@
+"""The report for a terminal: plain text, aligned, no colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compressor.report import numbers, tables
+from compressor.report.schema import Report
+from compressor.report.tables import Table
+
+DROPPED = ("documents", "ratio to base", "same top token")  # what does not fit a terminal
+
+
+def to_text(report: Report) -> str:
+    """Verdict, gates, variants, domains of the headline and warnings, about 110 wide."""
+    seconds = numbers.duration(report.run.seconds)
+    parts = [f"{report.base.id}: {report.verdict}  ({report.run.status}, {seconds})"]
+    parts += [f"  {gate.verdict:<12} {gate.gate}: {gate.sentence}" for gate in report.gates]
+    shown = [
+        tables.size_table(report),
+        tables.quality_table(report).without(*DROPPED),
+        *_domains(report),
+    ]
+    parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
+    if report.warnings:
+        parts += ["Warnings", *(f"  {warning.text}" for warning in report.warnings)]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _domains(report: Report) -> list[Table]:
+    if report.headline not in report.evaluations:
+        return []
+    return [tables.domain_table(report, report.headline).without(*DROPPED)]
+
+
+def aligned(table: Table) -> str:
+    """A table in columns: words flush left, numbers flush right."""
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(table.header))]
+    lines = [_line(row, widths, table.words) for row in rows]
+    return "\n".join([lines[0], "─" * sum(widths, 2 * len(widths) - 2), *lines[1:]])
+
+
+def _line(row: Sequence[str], widths: list[int], words: frozenset[int]) -> str:
+    cells = (
+        cell.ljust(width) if place in words else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "  ".join(cells).rstrip()

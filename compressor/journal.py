@@ -51,4 +51,3 @@ class Journal:
             if event["event"] == name
             and all(event.get(key) == value for key, value in facts.items())
         ]
-

@@ -24,7 +24,7 @@ class Meter:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> Meter:
-        self._start = time.perf_counter()
+        self._start = self._lap = time.perf_counter()
         self._thread.start()
         return self
 
@@ -32,6 +32,12 @@ class Meter:
         self._stop.set()
         self._thread.join()
         self.seconds = time.perf_counter() - self._start
+
+    def lap(self) -> float:
+        """Seconds since the start or the lap before."""
+        now = time.perf_counter()
+        seconds, self._lap = now - self._lap, now
+        return seconds
 
     def _sample(self) -> None:
         process = psutil.Process()

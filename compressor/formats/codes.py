@@ -121,19 +121,18 @@ def _load(path: Path, module: str, entry: Mapping[str, object]) -> QTensor:
 
 
 class CodesReader(Mapping[str, QTensor]):
-    """All codes of a folder by module name, each loaded when asked for and not kept.
+    """All codes of some folders by module name, each loaded when asked for and not kept.
 
     Args:
-        folder: holds `codes-*.safetensors`; none at all gives an empty mapping.
+        folders: hold `codes-*.safetensors`; none at all gives an empty mapping.
 
     Raises:
         ModelError: a file is damaged, or two files hold the same module.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, *folders: Path) -> None:
         self._entries: dict[str, tuple[Path, dict[str, object]]] = {}
-        for path in sorted(folder.glob("codes-*.safetensors")):
+        for path in (p for folder in folders for p in sorted(folder.glob("codes-*.safetensors"))):
             for module, entry in _schemes(path).items():
                 if module in self._entries:
                     other = self._entries[module][0].name

@@ -8,14 +8,20 @@ option means one field here or in the stage's own file: the recipe loader, the J
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
 
 if TYPE_CHECKING:
+    from compressor.calibration import CalibrationSet
     from compressor.model.architecture import Architecture
+    from compressor.stages.context import StageContext
+    from compressor.types import StageResult
 
 ReportProblem = Callable[[str, str, str], None]
 """Called with (option, message, hint) for everything that the plan finds wrong."""
@@ -32,7 +38,7 @@ def option(default: Any, what: str, *, effect: str = "", source: str = "", **rul
         rules: constraints that pydantic checks (`ge`, `le`, `min_length`, ...).
     """
     notes = {"effect": effect, "source": source}
-    extra = {key: text for key, text in notes.items() if text}
+    extra: JsonDict = {key: text for key, text in notes.items() if text}
     return Field(default, description=what, json_schema_extra=extra, **rules)
 
 
@@ -44,7 +50,7 @@ class Need:
     reason: str
 
 
-class StageConfig(BaseModel):
+class StageConfig(BaseModel, ABC):
     """One entry of `stages` in a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,3 +73,15 @@ class StageConfig(BaseModel):
         """
         del problems
         return architecture
+
+    @abstractmethod
+    def run(
+        self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
+    ) -> StageResult:
+        """Do the work and write the next checkpoint.
+
+        Args:
+            checkpoint: directory of the parent, a plain Hugging Face checkpoint.
+            calibration: tokens; there whenever `calibration_need` asked for them.
+            context: where to work and whom to tell.
+        """

@@ -1,0 +1,442 @@
+"""Carry out a plan: stages, verification, evaluation, export, report. Resumes by itself.
+
+The engine is the only writer of a run's directory:
+
+    recipe.yaml         the recipe, verbatim
+    recipe.lock.yaml    the same with every default, and hashes of what went in
+    journal.jsonl       what is done, one line an event
+    stages/NN-method/   the checkpoint and codes that each stage leaves
+    deliverable/FORMAT/ what engines load
+    evaluations/        token scores and results of every variant
+    report.json, report.html, README.md, figures/
+    scratch/            activations and hidden states; gone when the run is done
+
+Each step is journaled when its result is on disk. Running the same command again skips what
+the journal holds; a run killed at any moment therefore ends with the bytes of one that was not.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from compressor.calibration import CalibrationSet, build_batches
+from compressor.errors import ResourceError, ResumeError
+from compressor.evaluation.results import Evaluation
+from compressor.evaluation.scoring import resolve_dtype
+from compressor.evaluation.session import BASE, Session
+from compressor.facts import Finished, build_facts
+from compressor.formats import compressed_tensors
+from compressor.formats.atomic import atomic_write_text
+from compressor.formats.codes import CodesReader
+from compressor.formats.files import checkpoint_files
+from compressor.journal import Journal
+from compressor.meter import Meter
+from compressor.model.load import ModelSource, load_model, load_tokenizer, read_config, resolve
+from compressor.plan import Plan, make_plan
+from compressor.progress import Observer, SilentObserver
+from compressor.provenance import combined_sha256, hash_files, packages
+from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
+from compressor.report.build import build_report
+from compressor.report.render import write_report
+from compressor.report.schema import Artifact, FileHash, Report
+from compressor.stages.base import StageConfig
+from compressor.stages.context import StageContext
+from compressor.types import BlockRecord
+from compressor.variants import Variant, block_record
+from compressor.verify import verify_divergence, verify_export, verify_tensors
+
+_ACTIVATION_SHARE = 0.25  # of free memory; what is left is for blocks, Hessians and the system
+_PROBE_TOKENS = 256
+_NAMES = {"name", "description", "lock"}  # parts of a recipe that decide nothing
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run.
+
+    Attributes:
+        folder: its directory.
+        report: as written.
+    """
+
+    folder: Path
+    report: Report
+
+    @property
+    def verdict(self) -> str:
+        """PASS, FAIL, INCONCLUSIVE or NO GATES."""
+        return self.report.verdict
+
+
+def run_recipe(
+    recipe: Recipe,
+    model: str,
+    out: Path,
+    *,
+    observer: Observer | None = None,
+    command: str = "",
+    trust_remote_code: bool = False,
+) -> RunOutcome:
+    """Run a recipe on a model, or take up the run that `out` holds where it stopped.
+
+    Args:
+        recipe: what to do.
+        model: `builtin:<name>`, a directory or a Hub id.
+        out: directory of the run.
+        observer: told of progress.
+        command: as typed, for the report.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        PlanError: the chain cannot work on this model.
+        ResumeError: `out` holds a run of something else.
+        ResourceError: disk or memory do not suffice.
+        VerificationError: a stage or an export broke a promise.
+    """
+    source = resolve(model, trust_remote_code=trust_remote_code)
+    plan = make_plan(recipe, read_config(source.path), model)
+    _require_disk(out, plan.disk_bytes)
+    with _exclusive(out):
+        return _Run(recipe, source, plan, out, observer or SilentObserver(), command).execute()
+
+
+def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
+    """Take up a run from its directory alone.
+
+    Raises:
+        ResumeError: there is no run.
+    """
+    lock = out / "recipe.lock.yaml"
+    if not lock.is_file():
+        raise ResumeError(
+            f"{out} holds no run (no recipe.lock.yaml)", "compress RECIPE MODEL -o DIR"
+        )
+    recipe = load_recipe(lock, allow_outside=True)
+    assert recipe.lock is not None
+    command = Journal(out / "journal.jsonl").all("run_started")[0]["command"]
+    return run_recipe(recipe, recipe.lock.model, out, observer=observer, command=command)
+
+
+def _require_disk(out: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold; what a resumed run has written counts as free."""
+    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + written
+    if free < needed:
+        raise ResourceError(
+            f"the run needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB",
+            "choose another folder with -o",
+        )
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Two processes must not write one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise ResumeError(f"another process is writing {folder}", "wait for it") from None
+
+
+def differences(recorded: Recipe, recipe: Recipe, lock: Lock) -> list[str]:
+    """What a run on disk was made of that differs from what is asked for now, one line each."""
+    was, now = (_flat(r.model_dump(mode="json", exclude=_NAMES)) for r in (recorded, recipe))
+    assert recorded.lock is not None
+    was |= _flat({"lock": recorded.lock.model_dump(mode="json")})
+    now |= _flat({"lock": lock.model_dump(mode="json")})
+    return [
+        f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} now"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted keys."""
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in items:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+class _Run:
+    """One run: its parts in order, each skipped when the journal says it is done."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: ModelSource,
+        plan: Plan,
+        folder: Path,
+        observer: Observer,
+        command: str,
+    ) -> None:
+        self.recipe = recipe
+        self.source = source
+        self.plan = plan
+        self.folder = folder
+        self.observer = observer
+        self.command = command
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = resolve_dtype(recipe.evaluate.dtype, self.device)
+        self.variants = [Variant(BASE, source.path)]
+        self.artifacts: list[Artifact] = []
+        self.evaluations: dict[str, Evaluation] = {}
+
+    def execute(self) -> RunOutcome:
+        """Do what is left to do."""
+        self._claim()
+        self.journal = Journal(self.folder / "journal.jsonl")
+        resumed = self.journal.find("run_started") is not None
+        self.journal.append("run_started", command=self.command, resumed=resumed)
+        try:
+            return self._steps()
+        except KeyboardInterrupt:
+            self.journal.append("interrupted")
+            raise
+
+    def _steps(self) -> RunOutcome:
+        self._evaluate(self.variants[0])
+        for index, stage in enumerate(self.recipe.stages):
+            self._stage(index, stage)
+        for export in self.recipe.export:
+            self._export(export)
+        report = self._report()
+        self.journal.append("report_written", verdict=report.verdict)
+        shutil.rmtree(self.folder / "scratch", ignore_errors=True)
+        self.observer.event("done", verdict=report.verdict, report=self.folder / "report.html")
+        return RunOutcome(self.folder, report)
+
+    # ------------------------------------------------------------------ what goes in
+
+    def _claim(self) -> None:
+        """Write the lock of a new run; refuse one that was made of something else."""
+        path = self.folder / "recipe.lock.yaml"
+        lock = self._lock()
+        if self.recipe.lock:
+            _refuse("the lock file was made of something else", self.recipe, self.recipe, lock)
+        if path.exists():
+            recorded = load_recipe(path, allow_outside=True)
+            _refuse(f"{self.folder} holds a run of something else", recorded, self.recipe, lock)
+            return
+        atomic_write_text(self.folder / "recipe.yaml", self.recipe.text())
+        atomic_write_text(path, dump_lock(self.recipe, lock, self.folder))
+
+    def _lock(self) -> Lock:
+        hashes = {file.path: file.sha256 for file in self.base_files}
+        return Lock(
+            model=self.source.id,
+            revision=self.source.revision,
+            config_sha256=hashes["config.json"],
+            weights={name: sha for name, sha in hashes.items() if name.endswith(".safetensors")},
+            calibration_sha256=self.calibration.sha256 if self.calibration else None,
+            packages=packages(),
+        )
+
+    @cached_property
+    def base_files(self) -> tuple[FileHash, ...]:
+        """Every file of the original model."""
+        return hash_files(self.source.path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return load_tokenizer(self.source.path)
+
+    @cached_property
+    def calibration(self) -> CalibrationSet | None:
+        """Calibration tokens, if the recipe names any."""
+        if self.recipe.calibration is None:
+            return None
+        return build_batches(self.recipe.calibration, self.tokenizer)
+
+    @cached_property
+    def session(self) -> Session:
+        """Where variants are measured."""
+        return Session(
+            config=self.recipe.evaluate,
+            base=self.source.path,
+            base_sha256=combined_sha256(self.base_files),
+            tokenizer=self.tokenizer,
+            context_length=self.plan.context_length,
+            seen=frozenset(self.calibration.tokens if self.calibration else ()),
+            folder=self.folder / "evaluations",
+            cache=self.folder / "scratch" / "base",
+            device=self.device,
+            dtype=self.dtype,
+            observer=self.observer,
+        )
+
+    # ------------------------------------------------------------------ stages
+
+    def _stage(self, index: int, stage: StageConfig) -> None:
+        """Run, verify and evaluate one stage."""
+        name = f"{index + 1:02d}-{stage.method}"
+        variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
+        event = self.journal.find("stage_done", stage=name)
+        variant = variant.finished(event or self._run_stage(variant))
+        if not self.journal.find("stage_verified", stage=name):
+            kl = self._verify(variant)
+            self.journal.append("stage_verified", stage=name, kl_to_parent=kl)
+        self.variants.append(variant)
+        if self.recipe.evaluate.every_stage or index + 1 == len(self.recipe.stages):
+            self._evaluate(variant)
+
+    def _run_stage(self, variant: Variant) -> dict[str, Any]:
+        stage, parent = variant.stage, variant.parent
+        assert stage is not None
+        assert parent is not None
+        self.observer.event("stage", stage=variant.id)
+        torch.manual_seed(self.recipe.seed)
+        earlier = self.journal.all("block_done", stage=variant.id)
+        meter = Meter()
+
+        def block_done(record: BlockRecord) -> None:
+            facts = {"seconds": meter.lap(), "peak_bytes": meter.peak_bytes}
+            self.journal.append("block_done", stage=variant.id, record=asdict(record), **facts)
+
+        context = StageContext(
+            folder=variant.checkpoint,
+            scratch=self.folder / "scratch" / variant.id,
+            device=self.device,
+            dtype=self.dtype,
+            activation_budget=int(psutil.virtual_memory().available * _ACTIVATION_SHARE),
+            finished=tuple(block_record(event["record"]) for event in earlier),
+            block_done=block_done,
+            observer=self.observer,
+        )
+        with meter:
+            result = stage.run(parent.checkpoint, self.calibration, context)
+        event = self.journal.append(
+            "stage_done",
+            stage=variant.id,
+            result=asdict(result) | {"checkpoint": variant.id},
+            seconds=meter.seconds + sum(event["seconds"] for event in earlier),
+            peak_bytes=max([meter.peak_bytes, *(event["peak_bytes"] for event in earlier)]),
+        )
+        for fallback in result.fallbacks:
+            self.observer.event("fallback", **asdict(fallback))
+        shutil.rmtree(context.scratch, ignore_errors=True)
+        return event
+
+    def _verify(self, variant: Variant) -> float:
+        """Every promise about tensors, then a reload and a distance to the parent."""
+        parent, result = variant.parent, variant.result
+        assert parent is not None
+        assert result is not None
+        verify_tensors(parent.checkpoint, variant.checkpoint, result.changed)
+        before, after = self._logits(parent.checkpoint), self._logits(variant.checkpoint)
+        return verify_divergence(before, after, variant.id)
+
+    def _logits(self, checkpoint: Path) -> Tensor:
+        """Logits [tokens, vocabulary] of a probe text, from the model as anyone would load it."""
+        window = self.session.settings.text.windows[0].tokens[:_PROBE_TOKENS]
+        model = load_model(checkpoint, self.device)
+        with torch.inference_mode():
+            logits: Tensor = model(torch.as_tensor(window)[None].to(self.device)).logits[0]
+        return logits.float().cpu()
+
+    def _evaluate(self, variant: Variant) -> None:
+        """Measure a variant against the base."""
+        if not self.journal.find("evaluated", variant=variant.id):
+            self.session.measure(variant.id, variant.checkpoint)
+            self.journal.append("evaluated", variant=variant.id)
+        self.evaluations[variant.id] = self.session.load(variant.id)
+
+    # ------------------------------------------------------------------ what comes out
+
+    def _export(self, config: ExportConfig) -> None:
+        """Write a deliverable from the codes, read it back, compare it with memory."""
+        last, name = self.variants[-1], config.format
+        out = self.folder / "deliverable" / name
+        if not self.journal.find("exported", format=name):
+            self.observer.event("export", format=name)
+            self._write_export(config, last, out)
+            self.journal.append("exported", format=name, sha256=combined_sha256(hash_files(out)))
+        if not self.journal.find("export_verified", format=name):
+            difference = verify_export(self._logits(last.checkpoint), self._logits(out), name)
+            self.journal.append("export_verified", format=name, max_logit_difference=difference)
+        self.artifacts.append(self._artifact(name, out))
+
+    def _write_export(self, config: ExportConfig, variant: Variant, out: Path) -> None:
+        if config.format == "dense":
+            for path in checkpoint_files(variant.checkpoint):
+                _link(path, out / path.relative_to(variant.checkpoint))
+            return
+        compressed_tensors.export(
+            variant.checkpoint,
+            CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
+            out,
+            logical_parameters=self.plan.parameters,
+            form=config.form,
+        )
+
+    def _artifact(self, name: str, out: Path) -> Artifact:
+        exported = self.journal.find("exported", format=name)
+        verified = self.journal.find("export_verified", format=name)
+        assert exported is not None
+        assert verified is not None
+        return Artifact(
+            path=out.relative_to(self.folder).as_posix(),
+            format=name,
+            sha256=exported["sha256"],
+            reload_ok=True,
+            max_logit_difference=verified["max_logit_difference"],
+        )
+
+    def _report(self) -> Report:
+        finished = Finished(
+            recipe=self.recipe,
+            source=self.source,
+            plan=self.plan,
+            folder=self.folder,
+            command=self.command,
+            journal=self.journal,
+            base_files=self.base_files,
+            variants=tuple(self.variants),
+            artifacts=tuple(self.artifacts),
+            evaluations=self.evaluations,
+            session=self.session,
+            calibration=self.calibration,
+        )
+        report = build_report(build_facts(finished))
+        write_report(report, self.folder)
+        return report
+
+
+def _refuse(what: str, recorded: Recipe, recipe: Recipe, lock: Lock) -> None:
+    """Raise ResumeError naming every difference, if there is one."""
+    found = differences(recorded, recipe, lock)
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        raise ResumeError(f"{what}:{lines}", "choose another folder with -o, or remove this one")
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under a second name; a copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

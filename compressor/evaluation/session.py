@@ -1,0 +1,144 @@
+"""Measure a base and any number of variants of it, with everything on disk as soon as it is known.
+
+A session owns one folder: `NAME.npz` (token scores) and `NAME.json` (results) for every variant.
+The base's hidden states lie in a second, disposable folder and are computed again if it is gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.measure import BaseCache, Progress, TokenScores, fill, protocol_of
+from compressor.evaluation.protocols import batches, tokenize
+from compressor.evaluation.results import Estimate, Evaluation
+from compressor.evaluation.run import Settings, evaluate, evaluate_base
+from compressor.evaluation.scoring import TransformersScorer
+from compressor.evaluation.suites import EvaluationText, load_text
+from compressor.evaluation.summary import compare
+from compressor.formats.atomic import atomic_write_json
+from compressor.progress import Observer, Task
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Session:
+    """One base, one text, one machine.
+
+    Attributes:
+        config: text, windows and statistics.
+        base: checkpoint that all variants are compared with.
+        base_sha256: hash of its weights; keys the cache of hidden states.
+        tokenizer: the base's.
+        context_length: of the base, tokens.
+        seen: domains of the calibration text.
+        folder: results.
+        cache: hidden states of the base.
+        device, dtype: of every forward pass.
+        observer: told of progress.
+    """
+
+    config: EvaluateConfig
+    base: Path
+    base_sha256: str
+    tokenizer: Any
+    context_length: int
+    seen: frozenset[str]
+    folder: Path
+    cache: Path
+    device: torch.device
+    dtype: torch.dtype
+    observer: Observer
+
+    def measure(self, name: str, checkpoint: Path) -> Evaluation:
+        """Score `checkpoint` against the base and write the results.
+
+        Args:
+            name: `base` for the base itself, any other for a variant.
+            checkpoint: directory that transformers loads.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._progress(f"evaluate {name}") as progress:
+            evaluation = self._score(name, checkpoint, progress)
+        atomic_write_json(self._path(name, "json"), evaluation.model_dump(mode="json"))
+        return evaluation
+
+    def load(self, name: str) -> Evaluation:
+        """A result that `measure` wrote."""
+        return Evaluation.model_validate_json(self._path(name, "json").read_bytes())
+
+    def delta(self, parent: str, child: str) -> Estimate:
+        """Difference in bits per byte over all domains, child minus parent, paired."""
+        a, b = (TokenScores.load(self._path(name, "npz")) for name in (parent, child))
+        return compare(a, b, self.config.resamples, self.config.seed).overall.delta_bits_per_byte
+
+    @cached_property
+    def text(self) -> EvaluationText:
+        """The documents, before any tokenizer."""
+        return load_text(self.config)
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Windows and statistics that all variants share."""
+        in_calibration: Mapping[str, bool] = {name: name in self.seen for name in self.text.domains}
+        return Settings(
+            text=tokenize(self.text, self.tokenizer, max_length=self.context_length),
+            tokenizer=self.tokenizer,
+            batch=self.config.batch_size,
+            resamples=self.config.resamples,
+            seed=self.config.seed,
+            noise_floor=self.config.noise_floor,
+            in_calibration=in_calibration,
+        )
+
+    def _path(self, name: str, suffix: str) -> Path:
+        return self.folder / f"{name}.{suffix}"
+
+    def _score(self, name: str, checkpoint: Path, progress: Progress) -> Evaluation:
+        scorer = TransformersScorer(checkpoint, self.device, self.dtype)
+        scores = self._path(name, "npz")
+        if name == BASE:
+            return evaluate_base(
+                scorer, self.settings, self.cache, self.base_sha256, save=scores, progress=progress
+            )[0]
+        return evaluate(
+            scorer,
+            self.settings,
+            self._base_states(scorer),
+            TransformersScorer(self.base, self.device, self.dtype, head_only=True),
+            variant=name,
+            save=scores,
+            progress=progress,
+        )
+
+    def _base_states(self, scorer: TransformersScorer) -> BaseCache:
+        """The base's hidden states; what a crash or a clean-up took is computed again."""
+        text = self.settings.text
+        protocol = protocol_of(text, scorer, self.settings.batch)
+        cache = BaseCache.at(self.cache, text, protocol, self.base_sha256)
+        shards = range(len(batches(text, cache.batch)))
+        if not all(cache.shard(number).is_file() for number in shards):
+            fill(cache, TransformersScorer(self.base, self.device, self.dtype), text)
+        return cache
+
+    @contextmanager
+    def _progress(self, label: str) -> Iterator[Progress]:
+        """A callback (done, total) that feeds the observer."""
+        with ExitStack() as stack:
+            task: Task | None = None
+
+            def progress(done: int, total: int) -> None:
+                nonlocal task
+                if task is None:
+                    task = stack.enter_context(self.observer.task(label, total))
+                task.advance()
+
+            yield progress

@@ -1,0 +1,149 @@
+"""Collect what a finished run knows into the facts its report is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from compressor.calibration import CalibrationSet
+from compressor.evaluation.contamination import contamination
+from compressor.evaluation.gates import judge
+from compressor.evaluation.results import Contamination, Evaluation
+from compressor.evaluation.session import BASE, Session
+from compressor.formats.files import parent_files
+from compressor.formats.sizes import SizeReport, measure
+from compressor.journal import Journal
+from compressor.model.architecture import Architecture
+from compressor.model.load import ModelSource
+from compressor.model.reader import read_config
+from compressor.plan import Plan
+from compressor.provenance import environment, file_sha256
+from compressor.recipe import Recipe
+from compressor.report.schema import Artifact, Base, Facts, FileHash, Reproduce, Run
+from compressor.variants import Variant
+
+_PACKED = "compressed-tensors"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run whose work is done; attributes as in the engine."""
+
+    recipe: Recipe
+    source: ModelSource
+    plan: Plan
+    folder: Path
+    command: str
+    journal: Journal
+    base_files: tuple[FileHash, ...]
+    variants: tuple[Variant, ...]
+    artifacts: tuple[Artifact, ...]
+    evaluations: dict[str, Evaluation]
+    session: Session
+    calibration: CalibrationSet | None
+
+
+def build_facts(done: Finished) -> Facts:
+    """Everything the report states, measured or recorded; nothing is worked out later."""
+    sizes = _sizes(done)
+    last = done.variants[-1].id
+    kv_bytes = Architecture.from_config(read_config(done.source.path)).kv_bytes_per_token
+    return Facts(
+        run=_run(done),
+        env=environment(done.session.device),
+        base=Base(
+            id=done.source.id,
+            revision=done.source.revision,
+            licence=None,
+            family=done.plan.family,
+            logical_params=done.plan.parameters,
+            files=done.base_files,
+        ),
+        variants=tuple(
+            variant.facts(
+                sizes[variant.id],
+                sizes[BASE].bytes_on_disk,
+                kv_bytes,
+                done.artifacts[0] if variant.id == last and done.artifacts else None,
+            )
+            for variant in done.variants
+        ),
+        evaluations=done.evaluations,
+        parent_deltas={
+            variant.id: done.session.delta(variant.parent.id, variant.id)
+            for variant in done.variants
+            if variant.parent
+            and variant.id in done.evaluations
+            and variant.parent.id in done.evaluations
+        },
+        noise_floor=done.evaluations[BASE].noise_floor,
+        contamination=tuple(_contamination(done)),
+        gates=tuple(
+            judge(done.recipe.gates, done.evaluations.get(last), sizes[last].bytes_on_disk)
+        ),
+        reproduce=Reproduce(
+            command=done.command,
+            lock_file="recipe.lock.yaml",
+            hashes={
+                name: file_sha256(done.folder / name)
+                for name in ("recipe.yaml", "recipe.lock.yaml")
+            }
+            | {artifact.path: artifact.sha256 for artifact in done.artifacts},
+        ),
+    )
+
+
+def _run(done: Finished) -> Run:
+    starts = done.journal.all("run_started")
+    began = float(starts[0]["time"])
+    return Run(
+        id=done.folder.resolve().name,
+        status="finished",
+        command=done.command,
+        started=datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+        seconds=_busy_seconds(done.journal),
+        recipe=(done.folder / "recipe.yaml").read_text(encoding="utf-8"),
+        recipe_sha256=file_sha256(done.folder / "recipe.yaml"),
+        seed=done.recipe.seed,
+        resumed=len(starts) - 1,
+    )
+
+
+def _busy_seconds(journal: Journal) -> float:
+    """Wall time between the first and last event of every attempt, without the gaps between."""
+    total, began, last = 0.0, 0.0, 0.0
+    for event in journal.events:
+        if event["event"] == "run_started":
+            total += last - began
+            began = event["time"]
+        last = event["time"]
+    return total + last - began
+
+
+def _sizes(done: Finished) -> dict[str, SizeReport]:
+    """Base and deliverable as measured; stages in between as they would be if exported there."""
+    base = measure(done.source.path, done.plan.parameters)
+    sizes = {BASE: base}
+    other_files = sum(path.stat().st_size for path in parent_files(done.source.path))
+    for variant, planned in zip(done.variants[1:], done.plan.stages, strict=True):
+        sizes[variant.id] = SizeReport(
+            bytes_on_disk=planned.packed_bytes + other_files,
+            tensor_bytes=planned.packed_bytes,
+            logical_parameters=done.plan.parameters,
+            bits_checkpoint=planned.bits_checkpoint,
+            bits_nominal=planned.bits_nominal,
+            bits_linear=planned.bits_linear,
+            by_role=planned.by_role,
+        )
+    if done.artifacts:
+        deliverable = done.folder / done.artifacts[0].path
+        sizes[done.variants[-1].id] = measure(deliverable, done.plan.parameters)
+    return sizes
+
+
+def _contamination(done: Finished) -> list[Contamination]:
+    if done.calibration is None:
+        return []
+    texts = (document.text for document in done.calibration.documents)
+    return contamination(done.session.text, texts)

@@ -1,0 +1,114 @@
+"""The checkpoints of a run, from the original to the last, and their place in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compressor.formats.sizes import SizeReport
+from compressor.report.schema import (
+    Artifact,
+    LayerMetric,
+    RoleBytes,
+    Size,
+    StageFacts,
+    StageFallback,
+)
+from compressor.report.schema import Variant as ReportVariant
+from compressor.stages.base import StageConfig
+from compressor.types import BlockRecord, Fallback, ModuleMetric, StageResult
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A checkpoint with what made it.
+
+    Attributes:
+        id: `base` or `NN-method`.
+        checkpoint: its directory.
+        stage: options of the stage; None for the base.
+        parent: the variant before; None for the base.
+        result: what the stage left, once it is done.
+        seconds, peak_bytes: cost of the stage, over all attempts.
+    """
+
+    id: str
+    checkpoint: Path
+    stage: StageConfig | None = None
+    parent: Variant | None = None
+    result: StageResult | None = None
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    def finished(self, event: Mapping[str, Any]) -> Variant:
+        """With the result that the journal's `stage_done` event holds."""
+        facts = event["result"]
+        result = StageResult(
+            checkpoint=self.checkpoint,
+            changed=tuple(facts["changed"]),
+            metrics=tuple(ModuleMetric(**metric) for metric in facts["metrics"]),
+            fallbacks=tuple(Fallback(**fallback) for fallback in facts["fallbacks"]),
+            notes=facts["notes"],
+        )
+        return replace(
+            self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]
+        )
+
+    def facts(
+        self,
+        size: SizeReport,
+        base_bytes: int,
+        kv_bytes_per_token: int,
+        artifact: Artifact | None,
+    ) -> ReportVariant:
+        """The variant's row of the report."""
+        return ReportVariant(
+            id=self.id,
+            label=self.id,
+            parent=self.parent.id if self.parent else None,
+            stage=self._stage_facts(),
+            size=Size(
+                **size.model_dump(exclude={"by_role", "logical_parameters"}),
+                by_role=RoleBytes(**size.by_role),
+                ratio_total=base_bytes / size.bytes_on_disk,
+                kv_bytes_per_token=kv_bytes_per_token,
+            ),
+            artifact=artifact,
+            load_snippets=_snippets(artifact) if artifact else {},
+        )
+
+    def _stage_facts(self) -> StageFacts | None:
+        if self.stage is None or self.result is None:
+            return None
+        return StageFacts(
+            method=self.stage.method,
+            params=self.stage.model_dump(mode="json", exclude={"method"}),
+            seconds=self.seconds,
+            peak_bytes=self.peak_bytes,
+            metrics_per_module=tuple(LayerMetric(**asdict(m)) for m in self.result.metrics),
+            fallbacks=tuple(StageFallback(**asdict(f)) for f in self.result.fallbacks),
+            notes=self.result.notes,
+        )
+
+
+def block_record(facts: Mapping[str, Any]) -> BlockRecord:
+    """A journaled `BlockRecord`."""
+    return BlockRecord(
+        block=facts["block"],
+        metrics=tuple(ModuleMetric(**metric) for metric in facts["metrics"]),
+        fallbacks=tuple(Fallback(**fallback) for fallback in facts["fallbacks"]),
+    )
+
+
+def _snippets(artifact: Artifact) -> dict[str, str]:
+    """Code that loads the deliverable; the engine has run the first of them."""
+    return {
+        "transformers": (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{artifact.path}", dtype="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{artifact.path}")'
+        ),
+        "vllm": f"vllm serve {artifact.path}",
+    }

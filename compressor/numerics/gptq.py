@@ -171,8 +171,8 @@ def _inverse_factor(hessian: Tensor, shift: float) -> Tensor | None:
     """Upper U with UᵀU = (H + shift·I)⁻¹, or None where that is not positive definite.
 
     Factoring H from its last row up gives H = R Rᵀ with R upper triangular, hence U = R⁻¹. One
-    factorisation and a triangular solve: the usual detour over H⁻¹ costs twice as much and
-    loses half the digits.
+    factorisation and a triangular solve; the usual detour over H⁻¹ is slower and, close to
+    singular, refuses matrices that this one still factors.
     """
     damped = hessian + shift * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
@@ -184,35 +184,30 @@ def _inverse_factor(hessian: Tensor, shift: float) -> Tensor | None:
 
 
 class _Solver:
-    """The column loop on transposed, permuted copies, so that a column is one contiguous row.
+    """The column loop on a transposed, permuted copy, so that a column is one contiguous row.
 
     Column j owes Σ_i (w_i - ŵ_i) U_ij / U_ii for the columns i before it; the division is done
-    once, on U.
+    once, on U. A solved column's place in `open` is taken by its error w_i - ŵ_i.
     """
 
     def __init__(
         self, weight: Tensor, factor: HessianFactor, scheme: WeightScheme, grid: Grid, leaf: int
     ) -> None:
-        order = factor.permutation
-        group = order // (weight.shape[1] // grid.scale.shape[1])
-        self.open = weight.T[order]
+        self.order = factor.permutation
+        self.group = self.order // (weight.shape[1] // grid.scale.shape[1])
+        self.open = weight.T.contiguous()[self.order]
         self.shares = factor.upper / factor.upper.diagonal().unsqueeze(1)
-        self.leaf = leaf
-        self.dtype = grid.scale.dtype
-        self.order = order
-        self.scale = grid.scale.float().T[group]
-        self.zero = None if grid.zero_point is None else grid.zero_point.float().T[group]
+        self.scale = grid.scale.float().T
+        self.zero = None if grid.zero_point is None else grid.zero_point.float().T
         self.code_range = scheme.code_range
-        self.steps = torch.empty_like(self.open)
-        self.errors = torch.empty_like(self.open)
+        self.dtype = grid.scale.dtype
+        self.leaf = leaf
+        self.solved = torch.empty_like(self.open, dtype=torch.int8)
 
     def codes(self) -> Tensor:
         """int8 [out, in] in the original order."""
         self._solve(0, len(self.open))
-        codes = self.steps if self.zero is None else self.steps + self.zero
-        restored = torch.empty_like(codes, dtype=torch.int8)
-        restored[self.order] = codes.to(torch.int8)
-        return restored.T.contiguous()
+        return self.solved.T.contiguous()
 
     def _solve(self, start: int, stop: int) -> None:
         """Halve until a leaf: most of the work is then in large matrix products."""
@@ -223,35 +218,48 @@ class _Solver:
         middle = start + self.leaf * (leaves // 2)
         self._solve(start, middle)
         self.open[middle:stop].addmm_(
-            self.shares[start:middle, middle:stop].T, self.errors[start:middle], alpha=-1
+            self.shares[start:middle, middle:stop].T, self.open[start:middle], alpha=-1
         )
         self._solve(middle, stop)
 
     def _solve_leaf(self, start: int, stop: int) -> None:
-        """Round columns one by one, each after its debts within the leaf. Hot: few calls."""
-        open_rows, steps, errors = (
-            rows[start:stop].unbind() for rows in (self.open, self.steps, self.errors)
+        group = self.group[start:stop]
+        zero = None if self.zero is None else self.zero[group]
+        steps = self._round_columns(
+            self.open[start:stop],
+            self.shares[start:stop, start:stop].T.contiguous(),
+            self.scale[group],
+            self._bounds(zero, stop - start),
         )
-        scales = self.scale[start:stop].unbind()
-        bounds = self._bounds(start, stop)
-        owed = self.shares[start:stop, start:stop].T.contiguous()
-        earlier = self.errors[start:stop].T
-        stored = torch.empty_like(errors[0], dtype=self.dtype)
-        for i, (column, step, error, scale) in enumerate(
-            zip(open_rows, steps, errors, scales, strict=True)
-        ):
-            if i:
-                column.addmv_(earlier[:, :i], owed[i, :i], alpha=-1)
-            torch.div(column, scale, out=step).round_()
-            torch.clamp(step, *bounds[i], out=step)
-            torch.mul(step, scale, out=error)
-            if self.dtype != torch.float32:
-                error.copy_(stored.copy_(error))
-            torch.sub(column, error, out=error)
+        codes = steps if zero is None else steps + zero
+        self.solved[self.order[start:stop]] = codes.to(torch.int8)
 
-    def _bounds(self, start: int, stop: int) -> list[tuple[Any, Any]]:
-        """Smallest and largest code minus zero-point, per column."""
-        if self.zero is None:
-            return [self.code_range] * (stop - start)
-        lowest, highest = (bound - self.zero[start:stop] for bound in self.code_range)
-        return list(zip(lowest, highest, strict=True))
+    def _round_columns(
+        self, open_rows: Tensor, owed: Tensor, scale: Tensor, bounds: list[tuple[Any, Any]]
+    ) -> Tensor:
+        """Steps (codes minus zero-points) of one leaf; `open_rows` become errors.
+
+        Runs once per column, so each call into torch counts: about ten microseconds in all.
+        """
+        all_steps = torch.empty_like(open_rows)
+        point = torch.empty_like(open_rows[0])
+        stored = torch.empty_like(point, dtype=self.dtype)
+        errors = open_rows.T
+        columns = zip(open_rows.unbind(), all_steps.unbind(), scale.unbind(), bounds, strict=True)
+        for i, (column, steps, size, bound) in enumerate(columns):
+            if i:
+                column.addmv_(errors[:, :i], owed[i, :i], alpha=-1)
+            torch.div(column, size, out=steps).round_()
+            torch.clamp(steps, *bound, out=steps)
+            torch.mul(steps, size, out=point)
+            if self.dtype != torch.float32:
+                point.copy_(stored.copy_(point))
+            column.sub_(point)
+        return all_steps
+
+    def _bounds(self, zero: Tensor | None, count: int) -> list[tuple[Any, Any]]:
+        """Smallest and largest step of each column."""
+        if zero is None:
+            return [self.code_range] * count
+        lowest, highest = (bound - zero for bound in self.code_range)
+        return list(zip(lowest.unbind(), highest.unbind(), strict=True))

@@ -20,11 +20,12 @@ from compressor.types import QTensor, WeightScheme
 
 Search = Literal["minmax", "mse", "imatrix"]
 
-# Largest share of the min-max scale that is cut off, by width. Optimal clipping of a Gaussian
-# moves inwards as codes get scarce; heavier tails need more room (benchmarks/grid_search.py).
-_SMALLEST_SHRINK = {2: 0.25, 3: 0.4, 4: 0.5, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.8}
+# Smallest share of the min-max scale that is tried, by width: the fewer codes, the further in the
+# best clip lies. On SmolLM2-135M, 24 steps and 3 refits come within 1% of the held-out output
+# error of 96 steps from 0.1 at every width.
+_SMALLEST_SHRINK = {2: 0.2, 3: 0.25, 4: 0.3, 5: 0.5, 6: 0.6, 7: 0.8, 8: 0.8}
 _STEPS = 24
-_REFITS = 2
+_REFITS = 3
 # Elements searched at once: a few buffers of this size stay in a core's second-level cache.
 _CHUNK_ELEMENTS = 1 << 17
 
@@ -118,7 +119,7 @@ def _check_scheme(scheme: WeightScheme, in_features: int) -> None:
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:
-    if not torch.isfinite(tensor).all():
+    if not all(torch.isfinite(bound) for bound in tensor.aminmax()):  # one pass, no copy
         raise NumericalError(f"the {what} holds NaN or infinity")
 
 
@@ -184,12 +185,12 @@ def _fit_rows(
         return scale, zero
     peak = weight.abs().amax(-1, keepdim=True)
     normal = torch.where(peak > 0, 1 / peak.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-    factor = normal if emphasis is None else normal * emphasis
-    objective = _Objective(weight, factor, scheme.code_range, dtype)
+    emphasis = normal if emphasis is None else normal * emphasis
+    objective = _Objective(weight, emphasis, scheme.code_range, dtype)
     best = (objective.error(scale, zero), scale, zero)
-    for shrink in torch.linspace(1, _SMALLEST_SHRINK[scheme.bits], _STEPS).tolist():
-        for stretch, shift in _variants(scheme):
-            candidate = _as_stored(widest * (shrink * stretch), scheme.bits, dtype)
+    for factor in _factors(scheme):
+        for sign, shift in _variants(scheme):
+            candidate = _as_stored(widest * (factor * sign), scheme.bits, dtype)
             best = _better(objective, best, candidate, _shifted(zero, shift, scheme))
     for _ in range(_REFITS):
         fitted = objective.least_squares(best[1], best[2])
@@ -210,6 +211,17 @@ def _full_range_of(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor
     if scheme.symmetry == "full_range":
         return torch.where(high > -low, high, low) / lowest, torch.zeros_like(low)
     return torch.maximum(high, -low) / (intervals / 2), torch.zeros_like(low)
+
+
+def _factors(scheme: WeightScheme) -> list[float]:
+    """Multiples of the min-max scale that are tried.
+
+    The largest one lets the short side of a signed range reach the largest element too.
+    """
+    lowest, highest = scheme.code_range
+    reach = {"symmetric": (highest - lowest) / 2, "full_range": -lowest, "asymmetric": highest}
+    largest = reach[scheme.symmetry] / highest
+    return torch.linspace(largest, _SMALLEST_SHRINK[scheme.bits], _STEPS).tolist()
 
 
 def _variants(scheme: WeightScheme) -> list[tuple[float, int]]:

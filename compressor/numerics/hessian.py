@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressor.errors import NumericalError
 
-_BLOCK = 512
+_BLOCK = 256
 
 
 @contextmanager
@@ -113,9 +113,20 @@ def _normalisation(tokens: int) -> float:
 
 
 def row_losses(difference: Tensor, hessian: Tensor) -> Tensor:
-    """d H dᵀ for every row d of `difference` [out, in], fp32 [out]; at least 0."""
+    """d H dᵀ for every row d of `difference` [out, in], fp32 [out]; at least 0.
+
+    H is symmetric, so blocks above its diagonal count twice and those below are never read.
+    """
+    width = difference.shape[1]
+    losses = torch.zeros(difference.shape[0], dtype=hessian.dtype, device=hessian.device)
     with full_precision():
-        return (difference @ hessian).mul_(difference).sum(1).clamp_min_(0)
+        for start in range(0, width, _BLOCK):
+            stop = min(start + _BLOCK, width)
+            part = difference[:, start:stop]
+            product = part @ hessian[start:stop, start:stop]
+            product.addmm_(difference[:, stop:], hessian[start:stop, stop:].T, alpha=2)
+            losses += product.mul_(part).sum(1)
+    return losses.clamp_min_(0)
 
 
 def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -23,7 +23,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compressor import resources, text
-from compressor.errors import AccessError, ResourceError, TextError
+from compressor.errors import AccessError, CompressorError, ResourceError, TextError
 from compressor.text import Document
 from compressor.types import TokenBatch
 
@@ -346,7 +346,6 @@ def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, A
     `datasets` reports a wrong subset or split as ValueError, with a list of the right ones.
     """
     import datasets
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     try:
         loaded = datasets.load_dataset(
@@ -356,14 +355,20 @@ def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, A
             streaming=config.streaming,
             revision=config.revision,
         )
-    except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise TextError(f"dataset {source!r} cannot be read: {error}") from error
-    except GatedRepoError as error:
-        raise AccessError(f"dataset {source!r} is gated: {error}", "run `hf auth login`") from error
-    except (ConnectionError, HfHubHTTPError, OSError) as error:
-        hint = "calibrate on a shipped mix or a local file when offline"
-        raise ResourceError(f"dataset {source!r} cannot be fetched: {error}", hint) from error
+    except (OSError, ValueError) as error:
+        raise _hub_error(source, error) from error
     yield from loaded if config.streaming else _shuffled(loaded, config.seed)
+
+
+def _hub_error(source: str, error: OSError | ValueError) -> CompressorError:
+    """`datasets` says that a dataset is gated in its message only."""
+    if "is a gated dataset" in str(error):
+        hint = "accept its terms on its page, then run `hf auth login`"
+        return AccessError(f"dataset {source!r} is gated", hint)
+    if isinstance(error, (FileNotFoundError, ValueError)):
+        return TextError(f"dataset {source!r} cannot be read: {error}")
+    hint = "calibrate on a shipped mix or a local file when offline"
+    return ResourceError(f"dataset {source!r} cannot be fetched: {error}", hint)
 
 
 # Tokens

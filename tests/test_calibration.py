@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from compressor import calibration, resources, text
 from compressor.calibration import CalibrationConfig, build_batches, load_documents, load_mix
-from compressor.errors import TextError
+from compressor.errors import AccessError, ResourceError, TextError
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
@@ -281,3 +281,22 @@ def test_missing_sources_are_named(tmp_path: Path) -> None:
         load_documents(small(source=str(tmp_path / "latin.txt")))
     with pytest.raises(TextError, match="has no split 'test'"):
         load_documents(small(source=as_saved_splits(tmp_path), split="test"))
+
+
+def test_unreachable_hub_is_a_resource_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ResourceError, match="'nobody/no-such-dataset' cannot be fetched") as error:
+        load_documents(small(source="nobody/no-such-dataset"))
+    assert "shipped mix" in error.value.hint
+    assert error.value.exit_code == 3
+
+
+def test_gated_missing_and_misnamed_datasets_are_told_apart() -> None:
+    not_found = datasets.exceptions.DatasetNotFoundError
+    for error, kind in [
+        (not_found("Dataset 'a/b' is a gated dataset on the Hub."), AccessError),
+        (not_found("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."), TextError),
+        (ValueError("BuilderConfig 'x' not found. Available: ['y']"), TextError),
+        (ConnectionError("no route"), ResourceError),
+    ]:
+        assert type(calibration._hub_error("a/b", error)) is kind

@@ -146,6 +146,7 @@ def flops_per_second() -> tuple[float, str]:
         return count * _FLOPS_PER_CORE[wide], f"nominal for {count} cores"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(512, 512, device=device)
+    (matrix @ matrix)[0, 0].item()  # the first product also starts threads or kernels
     began, products = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - began) < _PROBE_SECONDS:
         (matrix @ matrix)[0, 0].item()  # waits for the device

@@ -15,6 +15,8 @@ from pydantic_core import ErrorDetails
 from compressor.source import Location, Source
 from compressor.types import Problem
 
+_ROOT = "the recipe"
+
 _KINDS = {
     "int_type": "an integer",
     "int_parsing": "an integer",
@@ -59,13 +61,16 @@ class _Fault:
         return dict(self.error.get("ctx", {}))
 
 
-def diagnose(error: ValidationError, model: type[BaseModel], source: Source) -> list[Problem]:
+def diagnose(
+    error: ValidationError, model: type[BaseModel], source: Source, *, root: str = _ROOT
+) -> list[Problem]:
     """Translate a failed validation.
 
     Args:
         error: as raised by validating `source.data` against `model`.
         model: the outermost model; its fields tell which keys would have been known.
         source: where everything stands.
+        root: what to call the outermost mapping.
 
     Returns:
         One problem per place, in the order of the file.
@@ -77,7 +82,7 @@ def diagnose(error: ValidationError, model: type[BaseModel], source: Source) -> 
         fault = _locate(details, source.data)
         key = (*fault.location, fault.name) if fault.type == "missing" else fault.location
         faults.setdefault(key, []).append(fault)
-    found = [_problem(group, model, source) for group in faults.values()]
+    found = [_problem(group, model, source, root) for group in faults.values()]
     return sorted(found, key=lambda problem: (problem.line, problem.column))
 
 
@@ -103,14 +108,14 @@ def _locate(error: ErrorDetails, data: Any) -> _Fault:
             continue
         location.append(step)
     if error["type"] != "missing":
-        name = str(location[-1]) if location else "the recipe"
+        name = str(location[-1]) if location else _ROOT
     return _Fault(error, tuple(location), name)
 
 
-def _problem(group: Sequence[_Fault], model: type[BaseModel], source: Source) -> Problem:
+def _problem(group: Sequence[_Fault], model: type[BaseModel], source: Source, root: str) -> Problem:
     first = group[0]
     parent = first.location if first.type == "missing" else first.location[:-1]
-    owner, where = _owner(parent, model, source.data)
+    owner, where = _owner(parent, model, source.data, root)
     if first.type == "extra_forbidden":
         return _unknown_key(first, owner, where, source)
     if first.type == "missing":
@@ -120,7 +125,7 @@ def _problem(group: Sequence[_Fault], model: type[BaseModel], source: Source) ->
         return _wrong_tag(first, source)
     if first.type == "too_short":
         return source.problem(first.location, f"{first.name} in {where} needs at least one entry")
-    if not first.location:
+    if not first.location and root == _ROOT:
         message = f"a recipe is a mapping with `stages`, not {describe(source.data)}"
         return source.problem((), message, "compress show quickstart")
     name = f"entry {first.name}" if first.name.isdigit() else first.name
@@ -161,7 +166,7 @@ def _wrong_tag(fault: _Fault, source: Source) -> Problem:
 
 
 def _list(fault: _Fault) -> str:
-    return str(fault.location[0]) if fault.location else "the recipe"
+    return str(fault.location[0]) if fault.location else _ROOT
 
 
 def _message(group: Sequence[_Fault], subject: str) -> str:
@@ -227,7 +232,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _owner(
-    location: Location, model: type[BaseModel], data: Any
+    location: Location, model: type[BaseModel], data: Any, root: str
 ) -> tuple[type[BaseModel] | None, str]:
     """The model that the mapping at a location is read into, and what to call it."""
     owner: type[BaseModel] | None = model
@@ -243,7 +248,7 @@ def _owner(
         owner = _branch(models_in(annotation), data)
         if owner and "method" in owner.model_fields and isinstance(step, int):
             where = [str(data["method"])]
-    return owner, ".".join(where) or "the recipe"
+    return owner, ".".join(where) or root
 
 
 def _has(owner: type[BaseModel], field: str) -> bool:

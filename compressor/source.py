@@ -81,13 +81,16 @@ class Source:
         return Problem(message, self.file, line, column, hint)
 
 
-def read_source(text: str, file: str, overrides: Sequence[str] = ()) -> Source:
+def read_source(
+    text: str, file: str, overrides: Sequence[str] = (), *, option: str = "--set"
+) -> Source:
     """Parse a recipe and apply `--set` options.
 
     Args:
         text: YAML 1.2.
         file: name for messages.
         overrides: `dotted.path=value`, the value written as YAML.
+        option: the command line's name for such an override.
 
     Raises:
         RecipeError: no valid YAML, a duplicate key, a construct outside plain data, a bad option.
@@ -99,7 +102,7 @@ def read_source(text: str, file: str, overrides: Sequence[str] = ()) -> Source:
     except _Refused as refused:
         raise RecipeError([Problem(refused.message, file, *refused.place)]) from None
     source = Source(file, text, data, reader.keys, reader.values, {})
-    _apply(source, overrides)
+    _apply(source, overrides, option)
     return source
 
 
@@ -196,18 +199,18 @@ def _scalar(node: Any, place: tuple[int, int]) -> Any:
     raise _Refused(f"{node} is read as a {type(node).__name__}; quote it to mean text", place)
 
 
-def _apply(source: Source, overrides: Sequence[str]) -> None:
-    problems = [found for text in overrides if (found := _override(source, text))]
+def _apply(source: Source, overrides: Sequence[str], option: str) -> None:
+    problems = [found for text in overrides if (found := _override(source, text, option))]
     if problems:
         raise RecipeError(problems)
 
 
-def _override(source: Source, text: str) -> Problem | None:
+def _override(source: Source, text: str, name: str) -> Problem | None:
     """Write one `--set` into the data; says what is wrong with it, if anything is."""
     dotted, equals, written = text.partition("=")
-    option = f"--set {dotted}"
+    option = f"{name} {dotted}"
     if not equals or not dotted:
-        return Problem(f"--set {text}: not of the form dotted.path=value")
+        return Problem(f"{name} {text}: not of the form dotted.path=value")
     try:
         value = _Reader().plain(YAML(typ="rt").load(written), (), (1, 1))
     except (YAMLError, _Refused):

@@ -1,0 +1,103 @@
+"""Measure models side by side outside of a run: `compress eval` and `compress compare`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from compressor.diagnose import diagnose
+from compressor.errors import RecipeError
+from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.gates import Gates, judge, overall_verdict
+from compressor.evaluation.results import Evaluation, GateVerdict
+from compressor.evaluation.scoring import resolve_dtype
+from compressor.evaluation.session import BASE, Session
+from compressor.formats.files import checkpoint_bytes
+from compressor.model.architecture import Architecture
+from compressor.model.load import ModelSource, load_tokenizer, read_config, resolve
+from compressor.progress import Observer
+from compressor.provenance import combined_sha256, hash_files
+from compressor.source import read_source, read_text
+
+
+def compare_models(
+    models: Sequence[str], config: EvaluateConfig, observer: Observer
+) -> list[Evaluation]:
+    """Score the first model, then every other one against it.
+
+    Args:
+        models: as typed; the base first.
+        config: text, protocol, statistics.
+        observer: told of progress.
+
+    Returns:
+        One evaluation a model, in order, named as typed.
+
+    Raises:
+        ModelError: a model is missing or broken.
+        UsageError: a model cannot be paired with the base.
+    """
+    sources = [resolve(model) for model in models]
+    with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
+        session = _session(sources[0], config, Path(work), observer)
+        names = [BASE, *(f"variant-{index}" for index in range(1, len(models)))]
+        results = [session.measure(name, s.path) for name, s in zip(names, sources, strict=True)]
+    return [
+        result.model_copy(update={"variant": model})
+        for result, model in zip(results, models, strict=True)
+    ]
+
+
+def _session(base: ModelSource, config: EvaluateConfig, work: Path, observer: Observer) -> Session:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Session(
+        config=config,
+        base=base.path,
+        base_sha256=combined_sha256(hash_files(base.path)),
+        tokenizer=load_tokenizer(base.path),
+        context_length=Architecture.from_config(read_config(base.path)).max_positions,
+        seen=frozenset(),
+        folder=work / "results",
+        cache=work / "states",
+        device=device,
+        dtype=resolve_dtype(config.dtype, device),
+        observer=observer,
+    )
+
+
+def read_gates(entries: Sequence[str]) -> Gates:
+    """Limits from `NAME=LIMIT` options and YAML files of such; later ones win.
+
+    Raises:
+        RecipeError: a limit is unknown or senseless; carries every problem found.
+    """
+    limits = Gates.model_validate({})
+    for path in (Path(entry) for entry in entries if "=" not in entry):
+        limits = _limits(read_text(path), str(path), [], limits)
+    return _limits("{}", "--gate", [entry for entry in entries if "=" in entry], limits)
+
+
+def _limits(text: str, file: str, options: Sequence[str], before: Gates) -> Gates:
+    source = read_source(text, file, options, option="--gate")
+    try:
+        found = Gates.model_validate_json(json.dumps(source.data), strict=True)
+    except ValidationError as error:
+        raise RecipeError(diagnose(error, Gates, source, root="gates")) from None
+    return before.model_copy(update=found.model_dump(exclude_unset=True))
+
+
+def judge_models(gates: Gates, evaluation: Evaluation, model: str) -> tuple[list[GateVerdict], str]:
+    """Verdict of every limit that is set, and of all together.
+
+    Args:
+        gates: the limits.
+        evaluation: of the variant against the base.
+        model: the variant as typed; its files are weighed.
+    """
+    verdicts = judge(gates, evaluation, checkpoint_bytes(resolve(model).path))
+    return verdicts, overall_verdict(verdicts) if verdicts else "NO GATES"

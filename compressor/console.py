@@ -1,0 +1,244 @@
+"""Results as text for a person or as JSON for a program. Loads nothing heavy by itself."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from compressor import resources
+from compressor.errors import CompressorError, UsageError, _ProblemsError
+
+if TYPE_CHECKING:
+    from compressor.engine import RunOutcome
+    from compressor.evaluation.results import Estimate, Evaluation, GateVerdict
+    from compressor.explain import Topic
+    from compressor.plan import Plan
+
+_WIDTH = 96
+
+
+class Row(NamedTuple):
+    """One line of `compress ls`."""
+
+    name: str
+    description: str
+
+
+def as_json(data: Any) -> str:
+    """A JSON document, as a person would indent it."""
+    return json.dumps(data, indent=2, ensure_ascii=False, default=str)
+
+
+def error_data(error: CompressorError) -> dict[str, Any]:
+    """An error for a program: its type, sentence, hint, exit code and problems."""
+    problems = error.problems if isinstance(error, _ProblemsError) else ()
+    return {
+        "error": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "problems": [vars(problem) for problem in problems],
+    }
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first row being the heading."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# ---------------------------------------------------------------------- plan and run
+
+
+def plan_text(plan: Plan) -> str:
+    """What will happen, what it costs, and how sure that is."""
+    heading = ("stage", "matrices", "bits", "linear", "checkpoint", "tensors", "memory", "time")
+    rows = [heading] + [
+        (
+            stage.method,
+            str(stage.matrices),
+            f"{stage.bits_nominal:.2f}",
+            f"{stage.bits_linear:.3f}",
+            f"{stage.bits_checkpoint:.3f}",
+            size(stage.packed_bytes),
+            "≈ " + size(stage.peak_bytes),
+            "≈ " + duration(stage.seconds),
+        )
+        for stage in plan.stages
+    ]
+    exports = [
+        f"export {export.format}: {size(export.tensor_bytes)}, {export.ratio:.2f}x smaller"
+        for export in plan.exports
+    ]
+    base = f"{plan.family}, {plan.parameters:,} parameters, {size(plan.base_bytes)}"
+    tokens = f"{plan.calibration_tokens:,} to calibrate, about {plan.evaluation_tokens:,} to score"
+    total = (
+        f"in all: about {duration(plan.seconds)} ({plan.rate[1]}), "
+        f"{size(plan.peak_bytes)} of memory, at most {size(plan.disk_bytes)} of disk"
+    )
+    return "\n".join([f"{plan.model}: {base}", f"tokens: {tokens}", table(rows), *exports, total])
+
+
+def outcome(result: RunOutcome) -> dict[str, Any]:
+    """A finished run for a program."""
+    return {
+        "folder": str(result.folder),
+        "verdict": result.verdict,
+        "report": result.report.model_dump(),
+    }
+
+
+def outcome_text(result: RunOutcome) -> str:
+    """A finished run for a person: the report in short, and where it is."""
+    from compressor.report.text import to_text
+
+    return f"{to_text(result.report).rstrip()}\n\n{result.folder / 'report.html'}"
+
+
+def evaluation_text(
+    results: Sequence[Evaluation], verdicts: Iterable[GateVerdict] | None = None
+) -> str:
+    """One line a model, then one a domain of the last model, then the gates."""
+    protocol = results[0].protocol
+    head = (
+        f"protocol {protocol.id}, suite {protocol.suite}, windows of {protocol.length} tokens, "
+        f"bos {protocol.bos}, text {protocol.text_sha256[:12]}"
+    )
+    rows = [("model", "perplexity", "bits/byte", "Δ bits/byte", "KL, nats")]
+    rows += [_score_row(result.variant, result.overall) for result in results]
+    domains = [("domain", "perplexity", "bits/byte", "Δ bits/byte", "KL, nats")]
+    domains += [_score_row(name, score) for name, score in results[-1].domains.items()]
+    gates = [f"{verdict.verdict}  {verdict.sentence}" for verdict in verdicts or ()]
+    return "\n".join([head, table(rows), "", table(domains), *gates])
+
+
+def _score_row(name: str, score: Any) -> tuple[str, str, str, str, str]:
+    divergence = score.divergence.mean if score.divergence else None
+    return (
+        name,
+        estimate(score.perplexity),
+        estimate(score.bits_per_byte),
+        estimate(score.delta_bits_per_byte),
+        estimate(divergence),
+    )
+
+
+def estimate(value: Estimate | None) -> str:
+    """A value with its 95 % interval."""
+    if value is None:
+        return "-"
+    if value.low is None or value.high is None:
+        return f"{value.value:.4g}"
+    return f"{value.value:.4g} [{value.low:.4g}, {value.high:.4g}]"
+
+
+# ---------------------------------------------------------------------- what there is
+
+
+def listing(kind: str) -> list[Row]:
+    """What `compress ls KIND` shows."""
+    if kind == "methods":
+        from compressor.registry import methods
+
+        return [Row(method.name, method.summary) for method in methods()]
+    if kind == "models":
+        from compressor.model.families import FAMILIES
+
+        tiny = Row("builtin:tiny", "ships with the package; works offline")
+        names = ", ".join(sorted({family.name for family in FAMILIES.values()}))
+        hub = Row("org/name[@revision]", f"from the Hub, of these families: {names}")
+        return [tiny, hub, Row("./directory", "a local Hugging Face checkpoint of those families")]
+    return [Row(path.stem, _description(path)) for path in sorted(_folder(kind).glob("*.yaml"))]
+
+
+def _folder(kind: str) -> Path:
+    folders = {
+        "recipes": resources.recipes(),
+        "suites": resources.evals() / "suites",
+        "mixes": resources.calibration() / "mixes",
+    }
+    return folders[kind]
+
+
+def _description(path: Path) -> str:
+    from ruamel.yaml import YAML
+
+    return str(YAML(typ="safe").load(path).get("description", ""))
+
+
+def listing_text(rows: Sequence[Row]) -> str:
+    """Names in a column, descriptions wrapped beside them."""
+    if not rows:
+        return "none"
+    width = max(len(row.name) for row in rows) + 2
+    return "\n".join(_wrapped(row.name.ljust(width), row.description, width) for row in rows)
+
+
+def _wrapped(start: str, text: str, indent: int) -> str:
+    return textwrap.fill(text or "-", _WIDTH, initial_indent=start, subsequent_indent=" " * indent)
+
+
+def shipped_file(name: str) -> Path:
+    """The recipe, suite or mix of a name.
+
+    Raises:
+        UsageError: nothing of that name ships.
+    """
+    stem = name.removesuffix(".yaml")
+    known = {
+        path.stem: path
+        for kind in ("mixes", "suites", "recipes")  # a recipe wins over its namesakes
+        for path in _folder(kind).glob("*.yaml")
+    }
+    if stem in known:
+        return known[stem]
+    from difflib import get_close_matches
+
+    near = get_close_matches(stem, known, n=1)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"nothing called {name!r} ships{guess}", "compress ls recipes")
+
+
+def topic_text(topic: Topic) -> str:
+    """A method, a section or a key, for reading in a terminal."""
+    lines = [f"{topic.name}: {topic.summary}"]
+    if topic.source:
+        lines.append(f"source: {topic.source}")
+    for option in topic.options:
+        default = f"; default {option.default}" if option.default else ""
+        lines += ["", f"{option.name}  ({option.accepts}{default})"]
+        words = (option.what, option.effect, option.source and f"Source: {option.source}.")
+        lines.append(textwrap.fill(" ".join(w for w in words if w), _WIDTH, **_INDENT))
+    return "\n".join(lines)
+
+
+_INDENT: dict[str, Any] = {"initial_indent": "    ", "subsequent_indent": "    "}
+
+
+def doctor_text(found: dict[str, Any]) -> str:
+    """Everything `compress doctor` found, one fact a line."""
+    flat = [(key, value) for key, value in found.items() if not isinstance(value, dict)]
+    for section, facts in found.items():
+        if isinstance(facts, dict):
+            flat += [(f"{section} {key}", value) for key, value in facts.items()]
+    return listing_text([Row(key, str(value)) for key, value in flat])

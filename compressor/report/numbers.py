@@ -6,7 +6,6 @@ interval is rounded where the interval's second digit stands, since finer digits
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,16 +28,21 @@ def power(exponent: int) -> str:
     return "10" + str(exponent).translate(_SUPERSCRIPT)
 
 
+def _magnitude(value: float, digits: int) -> int:
+    """Decimal exponent after rounding: 0.9996 with three digits is 1.00, of magnitude 0."""
+    return int(f"{value:.{digits - 1}e}".partition("e")[2])
+
+
 def decimals_for(scale: float, digits: int) -> int:
     """Decimals that show `digits` significant digits of a number as large as `scale`."""
-    return max(0, digits - 1 - math.floor(math.log10(abs(scale)))) if scale else digits - 1
+    return max(0, digits - 1 - _magnitude(scale, digits)) if scale else digits - 1
 
 
 def number(value: float, digits: int = 3) -> str:
     """`value` with significant digits; powers of ten outside 0.0001 to 100 000."""
     if value == 0:
         return "0"
-    magnitude = math.floor(math.log10(abs(value)))
+    magnitude = _magnitude(value, digits)
     if magnitude < -4 or magnitude > 5:
         return f"{fixed(value / 10.0**magnitude, digits - 1)} × {power(magnitude)}"
     return fixed(value, max(0, digits - 1 - magnitude))
@@ -75,7 +79,7 @@ def _scaled(estimate: Estimate, exponent: int) -> Estimate:
 def plus_minus(estimate: Estimate, signed: bool = False) -> str:
     """Value ± half the width of the 95 % interval; the value alone without an interval."""
     if _tiny(estimate) and estimate.value:
-        exponent = math.floor(math.log10(abs(estimate.value)))
+        exponent = _magnitude(estimate.value, 3)
         return f"({plus_minus(_scaled(estimate, exponent), signed)}) × {power(exponent)}"
     decimals = _interval_decimals(estimate)
     if decimals is None or estimate.low is None or estimate.high is None:

@@ -106,7 +106,7 @@ def quality_table(report: Report) -> Table:
             "worst domain",
             "mean KL, nats",
             "99.9 % KL",
-            "same top token",
+            "same top",
         ),
         tuple(rows),
         frozenset({0, 4}),
@@ -153,7 +153,7 @@ def domain_table(report: Report, variant: str) -> Table:
         "over documents; differences are paired by document.",
         (
             "domain",
-            "documents",
+            "docs",
             "tokens",
             "bits / byte",
             "Δ base",
@@ -161,7 +161,7 @@ def domain_table(report: Report, variant: str) -> Table:
             "ratio to base",
             "mean KL, nats",
             "99.9 % KL",
-            "same top token",
+            "same top",
         ),
         (
             *(

@@ -8,7 +8,7 @@ from compressor.report import numbers, tables
 from compressor.report.schema import Report
 from compressor.report.tables import Table
 
-DROPPED = ("documents", "ratio to base", "same top token")  # what does not fit a terminal
+DROPPED = ("docs", "ratio to base", "same top")  # what does not fit a terminal
 
 
 def to_text(report: Report) -> str:

@@ -32,6 +32,7 @@ from compressor.report.figures.svg import (
 from compressor.report.schema import Report, Variant
 
 ROW = 18.0  # px
+_NOISE_FLOOR = " The noise floor is the base against itself in another batch size."
 
 
 def _ends(estimate: Estimate) -> tuple[float, float]:
@@ -356,8 +357,8 @@ def ccdf(report: Report) -> Figure | None:
         "ccdf",
         "How much the rare tokens suffer",
         "Share of tokens whose KL divergence from the base exceeds the value below; both axes are "
-        "logarithmic. Means hide the right end of a curve, and generations fail there. The dashed "
-        "curve is the noise floor: the base against itself in another batch size.",
+        "logarithmic. Means hide the right end of a curve, and generations fail there."
+        + (_NOISE_FLOOR if report.noise_floor else ""),
         "; ".join(listed),
         lambda width: _draw_ccdf(report, curves, width),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -119,6 +119,7 @@ def test_calibration_never_reads_the_held_out_splits() -> None:
         assert not used & {d.id for d in text.calibration_documents(domain, "development")}
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=8),
     st.integers(1, 500),

@@ -32,36 +32,42 @@ class Suite(BaseModel):
 
 
 class EvaluateConfig(BaseModel):
-    """How every variant of a run is measured against the base.
-
-    Attributes:
-        suite: name of a shipped suite (quick, standard, full) or the path of one.
-        protocol: replaces the suite's protocol.
-        length: replaces the suite's window, in tokens.
-        documents: replaces the suite's documents per domain.
-        batch_size: windows that go through the model together.
-        dtype: precision of the forward pass; `auto` is float32 on a CPU and bfloat16 elsewhere.
-        text: the user's own text, domain -> file (.txt is one document, .jsonl has rows with
-            `text`); replaces the suite's domains and is not cut.
-        noise_floor: also score the base against itself at another batch size.
-        every_stage: measure after every stage, not only the base and the last variant.
-        resamples: bootstrap resamples behind every interval.
-        seed: of the bootstrap.
-    """
+    """How every variant of a run is measured against the base."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    suite: str = "quick"
-    protocol: ProtocolName | None = None
-    length: int | None = Field(default=None, ge=8)
-    documents: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=8, ge=1)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    text: dict[str, str] = Field(default_factory=dict)
-    noise_floor: bool = True
-    every_stage: bool = True
-    resamples: int = Field(default=2000, ge=100, le=100_000)
-    seed: int = 0
+    suite: str = Field(
+        "quick", description="A shipped suite (quick, standard, full) or the path of one."
+    )
+    protocol: ProtocolName | None = Field(
+        None, description="How text is cut into windows; replaces the suite's protocol."
+    )
+    length: int | None = Field(
+        None, ge=8, description="Tokens per window; replaces the suite's length."
+    )
+    documents: int | None = Field(
+        None, ge=1, description="Documents per domain; replaces the suite's number."
+    )
+    batch_size: int = Field(8, ge=1, description="Windows that go through the model together.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Precision of the forward pass; `auto`: float32 on a CPU, else bfloat16.",
+    )
+    text: dict[str, str] = Field(
+        default_factory=dict,
+        description="Your own text, domain to file (.txt is one document, .jsonl has rows with "
+        "`text`); replaces the suite's domains and is not cut.",
+    )
+    noise_floor: bool = Field(
+        True, description="Also score the base against itself at another batch size."
+    )
+    every_stage: bool = Field(
+        True, description="Measure after every stage, not only the base and the last variant."
+    )
+    resamples: int = Field(
+        2000, ge=100, le=100_000, description="Bootstrap resamples behind every interval."
+    )
+    seed: int = Field(0, ge=0, description="Of the bootstrap.")
 
     @model_validator(mode="after")
     def _even_length(self) -> EvaluateConfig:

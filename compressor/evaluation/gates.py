@@ -1,36 +1,46 @@
-"""The user's margins, and whether the evidence keeps them."""
+"""The user's margins, and whether the evidence keeps them.
+
+Light on purpose: recipes import it, so the command line does.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.errors import UsageError
 from compressor.evaluation.results import Estimate, Evaluation, GateVerdict
-from compressor.evaluation.statistics import Verdict, verdict
+
+Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 
 class Gates(BaseModel):
-    """Margins that the last variant must keep; a margin left out is not judged.
-
-    Attributes:
-        max_kl: mean KL(base || variant) over all domains, nats per token.
-        max_worst_domain_kl: the same in the worst domain.
-        max_bpb_increase: increase of bits per byte over all domains.
-        max_worst_domain_bpb_increase: the same in the worst domain.
-        max_perplexity_ratio: perplexity of the variant over that of the base.
-        max_bytes: bytes on disk of every file needed to load the variant.
-        min_top1_agreement: share of tokens whose arg-max prediction is the base's.
-    """
+    """Margins that the last variant must keep; a margin left out is not judged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    max_kl: float | None = Field(default=None, ge=0)
-    max_worst_domain_kl: float | None = Field(default=None, ge=0)
-    max_bpb_increase: float | None = None
-    max_worst_domain_bpb_increase: float | None = None
-    max_perplexity_ratio: float | None = Field(default=None, gt=0)
-    max_bytes: int | None = Field(default=None, ge=0)
-    min_top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    max_kl: float | None = Field(
+        None, ge=0, description="Mean KL(base || variant) over all domains, nats per token."
+    )
+    max_worst_domain_kl: float | None = Field(
+        None, ge=0, description="Mean KL(base || variant) in the worst domain, nats per token."
+    )
+    max_bpb_increase: float | None = Field(
+        None, description="Increase of bits per byte over all domains."
+    )
+    max_worst_domain_bpb_increase: float | None = Field(
+        None, description="Increase of bits per byte in the worst domain."
+    )
+    max_perplexity_ratio: float | None = Field(
+        None, gt=0, description="Perplexity of the variant over that of the base."
+    )
+    max_bytes: int | None = Field(
+        None, ge=0, description="Bytes on disk of every file needed to load the variant."
+    )
+    min_top1_agreement: float | None = Field(
+        None, ge=0, le=1, description="Share of tokens whose top prediction is the base's."
+    )
 
 
 _NAMES = {
@@ -62,6 +72,19 @@ def judge(gates: Gates, evaluation: Evaluation | None, bytes_on_disk: int) -> li
             estimate = _estimate(gate, evaluation, bytes_on_disk)
             verdicts.append(_judge_one(gate, float(limit), estimate))
     return verdicts
+
+
+def verdict(estimate: Estimate, limit: float) -> Verdict:
+    """Non-inferiority of a quantity that should not exceed `limit`.
+
+    PASS when the whole interval is within the limit, FAIL when all of it is beyond, INCONCLUSIVE
+    when it straddles the limit or there is no interval.
+    """
+    if estimate.low is None or estimate.high is None:
+        return "INCONCLUSIVE"
+    if estimate.high <= limit:
+        return "PASS"
+    return "FAIL" if estimate.low > limit else "INCONCLUSIVE"
 
 
 def overall_verdict(verdicts: list[GateVerdict]) -> Verdict:

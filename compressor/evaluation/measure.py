@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -32,6 +31,7 @@ from compressor.evaluation.divergence import (
 from compressor.evaluation.protocols import TokenizedText, Window, batches
 from compressor.evaluation.results import Protocol
 from compressor.evaluation.scoring import Scorer
+from compressor.formats.atomic import replacing
 from compressor.types import TokenBatch
 
 Progress = Callable[[int, int], None]
@@ -78,11 +78,8 @@ class TokenScores:
             "is_base": self.is_base,
         }
         columns = {name: getattr(self, name) for name in _COLUMNS}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
+        with replacing(path) as part, part.open("wb") as file:
             np.savez_compressed(file, head=np.array(json.dumps(head)), **columns)
-        _publish(part, path)
 
     @classmethod
     def load(cls, path: Path) -> TokenScores:
@@ -192,9 +189,8 @@ class BaseCache:
 
     def write(self, number: int, states: Tensor) -> None:
         """Store the states [n, H] of one batch."""
-        part = self.shard(number).with_suffix(".part")
-        save_file({"hidden": states.contiguous().cpu()}, part)
-        _publish(part, self.shard(number))
+        with replacing(self.shard(number)) as part:
+            save_file({"hidden": states.contiguous().cpu()}, part)
 
     def read(self, windows: list[int]) -> Tensor:
         """States [n, H] of some windows, one after the other."""
@@ -355,10 +351,3 @@ def _empty(text: TokenizedText) -> Columns:
     columns: Columns = {name: np.zeros(n, np.float32) for name in ("nll", "base_nll")}
     columns |= {name: np.zeros(n, np.float32) for name in ("kl", "reverse_kl")}
     return columns | {name: np.zeros(n, np.int32) for name in ("top1", "base_top1")}
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Give a finished file its name; until then nothing can mistake it for whole."""
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 
 from compressor.errors import TextError, UsageError
 from compressor.evaluation.config import ProtocolName
-from compressor.evaluation.suites import Document, EvaluationText
+from compressor.evaluation.suites import EvaluationText
+from compressor.text import Document
 
 Ints = NDArray[np.int64]
 

@@ -140,10 +140,18 @@ class TransformersScorer:
             )
 
 
+class _States(BaseModelOutputWithPast):  # type: ignore[misc]
+    """A decoder's output that has nothing but states, whatever else a family asks it for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 @contextmanager
 def _returning(decoder: nn.Module, states: Tensor) -> Iterator[None]:
     """Within the block, calling `decoder` yields `states` [1, N, H] and computes nothing."""
-    output = BaseModelOutputWithPast(last_hidden_state=states)
+    output = _States(last_hidden_state=states)
     decoder.forward = lambda *_, **__: output
     try:
         yield

@@ -1,4 +1,4 @@
-"""Intervals for ratios of sums over clustered text, and the verdict against a margin.
+"""Intervals for ratios of sums over clustered text.
 
 Tokens of one document are not independent, so documents are resampled, not tokens; base and
 variant are resampled together (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, §2-4).
@@ -11,7 +11,6 @@ of all metrics in all resamples. `scipy.stats.bootstrap` cannot resample domains
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from compressor.evaluation.results import Estimate
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
-Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 
 class Bootstrap:
@@ -112,16 +110,3 @@ def worst_of(estimates: dict[str, Estimate], simultaneous: dict[str, Estimate]) 
     if len(highs) < len(estimates) or len(lows) < len(simultaneous):
         return Estimate(value=value)
     return Estimate(value=value, low=min(max(lows), value), high=max(highs))
-
-
-def verdict(estimate: Estimate, limit: float) -> Verdict:
-    """Non-inferiority of a quantity that should not exceed `limit`.
-
-    PASS when the whole interval is within the limit, FAIL when all of it is beyond, INCONCLUSIVE
-    when it straddles the limit or there is no interval.
-    """
-    if estimate.low is None or estimate.high is None:
-        return "INCONCLUSIVE"
-    if estimate.high <= limit:
-        return "PASS"
-    return "FAIL" if estimate.low > limit else "INCONCLUSIVE"

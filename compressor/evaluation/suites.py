@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 from compressor import resources
 from compressor.errors import TextError, UsageError
 from compressor.evaluation.config import EvaluateConfig, ProtocolName, Suite
+from compressor.text import Document, evaluation_documents
 
 _WIKITEXT = (
     "python -c \"from datasets import load_dataset as d; open('{path}', 'w').write('\\n\\n'.join("
@@ -23,21 +24,12 @@ _WIKITEXT = (
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text that is scored as a whole; the unit the bootstrap resamples."""
-
-    id: str
-    domain: str
-    text: str
-
-
-@dataclass(frozen=True)
 class EvaluationText:
     """The text of one evaluation, before any tokenizer.
 
     Attributes:
         suite: name for the protocol.
-        domains: domain -> documents, in a fixed order.
+        domains: domain -> documents, in a fixed order; a document is the unit of resampling.
         protocol: how windows are cut.
         length: tokens per window that were asked for.
         length_is_fixed: the user asked for `length`; a model that is shorter is refused.
@@ -130,16 +122,9 @@ def cut(text: str, limit: int | None) -> str:
 def _shipped_documents(
     domain: str, limit: int | None, bytes_per_document: int | None
 ) -> tuple[Document, ...]:
-    files = sorted((resources.evals() / "text" / domain).glob("evaluation-*.jsonl"))
-    if not files:
-        known = sorted(path.name for path in (resources.evals() / "text").glob("*/"))
-        raise TextError(
-            f"no evaluation text ships for domain {domain!r}", f"shipped: {', '.join(known)}"
-        )
-    documents = [document for file in files for document in _rows(domain, file)]
     return tuple(
-        Document(document.id, domain, cut(document.text, bytes_per_document))
-        for document in select(documents, limit)
+        replace(document, text=cut(document.text, bytes_per_document))
+        for document in select(evaluation_documents(domain), limit)
     )
 
 

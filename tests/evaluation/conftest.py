@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.evaluation.protocols import TokenizedText, tokenize
 from compressor.evaluation.scoring import TransformersScorer
-from compressor.evaluation.suites import Document, EvaluationText
+from compressor.evaluation.suites import EvaluationText
+from compressor.text import Document
 
 VOCAB = 258  # 256 bytes, BOS, EOS
 

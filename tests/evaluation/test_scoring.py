@@ -1,0 +1,101 @@
+"""Decoder and head apart must be the model, for families that do something after the head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from transformers import AutoModelForCausalLM
+from transformers.models import cohere, gemma2, gpt2, granite, mixtral, opt, qwen2
+
+from compressor.errors import ModelError
+from compressor.evaluation.scoring import TransformersScorer, resolve_dtype
+from compressor.types import TokenBatch
+
+SMALL = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "gemma2-soft-cap": gemma2.Gemma2Config(**SMALL, final_logit_softcapping=2.0),
+    "granite-scaling": granite.GraniteConfig(**SMALL, logits_scaling=7.0),
+    "cohere-scale": cohere.CohereConfig(**SMALL, logit_scale=0.25),
+    "qwen2-untied": qwen2.Qwen2Config(**SMALL, tie_word_embeddings=False),
+    "opt-nested-decoder": opt.OPTConfig(
+        vocab_size=99, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=64,
+    ),
+    "mixtral-router": mixtral.MixtralConfig(**SMALL, num_local_experts=2),
+    "gpt2": gpt2.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_on_states_is_the_model(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    ids = torch.randint(3, 99, (2, 16))
+    with torch.no_grad():
+        expected = model(ids).logits
+    scorer = TransformersScorer(tmp_path)
+    states = scorer.hidden(TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("", "")))
+    got = scorer.logits(states.flatten(0, 1))
+    torch.testing.assert_close(got, expected.flatten(0, 1), atol=1e-6, rtol=1e-5)
+    head = TransformersScorer(tmp_path, head_only=True)
+    torch.testing.assert_close(head.logits(states.flatten(0, 1)), got, atol=0, rtol=0)
+    assert head.vocab == scorer.vocab == 99
+
+
+def test_the_head_alone_cannot_score(base_path: Path) -> None:
+    head = TransformersScorer(base_path, head_only=True)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with pytest.raises(ModelError, match="head only"):
+        head.hidden(TokenBatch(ids, ids == 0, ("",)))
+
+
+def test_a_model_that_does_not_split_is_refused(
+    base_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A family whose logits depend on more than the decoder's states must not pass silently."""
+    family = type(tiny_llama())
+    forward = family.forward
+
+    def with_a_bias_from_the_ids(self: torch.nn.Module, input_ids: torch.Tensor, **rest: object):  # type: ignore[no-untyped-def]
+        output = forward(self, input_ids=input_ids, **rest)
+        output.logits = output.logits + input_ids[..., None].float()
+        return output
+
+    monkeypatch.setattr(family, "forward", with_a_bias_from_the_ids)
+    with pytest.raises(ModelError, match="LlamaForCausalLM does more between decoder and logits"):
+        TransformersScorer(base_path)
+
+
+def test_padding_and_batch_do_not_change_a_state(base: TransformersScorer) -> None:
+    ids = torch.randint(0, 250, (4, 20))
+    for row, length in enumerate((20, 13, 5, 1)):
+        ids[row, length:] = 0
+    mask = torch.arange(20)[None] < torch.tensor([20, 13, 5, 1])[:, None]
+    together = base.hidden(TokenBatch(ids, mask, ("",) * 4))
+    for row, length in enumerate((20, 13, 5, 1)):
+        alone = base.hidden(
+            TokenBatch(ids[row : row + 1, :length], mask[row : row + 1, :length], ("",))
+        )
+        torch.testing.assert_close(together[row, :length], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_auto_precision() -> None:
+    assert resolve_dtype("auto", torch.device("cpu")) is torch.float32
+    assert resolve_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert resolve_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16

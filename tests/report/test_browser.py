@@ -107,5 +107,14 @@ def test_screenshots_and_no_request(page: Path, tmp_path: Path) -> None:
 
 def requests(log: Path) -> set[str]:
     """Addresses that the page asked for, without those of the browser's own services."""
-    found = re.findall(r'"initiator":"file://[^"]*"[^{}]*"url":"(https?://[^"]+)"', log.read_text())
-    return set(found)
+    return set(re.findall(r'site=file://[^}]*\}","url":"(https?://[^"]+)"', log.read_text()))
+
+
+def test_the_checks_notice_a_bad_page(tmp_path: Path) -> None:
+    page, log = tmp_path / "bad.html", tmp_path / "log.json"
+    wanted = "http://127.0.0.1:9/x.png"
+    page.write_text(f"<title>t</title><img src={wanted}><script>console.error('no')</script>")
+    flags = (f"--screenshot={tmp_path / 'bad.png'}", f"--log-net-log={log}")
+    found = browse(page, tmp_path / "profile", *flags)
+    assert "CONSOLE" in found.stderr
+    assert requests(log) == {wanted}

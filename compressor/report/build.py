@@ -27,8 +27,7 @@ def build_report(facts: Facts) -> Report:
     """The report: verdict, Pareto set, cost by stage, sentences with evidence, warnings.
 
     Args:
-        facts: what the run knows. Gates speak of the headline variant, which is the last one
-            that was evaluated against the base (the base itself when none was).
+        facts: what the run knows.
     """
     headline = headline_of(facts)
     draft = Report(
@@ -73,7 +72,9 @@ def check_report(report: Report) -> None:
 
 
 def headline_of(facts: Facts) -> str:
-    """The last variant that was compared with the base, or else the base."""
+    """The judged variant, or else the last one compared with the base, or else the base."""
+    if facts.judged is not None:
+        return facts.judged
     compared = [v.id for v in facts.variants[1:] if v.id in facts.evaluations]
     return compared[-1] if compared else facts.variants[0].id
 
@@ -125,10 +126,16 @@ def _attribution(facts: Facts) -> Iterator[Attribution]:
             delta_to_base=evaluation.overall.delta_bits_per_byte if evaluation else None,
             delta_to_parent=own,
             paired=paired,
-            bytes_saved=by_id[variant.parent].size.bytes_on_disk - variant.size.bytes_on_disk,
+            bytes_saved=_bytes_saved(by_id[variant.parent], variant),
             median_loss=median(m.loss for m in metrics) if metrics else None,
             median_baseline_loss=median(m.baseline_loss for m in metrics) if metrics else None,
         )
+
+
+def _bytes_saved(parent: Variant, variant: Variant) -> int:
+    """A draft model stands beside its parent and replaces nothing, so it only adds bytes."""
+    beside = variant.stage is not None and variant.stage.method.startswith("draft.")
+    return (0 if beside else parent.size.bytes_on_disk) - variant.size.bytes_on_disk
 
 
 def _delta_to_parent(facts: Facts, variant: Variant) -> tuple[Estimate | None, bool]:
@@ -250,8 +257,9 @@ def _layer_claims(report: Report, document: Document) -> Iterator[Statement]:
         yield state(
             document,
             f"layers-{item.variant}",
-            "{method} leaves a median relative layer error of {loss}; round to nearest would "
-            "leave {baseline}.",
+            "{label}: {method} leaves a median relative layer error of {loss}; round to nearest "
+            "would leave {baseline}.",
+            label=(pointer("variants", variant, "label"), "text"),
             method=(pointer("variants", variant, "stage", "method"), "text"),
             loss=(pointer("attribution", place, "median_loss"), "number"),
             baseline=(pointer("attribution", place, "median_baseline_loss"), "number"),
@@ -424,13 +432,15 @@ def _stage_warnings(report: Report, document: Document) -> Iterator[Statement]:
     for place, variant in enumerate(report.variants[1:], start=1):
         stage = ("variants", place, "stage")
         method: tuple[str, Style] = (pointer(*stage, "method"), "text")
+        label: tuple[str, Style] = (pointer("variants", place, "label"), "text")
         if variant.stage is None:
             continue
         if variant.stage.fallbacks:
             yield state(
                 document,
                 f"fallbacks-{variant.id}",
-                "{method} did not always do what was asked; recorded fallbacks: {count}.",
+                "{label}: {method} did not always do what was asked; recorded fallbacks: {count}.",
+                label=label,
                 method=method,
                 count=(pointer(*stage, "fallbacks"), "length"),
             )
@@ -442,7 +452,9 @@ def _stage_warnings(report: Report, document: Document) -> Iterator[Statement]:
             yield state(
                 document,
                 f"worse-than-nearest-{variant.id}",
-                "{method} is worse than round to nearest on {module}: {loss} against {baseline}.",
+                "{label}: {method} is worse than round to nearest on {module}: {loss} against "
+                "{baseline}.",
+                label=label,
                 method=method,
                 module=(pointer(*entry, "module"), "text"),
                 loss=(pointer(*entry, "loss"), "number"),

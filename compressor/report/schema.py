@@ -201,7 +201,11 @@ class Facts(Frozen):
     parent_deltas: dict[str, Estimate] = Field(default_factory=dict)
     noise_floor: Divergence | None = None
     contamination: tuple[Contamination, ...] = ()
-    gates: tuple[GateVerdict, ...] = Field(default=(), description="of the headline variant")
+    gates: tuple[GateVerdict, ...] = ()
+    judged: str | None = Field(
+        default=None,
+        description="variant the gates speak of; the last one that was compared when null",
+    )
     reproduce: Reproduce
 
     @model_validator(mode="after")
@@ -222,7 +226,8 @@ class Facts(Frozen):
         for place, variant in enumerate(self.variants[1:], start=1):
             if variant.stage is None or variant.parent not in ids[:place]:
                 raise ValueError(f"variant {variant.id!r} needs a stage and an earlier parent")
-        unknown = sorted((set(self.evaluations) | set(self.parent_deltas)) - set(ids))
+        named = {*self.evaluations, *self.parent_deltas, *([self.judged] if self.judged else [])}
+        unknown = sorted(named - set(ids))
         if unknown:
             raise ValueError(f"measurements of unknown variants: {unknown}")
         return self

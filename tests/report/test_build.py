@@ -166,3 +166,28 @@ def test_a_dense_headline_makes_no_claim_about_codes() -> None:
     evaluations = {k: v for k, v in facts.evaluations.items() if k != LAST}
     report = build_report(changed(variants=facts.variants[:2], evaluations=evaluations))
     assert "matrices" not in {claim.id for claim in report.claims}
+
+
+def test_the_run_may_name_the_judged_variant() -> None:
+    report = build_report(changed(judged="1-prune-depth"))
+    assert report.headline == "1-prune-depth"
+    assert any("Depth 28 takes 257 MB" in claim.text for claim in report.claims)
+
+
+def test_a_draft_adds_bytes_and_replaces_nothing() -> None:
+    base, pruned, last = example.variants()
+    assert last.stage is not None
+    draft = last.model_copy(
+        update={
+            "id": "draft",
+            "stage": last.stage.model_copy(update={"method": "draft.eagle3"}),
+        }
+    )
+    facts = changed(
+        variants=(base, pruned, draft),
+        evaluations={k: v for k, v in example.facts().evaluations.items() if k != LAST},
+    )
+    report = build_report(facts)
+    assert report.headline == "1-prune-depth"
+    assert report.attribution[1].bytes_saved == -draft.size.bytes_on_disk
+    assert report.attribution[1].delta_to_parent is None

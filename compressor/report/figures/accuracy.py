@@ -331,8 +331,10 @@ def _cell(
     drawing.bar(x + 1, y + 1, cell - 3, 32, tone, fill_opacity=strength, rx=2)
     if worst:
         drawing.bar(x + 1.5, y + 1.5, cell - 4, 31, "outline", rx=2)
-    signed = numbers.fixed(value, max(3, numbers.decimals_for(largest, 2)), signed=value < 0)
-    drawing.text(x + cell / 2 - 1, y + 21, signed, "strong" if worst else "", "middle")
+    decimals = numbers.decimals_for(largest, 2)
+    shown = numbers.fixed(value, max(2 if cell < 44 else 3, decimals))
+    cls = f"{'small' if cell < 56 else ''} {'strong' if worst else ''}".strip()
+    drawing.text(x + cell / 2 - 1, y + 21, shown, cls, "middle")
 
 
 # --- divergence ------------------------------------------------------------------------------
@@ -458,7 +460,7 @@ def _draw_position(
     starts = sorted({at for points in curves.values() for at, _ in points})
     values = [kl for points in curves.values() for _, kl in points]
     xs = Scale(starts[0] + 1, starts[-1] + 1, 58.0, width - 16, log=True)
-    ys = Scale(min(0.0, *values), padded(values)[1], 250.0, 30.0)
+    ys = _level_scale(values)
     y_axis(drawing, ys, 52, width - 12, lambda v: numbers.number(v, 2))
     drawing.line((52, 250), (width - 12, 250), "axis")
     shown = -math.inf
@@ -466,7 +468,8 @@ def _draw_position(
         if xs(at + 1) - shown > 30:
             shown = xs(at + 1)
             drawing.text(shown, 266, str(at), "muted small", "middle")
-    drawing.text(0, 14, "mean KL, nats per token", "muted small")
+    unit = "mean KL, nats per token" + (", log scale" if ys.log else "")
+    drawing.text(0, 14, unit, "muted small")
     drawing.text(width - 12, 286, "position in the window, tokens, log scale", "muted small", "end")
     for name, points in curves.items():
         places = [(xs(at + 1), ys(kl)) for at, kl in points]
@@ -476,6 +479,13 @@ def _draw_position(
     drawn = {n: [(xs(at + 1), ys(kl)) for at, kl in points] for n, points in curves.items()}
     _end_labels(drawing, report, drawn, ys)
     return drawing
+
+
+def _level_scale(values: list[float]) -> Scale:
+    """From zero up; logarithmic where the curves would otherwise lie on top of each other."""
+    if min(values) > 0 and max(values) > 8 * min(values):
+        return Scale(*log_padded(values), 250.0, 30.0, log=True)
+    return Scale(min(0.0, *values), padded(values)[1], 250.0, 30.0)
 
 
 def _end_labels(

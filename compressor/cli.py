@@ -16,7 +16,8 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from compressor.errors import CompressorError, GateFailed, GateInconclusive, Usa
 
 if TYPE_CHECKING:
     from compressor.evaluation.config import EvaluateConfig
+    from compressor.progress import Observer
     from compressor.recipe import Recipe
 
 INTERRUPTED = 130
@@ -176,7 +178,7 @@ def run(
     """Run RECIPE on MODEL; the same command again resumes it."""
     loaded = _load(recipe, overrides, allow_outside)
     folder = out or default_out(loaded.name, model)
-    with _observer(settings) as observer:
+    with _working(settings) as observer:
         from compressor.engine import run_recipe
 
         outcome = run_recipe(
@@ -196,7 +198,7 @@ def run(
 @click.pass_obj
 def resume(settings: Settings, folder: Path) -> None:
     """Take up the interrupted run in FOLDER."""
-    with _observer(settings) as observer:
+    with _working(settings) as observer:
         from compressor.engine import resume_run
 
         outcome = resume_run(folder, observer=observer)
@@ -233,10 +235,14 @@ def default_out(recipe: str, model: str) -> Path:
     return Path("runs") / f"{recipe}-{name or 'model'}"
 
 
-def _observer(settings: Settings) -> Any:
+@contextmanager
+def _working(settings: Settings) -> Iterator[Observer]:
+    """Progress that suits the terminal, and none of transformers' own."""
+    from compressor.model.quiet import quiet
     from compressor.progress import observer
 
-    return observer(quiet=settings.quiet)
+    with quiet(), observer(quiet=settings.quiet) as told:
+        yield told
 
 
 def _finish(settings: Settings, outcome: Any) -> None:
@@ -283,7 +289,7 @@ def evaluation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def evaluate(settings: Settings, /, models: tuple[str, ...], **options: Any) -> None:
     """Measure BASE, and every VARIANT against it."""
     config = _evaluate_config(options)
-    with _observer(settings) as observer:
+    with _working(settings) as observer:
         from compressor.compare import compare_models
 
         results = compare_models(models, config, observer)
@@ -308,7 +314,7 @@ def compare(
 ) -> None:
     """Measure VARIANT against BASE and judge it by --gate."""
     config = _evaluate_config(options)
-    with _observer(settings) as observer:
+    with _working(settings) as observer:
         from compressor.compare import compare_models, judge_models, read_gates
 
         limits = read_gates(gates)

@@ -104,9 +104,11 @@ class Recipe(Section):
         min_length=1, description="The methods, applied one after the other."
     )
     evaluate: EvaluateConfig = Field(
-        default=EvaluateConfig(), description="How every variant is measured."
+        default=EvaluateConfig.model_validate({}), description="How every variant is measured."
     )
-    gates: Gates = Field(default=Gates(), description="Limits the result must keep.")
+    gates: Gates = Field(
+        default=Gates.model_validate({}), description="Limits the result must keep."
+    )
     export: tuple[ExportConfig, ...] = Field(
         default=(ExportConfig(format="compressed-tensors"),), description="Deliverables."
     )

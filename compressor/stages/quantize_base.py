@@ -115,7 +115,8 @@ class RounderConfig(StageConfig):
         schemes = self.schemes(architecture)
         chosen = [architecture.matrix(name) for name in schemes]
         if not chosen:
-            problems("targets", "nothing is left to round once `ignore` is applied", "")
+            if architecture.select(self.targets).matrices:
+                problems("ignore", "it covers every target, so that nothing is left to round", "")
             return architecture
         self._check_places(architecture, problems)
         _check_rounded_once(chosen, problems)

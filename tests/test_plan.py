@@ -1,0 +1,283 @@
+"""The plan refuses what cannot work, where the recipe says it, and prices what can."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compressor import resources
+from compressor.cost import checkpoint_bytes, flops_per_second, linear_bits
+from compressor.errors import ModelError, PlanError
+from compressor.model.architecture import Architecture
+from compressor.order import FORBIDDEN, ORDER, forbidden, order_problems, rank
+from compressor.plan import Plan, make_plan
+from compressor.recipe import load_recipe, shipped_recipes
+from compressor.types import WeightScheme
+
+TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
+SMOL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+RTN = "stages:\n  - method: quantize.rtn\n    group_size: 64\n"
+
+
+def plan(folder: Path, text: str, config: dict[str, Any] = SMOL, *overrides: str) -> Plan:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return make_plan(load_recipe(path, overrides), config, "the-model")
+
+
+def refusals(folder: Path, text: str, config: dict[str, Any] = SMOL, *overrides: str) -> list[Any]:
+    with pytest.raises(PlanError) as caught:
+        plan(folder, text, config, *overrides)
+    return list(caught.value.problems)
+
+
+# ---------------------------------------------------------------------- refused
+
+
+def test_a_group_size_must_divide_every_width(tmp_path: Path) -> None:
+    found = refusals(tmp_path, RTN.replace("64", "128"))
+    assert [(p.line, p.column) for p in found] == [(3, 17)]
+    assert "groups of 128 do not divide the 576 inputs of model.layers.0.self_attn.q_proj" in (
+        found[0].message
+    )
+    assert "179 more of that width" in found[0].message  # q k v o gate up of 30 blocks
+    assert found[0].hint.endswith("16, 24, 32, 48, 64, 96, 192, channel")
+    # each of them works, and 128 works where it divides
+    for size in ("96", "192", "channel"):
+        assert plan(tmp_path, RTN.replace("64", size)).stages[0].matrices == 210
+    assert plan(tmp_path, RTN.replace("64", "128"), SMOL, "stages.0.targets=[down]")
+
+
+@pytest.mark.parametrize(
+    ("override", "words", "hint"),
+    [
+        ("stages.0.targets=[q_projj]", "'q_projj' matches no matrix", "roles of this model"),
+        ("stages.0.targets=[dwn]", "'dwn' matches no matrix", "did you mean 'down'"),
+        ("stages.0.ignore=[lm_head]", "'lm_head' matches no matrix", "roles of this model"),
+        ("stages.0.targets=['re:(']", "matches no matrix", "not a regular expression"),
+        ("stages.0.ignore=[linear]", "nothing is left to round", ""),
+        ("stages.0.targets=[all]", "outside the decoder blocks", "embeddings: quantize"),
+        ("stages.0.head=quantize", "tied to the embedding", "embeddings: quantize"),
+        ("stages.0.bits=2", "ruins a model", "force: true"),
+    ],
+)
+def test_targets_that_cannot_work(tmp_path: Path, override: str, words: str, hint: str) -> None:
+    found = refusals(tmp_path, RTN, SMOL, override)
+    assert len(found) == 1
+    assert words in found[0].message
+    assert hint in found[0].hint
+    assert found[0].message.startswith(f"--set {override.partition('=')[0]}: quantize.rtn.")
+
+
+def test_two_bits_can_be_forced(tmp_path: Path) -> None:
+    made = plan(tmp_path, RTN, SMOL, "stages.0.bits=2", "stages.0.force=true")
+    assert made.stages[0].bits_nominal == 2
+
+
+def test_a_matrix_is_rounded_once(tmp_path: Path) -> None:
+    again = "  - method: quantize.rtn\n    group_size: 64\n    targets: [down]\n"
+    found = refusals(tmp_path, RTN + again)
+    assert [(p.line, p.column) for p in found] == [(6, 14)]
+    assert "model.layers.0.mlp.down_proj and 29 more matrices are rounded" in found[0].message
+    # apart from each other they may both run
+    made = plan(tmp_path, RTN + again, SMOL, "stages.0.targets=[attention]")
+    assert [stage.matrices for stage in made.stages] == [120, 30]
+
+
+def test_routers_are_left_alone(tmp_path: Path) -> None:
+    config = {
+        **{"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        **{"vocab_size": 256, "num_local_experts": 2, "num_experts_per_tok": 1},
+        **{"max_position_embeddings": 64, "tie_word_embeddings": False, "dtype": "bfloat16"},
+    }
+    found = refusals(tmp_path, RTN, config, "stages.0.targets=['model.layers.*']")
+    assert any("router" in problem.message for problem in found)
+    assert plan(tmp_path, RTN, config).stages[0].matrices == 4 + 3 * 2
+
+
+def test_problems_of_all_stages_come_together(tmp_path: Path) -> None:
+    text = RTN.replace("64", "128") + "  - method: quantize.rtn\n    bits: 2\n    targets: [dwn]\n"
+    found = refusals(tmp_path, text + "evaluate: {suite: quik}\n")
+    assert [problem.line for problem in found] == [3, 5, 6, 7]
+
+
+def test_what_the_export_cannot_hold(tmp_path: Path) -> None:
+    text = RTN + "export:\n  - format: compressed-tensors\n    engines: [ENGINE]\n"
+    mixed = ("stages.0.embeddings=quantize", "stages.0.embedding_bits=8")
+    asymmetric = "stages.0.symmetry=asymmetric"
+    found = refusals(tmp_path, text.replace("ENGINE", "transformers"), SMOL, *mixed, asymmetric)
+    assert "one scheme" in found[0].message
+    assert (found[0].line, found[0].column) == (5, 13)
+    found = refusals(tmp_path, text.replace("ENGINE", "vllm"), SMOL, "stages.0.targets=[q]")
+    assert "one fused layer" in found[0].message
+    assert (found[0].line, found[0].column) == (6, 14)
+    found = refusals(tmp_path, text.replace("ENGINE", "vllm-cpu"), SMOL, "stages.0.bits=3")
+    assert "3-bit codes" in found[0].message
+    assert plan(tmp_path, text.replace("ENGINE", "transformers"), SMOL, "stages.0.bits=3")
+
+
+def test_a_tied_embedding_goes_out_at_the_bits_of_the_rest(tmp_path: Path) -> None:
+    same = ("stages.0.embeddings=quantize", "stages.0.embedding_bits=4")
+    made = plan(tmp_path, RTN, SMOL, *same)
+    assert made.stages[0].matrices == 211
+    assert made.stages[0].bits_checkpoint == pytest.approx(4.25, abs=0.02)
+
+
+def test_a_compressed_model_is_no_base(tmp_path: Path) -> None:
+    config = SMOL | {"quantization_config": {"quant_method": "gptq"}}
+    with pytest.raises(ModelError, match="quantized already"):
+        plan(tmp_path, RTN, config)
+
+
+def test_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="family"):
+        plan(tmp_path, RTN, SMOL | {"model_type": "mamba"})
+
+
+def test_missing_evaluation_text(tmp_path: Path) -> None:
+    found = refusals(tmp_path, RTN + "evaluate:\n  text: {mine: mine.txt}\n")
+    assert (found[0].line, found[0].column) == (5, 16)
+
+
+# ---------------------------------------------------------------------- order
+
+METHODS = (
+    "prune.obs",
+    "recover.distill",
+    "transform.untie",
+    "transform.rotate",
+    "transform.awq",
+    "allocate.budget",
+    "quantize.gptq",
+    "draft.eagle3",
+)
+
+
+def test_the_order_that_works_has_no_problem() -> None:
+    assert list(map(rank, METHODS)) == list(range(len(ORDER)))
+    assert not list(order_problems(METHODS))
+
+
+@pytest.mark.parametrize(("first", "then"), list(itertools.combinations(METHODS, 2)))
+def test_every_inversion_is_forbidden_with_a_reason(first: str, then: str) -> None:
+    assert forbidden(first, then) is None
+    found = list(order_problems([then, first]))
+    assert [problem.index for problem in found] == [1]
+    assert found[0].message.startswith(f"{first} cannot follow {then} (stage 0): ")
+    assert len(found[0].message.partition(": ")[2].split()) >= 6
+    assert found[0].hint == f"order that works: {first} → {then}"
+
+
+@pytest.mark.parametrize("rule", FORBIDDEN, ids=lambda rule: f"{rule.first}-{rule.then}")
+def test_every_rule_fires_on_some_pair(rule: Any) -> None:
+    names = (*METHODS, "transform.smoothquant", "prune.depth", "draft.standalone")
+    assert any(forbidden(a, b) is rule for a, b in itertools.permutations(names, 2))
+
+
+def test_two_scalings_exclude_each_other_in_any_order() -> None:
+    for pair in itertools.permutations(("transform.awq", "transform.smoothquant")):
+        (found,) = order_problems(pair)
+        assert found.hint.startswith("keep one of the two")
+
+
+def test_drafts_do_not_disturb_each_other() -> None:
+    assert not list(order_problems(["quantize.gptq", "draft.eagle3", "draft.standalone"]))
+
+
+# ---------------------------------------------------------------------- prices
+
+
+def test_sizes_by_hand(tmp_path: Path) -> None:
+    made = plan(tmp_path, RTN)
+    blocks, embedding, norms = 30 * (2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536), 49152 * 576, 61
+    assert made.parameters == blocks + embedding + norms * 576
+    assert made.base_bytes == 2 * made.parameters
+    (stage,) = made.stages
+    assert (stage.bits_nominal, stage.bits_linear) == (4, 4 + 16 / 64)
+    packed = blocks * 4.25 / 8 + 2 * (embedding + norms * 576) + 210 * 16
+    assert stage.packed_bytes == packed
+    assert stage.bits_checkpoint == pytest.approx(8 * packed / made.parameters)
+    assert made.exports[0].ratio == pytest.approx(made.base_bytes / packed)
+
+
+def test_asymmetric_codes_cost_their_zero_points(tmp_path: Path) -> None:
+    plain = plan(tmp_path, RTN).stages[0].bits_linear
+    asymmetric = plan(tmp_path, RTN, SMOL, "stages.0.symmetry=asymmetric").stages[0].bits_linear
+    assert asymmetric - plain == pytest.approx(4 / 64, rel=0.01)
+
+
+def test_dense_exports_do_not_shrink(tmp_path: Path) -> None:
+    made = plan(tmp_path, RTN + "export:\n  - format: dense\n")
+    assert made.exports[0].tensor_bytes == made.base_bytes
+    assert made.exports[0].ratio == 1
+
+
+def test_the_formula_meets_an_architecture_without_stages() -> None:
+    base = Architecture.from_config(SMOL)
+    assert checkpoint_bytes(base) == base.bytes
+    assert linear_bits(base) == (16, 16)
+    names = [matrix.name for matrix in base.matrices if matrix.block is not None]
+    assert linear_bits(base.with_scheme(names, WeightScheme(8, None)))[0] == 8
+
+
+def test_more_text_and_depth_cost_more(tmp_path: Path) -> None:
+    text = "calibration: {samples: 8}\nstages:\n  - {method: quantize.gptq, group_size: 64}\n"
+    small = plan(tmp_path, text).stages[0]
+    more = plan(tmp_path, text, SMOL, "calibration.samples=80").stages[0]
+    careful = plan(tmp_path, text, SMOL, "stages.0.sequential=sublayer").stages[0]
+    deeper = plan(tmp_path, text, SMOL | {"num_hidden_layers": 60}).stages[0]
+    assert more.flops > 3 * small.flops
+    assert careful.flops > 1.5 * small.flops
+    assert deeper.flops == pytest.approx(2 * small.flops)
+    assert deeper.peak_bytes == small.peak_bytes  # one block, whatever the depth
+    assert more.peak_bytes > small.peak_bytes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("config", [TINY, SMOL], ids=["tiny", "smol"])
+def test_shipped_recipes_fit_small_models(name: str, config: dict[str, Any]) -> None:
+    made = make_plan(load_recipe(name), config, "small")
+    assert made.exports[0].ratio > 1.3
+    assert made.context_length == config["max_position_embeddings"]
+    assert made.evaluation_tokens > 10_000
+
+
+def test_a_plan_is_frozen_and_serialises(tmp_path: Path) -> None:
+    made = plan(tmp_path, RTN)
+    assert Plan.model_validate_json(made.model_dump_json()) == made
+    with pytest.raises(ValueError, match="frozen"):
+        made.seconds = 0
+
+
+def test_the_rate_is_measured_with_torch_and_nominal_without() -> None:
+    code = """
+import sys
+from compressor.cost import flops_per_second
+rate, how = flops_per_second()
+assert how.startswith("nominal") and 1e9 < rate < 1e15
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    import torch  # noqa: F401
+
+    rate, how = flops_per_second()
+    assert how.startswith("measured")
+    assert rate > 1e8

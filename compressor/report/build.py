@@ -267,14 +267,18 @@ def _layer_claims(report: Report, document: Document) -> Iterator[Statement]:
 
 
 def _gate_claims(report: Report, document: Document) -> Iterator[Statement]:
-    for place in range(len(report.gates)):
+    for place, gate in enumerate(report.gates):
+        entry = ("gates", place)
+        in_bytes = gate.gate.endswith("bytes")
+        measured = (*entry, "estimate", "value") if in_bytes else (*entry, "estimate")
         yield state(
             document,
             f"gate-{place}",
-            "{verdict}, {gate}: {sentence}",
-            verdict=(pointer("gates", place, "verdict"), "text"),
-            gate=(pointer("gates", place, "gate"), "text"),
-            sentence=(pointer("gates", place, "sentence"), "text"),
+            "{verdict} on {gate}: measured {estimate}, the limit is {limit}.",
+            verdict=(pointer(*entry, "verdict"), "text"),
+            gate=(pointer(*entry, "gate"), "text"),
+            estimate=(pointer(*measured), "bytes" if in_bytes else "estimate"),
+            limit=(pointer(*entry, "limit"), "bytes" if in_bytes else "number"),
         )
 
 

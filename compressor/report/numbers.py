@@ -102,7 +102,7 @@ def limits(estimate: Estimate, signed: bool = False) -> str:
 
 def with_limits(estimate: Estimate, signed: bool = False) -> str:
     """The value and its interval, for a sentence."""
-    if estimate.low is None:
+    if estimate.low is None or estimate.low == estimate.high:
         return value_of(estimate, signed)
     return f"{value_of(estimate, signed)} (95 % interval {limits(estimate, signed)})"
 

@@ -363,7 +363,8 @@ def contamination_table(report: Report) -> Table | None:
     return (
         Table(
             "contamination",
-            "Share of the evaluation text's n-grams that also stand in the calibration text.",
+            "Share of the evaluation text's n-grams that also stand in the calibration text; "
+            "n counts words, in code characters.",
             ("domain", "n", "overlap", "contaminated"),
             tuple(rows),
             frozenset({0, 3}),

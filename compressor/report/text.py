@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
+from compressor.evaluation.results import GateVerdict
 from compressor.report import numbers, tables
 from compressor.report.schema import Report
 from compressor.report.tables import Table
 
+WIDTH = 100  # characters, of sentences
 DROPPED = ("docs", "ratio to base", "same top")  # what does not fit a terminal
 
 
@@ -15,7 +18,7 @@ def to_text(report: Report) -> str:
     """Verdict, gates, variants, domains of the headline and warnings, about 110 wide."""
     seconds = numbers.duration(report.run.seconds)
     parts = [f"{report.base.id}: {report.verdict}  ({report.run.status}, {seconds})"]
-    parts += [f"  {gate.verdict:<12} {gate.gate}: {gate.sentence}" for gate in report.gates]
+    parts += [_wrapped(_gate(gate), 13) for gate in report.gates]
     shown = [
         tables.size_table(report),
         tables.quality_table(report).without(*DROPPED),
@@ -23,8 +26,22 @@ def to_text(report: Report) -> str:
     ]
     parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
     if report.warnings:
-        parts += ["Warnings", *(f"  {warning.text}" for warning in report.warnings)]
+        parts += ["Warnings", *(_wrapped(warning.text, 0) for warning in report.warnings)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _wrapped(text: str, indent: int) -> str:
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent="  ",
+        subsequent_indent=" " * (2 + indent),
+        break_on_hyphens=False,
+    )
+
+
+def _gate(gate: GateVerdict) -> str:
+    return f"{gate.verdict:<12} {gate.gate}: {gate.sentence.removeprefix(f'{gate.verdict}: ')}"
 
 
 def _domains(report: Report) -> list[Table]:

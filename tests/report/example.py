@@ -383,18 +383,28 @@ def facts() -> Facts:
 def gates() -> tuple[GateVerdict, ...]:
     return (
         GateVerdict(
-            gate="worst domain Δ bits per byte",
+            gate="max_worst_domain_bpb_increase",
             limit=0.08,
             estimate=estimate(0.052, 0.005),
             verdict="PASS",
-            sentence="+0.0520 (at most +0.0575 with 95 % confidence) is within the limit of 0.08.",
+            sentence="PASS: increase in bits per byte in the worst domain 0.052 [0.047, 0.0575], "
+            "limit at most 0.08: the whole 95 % interval keeps the limit.",
         ),
         GateVerdict(
-            gate="mean KL",
+            gate="max_kl",
             limit=0.05,
             estimate=estimate(0.0472, 0.0038),
             verdict="INCONCLUSIVE",
-            sentence="0.0472 nats, but the interval 0.0434 to 0.0514 holds the limit of 0.05.",
+            sentence="INCONCLUSIVE: mean KL from the base (nats/token) 0.0472 [0.0434, 0.05138], "
+            "limit at most 0.05: the 95 % interval holds the limit; more evaluation text would "
+            "decide.",
+        ),
+        GateVerdict(
+            gate="max_bytes",
+            limit=120_000_000,
+            estimate=Estimate(value=111_722_332, low=111_722_332, high=111_722_332),
+            verdict="PASS",
+            sentence="PASS: bytes on disk 111,722,332; the limit is at most 120,000,000.",
         ),
     )
 

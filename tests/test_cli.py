@@ -411,6 +411,29 @@ def test_comparing_a_model_with_itself(compress: Any, tmp_path: Path) -> None:
     assert "words" in human.out
 
 
+def test_a_run_from_the_first_line_to_the_report(compress: Any, tmp_path: Path) -> None:
+    text = tmp_path / "words.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    out = tmp_path / "run"
+    line = ["w4-rtn", "builtin:tiny", "-o", str(out), "-q", "--set", "evaluate.length=64"]
+    line += ["--set", f"evaluate.text.words={text}", "--set", "evaluate.noise_floor=false"]
+    failed = compress(*line, "--set", "gates.max_kl=0", "--format", "json")
+    assert failed.code == 4, failed.err
+    assert failed.json["verdict"] == "FAIL"
+    assert failed.json["report"]["run"]["command"].startswith("compress w4-rtn builtin:tiny")
+    assert "a quality gate failed" in failed.err
+    assert str(out / "report.html") in failed.err
+    assert compress("resume", str(out), "-q").code == 4  # nothing left to do, the same verdict
+    other = compress(*line, "--set", "stages.0.bits=3")
+    assert other.code == 2
+    assert "Traceback" not in other.err
+    page = compress("report", str(out), "--as", "html").out
+    assert page.rstrip() == (out / "report.html").read_text(encoding="utf-8").rstrip()
+    assert compress("report", str(out), "--format", "json").json["verdict"] == "FAIL"
+    assert compress("report", str(tmp_path)).code == 2
+    assert compress("resume", str(tmp_path)).code == 2
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (4.85e6, "4.85 MB"), (2e15, "2e+03 TB")],

@@ -6,7 +6,7 @@ interval is rounded where the interval's second digit stands, since finer digits
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from compressor.evaluation.results import Estimate
@@ -116,6 +116,12 @@ def size(count: float) -> str:
     return f"{fixed(value, decimals)} {units[0]}"
 
 
+def round_size(count: float) -> str:
+    """A round number of bytes, as on an axis, without trailing zeros."""
+    value, _, unit = size(count).partition(" ")
+    return f"{value.rstrip('0').rstrip('.') if '.' in value else value} {unit}"
+
+
 def size_change(count: float) -> str:
     """A difference of bytes, with its sign."""
     return f"+{size(count)}" if count > 0 else size(count)
@@ -138,6 +144,14 @@ def count(value: float) -> str:
 def share(value: float) -> str:
     """A share in percent."""
     return f"{fixed(100 * value, 1)}\u00a0%"
+
+
+def level_digits(values: Sequence[float]) -> Callable[[float], str]:
+    """Prints each of the values exactly and all of them with the same decimals."""
+    decimals = next(
+        (d for d in range(8) if all(abs(round(v, d) - v) < 1e-6 * abs(v) for v in values if v)), 8
+    )
+    return lambda value: fixed(value, decimals)
 
 
 def plain(value: float) -> str:

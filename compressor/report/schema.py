@@ -66,7 +66,7 @@ class Hardware(Frozen):
 class Environment(Frozen):
     """The software that computed every number."""
 
-    package: str
+    package: str = Field(description="version of this package")
     commit: str | None = None
     python: str
     torch: str

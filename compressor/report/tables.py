@@ -245,7 +245,6 @@ def stage_table(report: Report) -> Table | None:
         "relative error tr(D H Dᵀ) / tr(W H Wᵀ), beside that of round to nearest.",
         (
             "stage",
-            "settings",
             "bytes",
             "Δ bits / byte",
             "layer error",
@@ -255,7 +254,6 @@ def stage_table(report: Report) -> Table | None:
             "fallbacks",
         ),
         tuple(rows),
-        frozenset({0, 1}),
     )
 
 
@@ -265,7 +263,6 @@ def _stage_row(variant: Variant, own: Attribution, labels: dict[str, str]) -> tu
         return ()
     return (
         f"{stage.method} after {labels[own.parent]}",
-        settings(stage.params),
         numbers.size_change(-own.bytes_saved),
         own_delta(own),
         _or_none(own.median_loss, numbers.number),
@@ -277,8 +274,20 @@ def _stage_row(variant: Variant, own: Attribution, labels: dict[str, str]) -> tu
 
 
 def settings(params: dict[str, Any]) -> str:
-    """Options of a stage in one line."""
-    return ", ".join(f"{name} {value}" for name, value in params.items()) or NONE
+    """Options of a stage in one line; what is empty or off is left out."""
+    kept = (
+        _option(name, value)
+        for name, value in params.items()
+        if value is not None and value is not False and value not in ("", [], ())
+    )
+    return ", ".join(kept) or NONE
+
+
+def _option(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    shown = "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return f"{name} {shown}"
 
 
 def notes_table(report: Report) -> Table | None:
@@ -305,8 +314,8 @@ def worst_token_table(report: Report) -> Table | None:
             item.document,
             f"…{visible(item.context)}",
             visible(item.token),
-            numbers.share(item.base_probability),
-            numbers.share(item.variant_probability),
+            numbers.number(item.base_probability, 2),
+            numbers.number(item.variant_probability, 2),
             visible(item.variant_top),
             numbers.number(item.kl),
         )

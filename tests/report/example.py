@@ -339,7 +339,7 @@ def facts() -> Facts:
             resumed=1,
         ),
         env=Environment(
-            package="compressor 0.1.0",
+            package="0.1.0",
             commit="738b4ca",
             python="3.11.9",
             torch="2.13.0+cpu",

@@ -81,3 +81,14 @@ def test_every_value_can_be_shown(value: float, half: float) -> None:
 @given(st.floats(1e-3, 1e5))
 def test_shown_numbers_are_near_the_value(value: float) -> None:
     assert float(numbers.number(value)) == pytest.approx(value, rel=0.006)
+
+
+def test_ticks_are_printed_exactly_and_alike() -> None:
+    ticks = [0.0, 0.0025, 0.005]
+    assert [numbers.level_digits(ticks)(tick) for tick in ticks] == ["0.0000", "0.0025", "0.0050"]
+    assert [numbers.round_size(b) for b in (5e6, 7.5e6, 12.5e6, 200e6)] == [
+        "5 MB",
+        "7.5 MB",
+        "12.5 MB",
+        "200 MB",
+    ]

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from compressor.errors import UsageError, VerificationError
 from compressor.evaluation.results import Estimate
-from compressor.report import card, palette
+from compressor.report import card, palette, tables
 from compressor.report.build import build_report
 from compressor.report.figures import figures
 from compressor.report.figures.base import NARROW, WIDE
@@ -340,3 +340,10 @@ def test_snippets_name_the_path() -> None:
     assert list(found) == ["Transformers", "vLLM", "SGLang"]
     assert all("out/artifact" in code for code in found.values())
     compile(found["Transformers"], "snippet", "exec")
+
+
+def test_settings_leave_out_only_what_is_empty_or_off() -> None:
+    params = {"bits": 4, "damping": 0.0, "act_order": True, "force": False, "ignore": [], "x": None}
+    assert tables.settings(params) == "bits 4, damping 0.0, act_order"
+    assert tables.settings({"targets": ["q_proj", "k_proj"]}) == "targets q_proj+k_proj"
+    assert tables.settings({}) == "–"

@@ -66,13 +66,13 @@ def pareto(report: Report) -> Figure | None:
 
 def _draw_pareto(report: Report, variants: list[Variant], width: float) -> Drawing:
     drawing = Drawing(width, 360.0)
-    top, bottom, left, right = 30.0, 310.0, 52.0, width - 12
+    top, bottom, left, right = 30.0, 310.0, 52.0, width - 26
     levels = {v.id: report.evaluations[v.id].overall.bits_per_byte for v in variants}
     ends = [end for level in levels.values() for end in _ends(level)]
     xs = Scale(*log_padded([v.size.bytes_on_disk for v in variants], 0.15), left, right, log=True)
     ys = Scale(*padded(ends), bottom, top)
-    y_axis(drawing, ys, left, right, lambda v: f"{v:g}")
-    x_axis(drawing, xs, top, bottom, numbers.size, 4)
+    y_axis(drawing, ys, left, right, numbers.level_digits(ys.ticks()))
+    x_axis(drawing, xs, top, bottom, numbers.round_size, 4)
     drawing.text(0, 14, "bits per byte (lower is better)", "muted small")
     drawing.text(right, 346, "bytes on disk, log scale", "muted small", "end")
     _frontier(drawing, report, xs, ys, levels)
@@ -180,7 +180,8 @@ def _draw_forest(report: Report, width: float) -> Drawing:
     ends = [0.0, *(end for _, rows in groups for _, delta in rows for end in _ends(delta))]
     left = 176.0 if width >= SPLIT else 10.0
     scale = Scale(*padded(ends, 0.05), left, width - 118)
-    x_axis(drawing, scale, key + 18, height - 36, lambda v: numbers.fixed(v, 3), 4)
+    show = numbers.level_digits(scale.ticks(4))
+    x_axis(drawing, scale, key + 18, height - 36, show, 4)
     drawing.line((scale(0), key + 14), (scale(0), height - 36), "zero")
     drawing.text(scale.end, height - 4, "Δ bits per byte", "muted small", "end")
     if key:
@@ -461,7 +462,7 @@ def _draw_position(
     values = [kl for points in curves.values() for _, kl in points]
     xs = Scale(starts[0] + 1, starts[-1] + 1, 58.0, width - 16, log=True)
     ys = _level_scale(values)
-    y_axis(drawing, ys, 52, width - 12, lambda v: numbers.number(v, 2))
+    y_axis(drawing, ys, 52, width - 12, numbers.level_digits(ys.ticks()))
     drawing.line((52, 250), (width - 12, 250), "axis")
     shown = -math.inf
     for at in starts:

@@ -52,74 +52,74 @@ class ActivationStore:
             self._write(len(self), tensor)
             self._held.append(None)
 
-    def save(self) -> None:
+    def save(self, label: str = "") -> None:
         """Put everything on disk so that `load` finds it after a crash at any moment.
 
         The manifest is renamed into place last: without it the folder counts as absent.
+
+        Args:
+            label: what the activations belong to; `load` asks for the same.
         """
         sizes = []
+        self.folder.mkdir(parents=True, exist_ok=True)
         for index, held in enumerate(self._held):
             if held is not None:
                 self._write(index, held)
+            _flush(self._path(index))
             sizes.append(self._path(index).stat().st_size)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.folder / _MANIFEST, json.dumps({"sizes": sizes}).encode())
+        manifest, temporary = self.folder / _MANIFEST, self.folder / f"{_MANIFEST}.tmp"
+        temporary.write_text(json.dumps({"label": label, "sizes": sizes}))
+        _flush(temporary)
+        temporary.replace(manifest)
+        _flush(self.folder)
 
     @classmethod
-    def load(cls, folder: Path, memory_budget_bytes: int) -> ActivationStore:
+    def load(cls, folder: Path, memory_budget_bytes: int, label: str = "") -> ActivationStore:
         """What `save` left; tensors stay on disk and are read when asked for.
 
         Raises:
-            ResumeError: nothing complete was saved there.
+            ResumeError: nothing complete was saved there, or under another label.
         """
         store = cls(folder, memory_budget_bytes)
         try:
-            sizes = json.loads((folder / _MANIFEST).read_text())["sizes"]
+            manifest = json.loads((folder / _MANIFEST).read_text())
+            sizes, found = manifest["sizes"], manifest["label"]
             whole = all(
                 store._path(index).stat().st_size == size for index, size in enumerate(sizes)
             )
         except (OSError, ValueError, KeyError):
             raise ResumeError(f"{folder} holds no saved activations") from None
+        if found != label:
+            raise ResumeError(f"the activations in {folder} belong to another text or precision")
         if not whole:
             raise ResumeError(f"the activations in {folder} are damaged: a file changed its size")
         store._held = [None] * len(sizes)
         return store
 
     def free(self) -> None:
-        """Forget what is in memory; what is only there is lost, what was saved stays."""
+        """Forget everything but what was saved, whose files stay for `load`."""
         self._held = []
         self.bytes_in_memory = 0
+        if not (self.folder / _MANIFEST).is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def delete(self) -> None:
-        """Forget everything, the files as well."""
+        """Forget everything, also what was saved."""
+        (self.folder / _MANIFEST).unlink(missing_ok=True)
         self.free()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
         return self.folder / f"batch-{index:05d}.safetensors"
 
     def _write(self, index: int, tensor: Tensor) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(index)
-        temporary = path.with_suffix(".tmp")
-        save_file({_KEY: tensor}, temporary)
-        _rename_flushed(temporary, path)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(content)
-    _rename_flushed(temporary, path)
-
-
-def _rename_flushed(temporary: Path, path: Path) -> None:
-    """Rename once the bytes are on the medium, and flush the folder's entry as well."""
-    _flush(temporary)
-    temporary.replace(path)
-    _flush(path.parent)
+        # Whatever an earlier run saved here stops being complete with the first new file.
+        (self.folder / _MANIFEST).unlink(missing_ok=True)
+        save_file({_KEY: tensor}, self._path(index))
 
 
 def _flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the medium."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -147,12 +147,6 @@ class Architecture:
         """Whether the configuration says that the weights are already compressed."""
         return bool(self.config.get("quantization_config"))
 
-    @property
-    def attention_implementation(self) -> str:
-        """`eager` for families that transformers has no fused attention for, else `sdpa`."""
-        softcap = self.config.get("attn_logit_softcapping")
-        return "eager" if self._row.eager or softcap else "sdpa"
-
     @cached_property
     def _by_name(self) -> Mapping[str, Matrix]:
         return {matrix.name: matrix for matrix in self.matrices}
@@ -276,6 +270,13 @@ class Architecture:
         return _did_you_mean(pattern, (*words, *self._by_name)) or (
             f"roles of this model: {', '.join(sorted(words))}"
         )
+
+
+def attention_implementation(config: Mapping[str, object]) -> str:
+    """`eager` where transformers has no fused attention for the family, else `sdpa`."""
+    row = FAMILIES.get(str(config.get("model_type")))
+    capped = config.get("attn_logit_softcapping") or (row is not None and row.eager)
+    return "eager" if capped else "sdpa"
 
 
 def _plays(matrix: Matrix, word: str) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import AccessError, ModelError, ResourceError
-from compressor.model.reader import read_config, weight_files
+from compressor.model.architecture import attention_implementation
+from compressor.model.files import read_config, weight_files
 from compressor.resources import builtin_model
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def resolve(
     """
     if model.startswith(_BUILTIN):
         source = ModelSource(builtin_model(model.removeprefix(_BUILTIN)), model, None)
-    elif Path(model).is_dir():
+    elif model and Path(model).is_dir():
         source = ModelSource(Path(model), model, None)
     else:
         source = _from_hub(model, _CONFIG if config_only else _patterns(trust_remote_code))
@@ -129,7 +130,10 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
         raise ModelError(f"{model!r} is not a valid Hub id") from None
     except errors.HfHubHTTPError as error:
         raise _http_error(model, error.response.status_code) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        # Not in the cache, because the Hub refused or because it could not be asked.
+        if isinstance(error.__cause__, errors.HfHubHTTPError):
+            raise _http_error(model, error.__cause__.response.status_code) from None
         raise ResourceError(
             f"the Hub cannot be reached and {model} is not in the local cache",
             "check the network and HF_HUB_OFFLINE, or give a local directory or builtin:tiny",
@@ -210,9 +214,8 @@ def _load_options(config: dict[str, Any]) -> dict[str, Any]:
     """What depends on the configuration: attention, experts, decompression."""
     import transformers
 
-    eager = config.get("model_type") == "gemma2" or config.get("attn_logit_softcapping")
     options: dict[str, Any] = {
-        "attn_implementation": "eager" if eager else "sdpa",
+        "attn_implementation": attention_implementation(config),
         "experts_implementation": "eager",
     }
     quantization = config.get("quantization_config") or {}

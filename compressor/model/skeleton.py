@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compressor.model.architecture import Architecture
+from compressor.model.architecture import Architecture, attention_implementation
 from compressor.model.quiet import quiet
 
 
@@ -48,7 +48,7 @@ class Skeleton:
             self.model = transformers.AutoModelForCausalLM.from_config(
                 config,
                 dtype=dtype,
-                attn_implementation=architecture.attention_implementation,
+                attn_implementation=attention_implementation(architecture.config),
                 experts_implementation="eager",
             )
         self.model.eval().requires_grad_(False)

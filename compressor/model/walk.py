@@ -16,18 +16,22 @@ to the disk dtype first, so that the activations are those of the model that wil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from compressor.errors import ModelError, ResumeError
+from compressor.errors import ModelError
 from compressor.model.activations import ActivationStore
 from compressor.model.architecture import Architecture, Matrix
 from compressor.model.experts import ExpertWatch, Place, place
-from compressor.model.reader import TensorReader, read_config
+from compressor.model.files import read_config
+from compressor.model.memory import return_memory
+from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
 from compressor.types import TokenBatch
 
@@ -98,7 +102,7 @@ class BlockWalk:
 
     def rest(self) -> tuple[str, ...]:
         """Names on disk of all tensors outside the blocks."""
-        inside = tuple(f"{self._prefix(index)}" for index in range(self.architecture.layers))
+        inside = tuple(self._prefix(index) for index in range(self.architecture.layers))
         return tuple(name for name in self.reader.names if not name.startswith(inside))
 
     def tensor(self, name: str) -> Tensor:
@@ -169,11 +173,16 @@ class BlockWalk:
         return store
 
     def _saved(self, index: int) -> ActivationStore:
-        store = ActivationStore.load(self._folder(index), self.memory_budget // 2)
-        expected = [batch.input_ids.shape for batch in self.batches]
-        if len(store) != len(expected) or store[0].shape[:2] != expected[0]:
-            raise ResumeError(f"the activations in {store.folder} belong to other text")
-        return store
+        return ActivationStore.load(self._folder(index), self.memory_budget // 2, self._label)
+
+    @cached_property
+    def _label(self) -> str:
+        """Fingerprint of the text and the precision that activations belong to."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        for batch in self.batches:
+            digest.update(batch.input_ids.to(torch.int64).cpu().numpy().tobytes())
+            digest.update(batch.mask.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def _as_on_disk(self, name: str, value: Tensor) -> Tensor:
         """A copy on the CPU in the disk dtype.
@@ -220,6 +229,11 @@ class BlockMatrix:
         Raises:
             ModelError: the shape differs.
         """
+        if tuple(weight.shape) != self.info.shape:
+            raise ModelError(
+                f"{self.info.name} is {list(self.info.shape)} (out, in),"
+                f" so {list(weight.shape)} cannot replace it"
+            )
         value = weight.T if self.info.transposed_on_disk else weight
         self._block.set_tensor(self.info.tensor, value)
 
@@ -232,6 +246,7 @@ class Block:
         matrices: its matrices in execution order.
         inputs: hidden states that enter it, one tensor [batch, length, hidden] per batch.
         module: its live module in the walk's dtype; for optimisation through it.
+        names: names on disk of all its tensors, also of those that the model does not use.
     """
 
     def __init__(self, walk: BlockWalk, index: int, inputs: ActivationStore) -> None:
@@ -239,6 +254,8 @@ class Block:
         self.index = index
         self.inputs = inputs
         self.module: nn.Module = walk._skeleton.layers[index]
+        self.names = walk.reader.under(walk._prefix(index))
+        self._groups = walk.architecture.groups(index)
         self.matrices = tuple(
             BlockMatrix(self, matrix) for matrix in walk.architecture.block(index)
         )
@@ -248,11 +265,6 @@ class Block:
         self._changed: dict[str, Tensor] = {}
         self._outputs = walk._new_store(index + 1)
         self._fill()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names on disk of all tensors of the block, also of those the model does not use."""
-        return self._walk.reader.under(self._walk._prefix(self.index))
 
     def matrix(self, name: str) -> BlockMatrix:
         """The matrix of that name (without `.weight`).
@@ -285,7 +297,7 @@ class Block:
         if name not in self.names:
             raise ModelError(f"block {self.index} has no tensor {name!r}")
         self._changed[name] = self._walk._as_on_disk(name, value)
-        self._put(name, self._changed[name])
+        self._put(name, self._changed[name].clone())
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the block as on disk; those never set are byte-identical to it."""
@@ -298,7 +310,7 @@ class Block:
 
     def forward(self) -> None:
         """Run all batches with the present weights; the outputs enter the next block."""
-        self._outputs.free()
+        self._outputs.delete()
         with torch.no_grad():
             for batch in range(len(self._walk.batches)):
                 self._outputs.append(self.run(batch))
@@ -310,35 +322,42 @@ class Block:
         recorded this block as done, either point may be where the run resumes.
         """
         self._finish()
-        self._outputs.save()
+        self._outputs.save(self._walk._label)
         if self.index:
             ActivationStore(self._walk._folder(self.index - 1), 0).delete()
 
-    def capture(self, observe: Observer, groups: Collection[str] | None = None) -> None:
-        """Run all batches with the present weights and report what enters each input group.
+    def capture(
+        self,
+        observe: Observer,
+        groups: Collection[str] | None = None,
+        batches: Iterable[int] | None = None,
+    ) -> None:
+        """Run batches with the present weights and report what enters each input group.
 
         Only valid tokens are reported, and to a group of an expert only those routed to it.
         The forward of a batch ends as soon as all groups asked for have been reported.
 
         Args:
-            observe: called per batch and group, in execution order.
+            observe: called per batch and group, in execution order; not for an expert that no
+                token of the batch was routed to.
             groups: input groups to report; all of the block by default.
+            batches: indices of the batches to run; all by default. Two walks in lockstep pair
+                the inputs of one model with those of another batch by batch.
 
         Raises:
             ModelError: the block has no such group.
         """
-        known = self._walk.architecture.groups(self.index)
-        wanted = set(known if groups is None else groups)
-        if not wanted <= set(known):
-            raise ModelError(f"block {self.index} has no input group {min(wanted - set(known))!r}")
+        wanted = set(self._groups if groups is None else groups)
+        unknown = wanted - set(self._groups)
+        if unknown:
+            raise ModelError(f"block {self.index} has no input group {min(unknown)!r}")
         with torch.no_grad():
-            for batch in range(len(self._walk.batches)):
+            for batch in range(len(self._walk.batches)) if batches is None else batches:
                 self._capture_batch(batch, observe, wanted)
 
     def _capture_batch(self, batch: int, observe: Observer, wanted: set[str]) -> None:
         valid, domains = self._walk._valid(self._walk.batches[batch])
-        members = self._walk.architecture.groups(self.index)
-        shared = [members[group][0] for group in members if group in wanted]
+        shared = [members[0] for group, members in self._groups.items() if group in wanted]
         plain = [matrix for matrix in shared if matrix.expert is None]
         routed = {matrix.input_group for matrix in shared if matrix.expert is not None}
         waiting = {matrix.input_group for matrix in plain}
@@ -413,3 +432,4 @@ class Block:
         self._finish()
         self.inputs.free()
         self._walk._skeleton.release(self.module)
+        return_memory()

@@ -33,6 +33,26 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         "llama",
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 16},
     ),
+    "llama-scaled-rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 100.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+    ),
+    "llama-dynamic-rope": (
+        "llama",
+        {
+            "max_position_embeddings": 8,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0},
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": 4}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
@@ -45,6 +65,19 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         {"head_dim": 8, "sliding_window": 4, "layer_types": _TYPES, "query_pre_attn_scalar": 8},
     ),
     "phi3": ("phi3", {}),
+    "phi3-long-rope": (
+        "phi3",
+        {
+            "original_max_position_embeddings": 8,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 100.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 8,
+            },
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "granite": (

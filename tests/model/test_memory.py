@@ -1,0 +1,85 @@
+"""Memory is bounded by a block: twice the depth, the same peak.
+
+The peak is `VmHWM`, the largest resident set the kernel saw, mapped files included: the
+strictest measure, which also catches a mapping of the checkpoint held open.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compressor.model.architecture import Architecture
+
+HIDDEN, INTERMEDIATE = 512, 1536
+WALK = """
+import sys
+from pathlib import Path
+import torch
+from compressor.model.walk import BlockWalk
+from compressor.types import TokenBatch
+
+def peak():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(fields["VmHWM"].split()[0])
+
+torch.set_num_threads(1)
+checkpoint, scratch, leak = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "leak"
+ids = torch.arange(64).reshape(1, 64)
+batches = [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",))] * 2
+kept = []
+walk = BlockWalk(checkpoint, batches, scratch=scratch, memory_budget=0)
+for block in walk.blocks():
+    block.capture(lambda group, rows, domains: rows.T @ rows)
+    block.matrices[0].set_weight(block.matrices[0].weight / 2)
+    state = block.state()
+    if leak:
+        kept.append(state)
+for hidden in walk.final_hidden():
+    walk.logits(hidden)
+print(peak())
+"""
+
+
+def random_checkpoint(folder: Path, layers: int) -> Path:
+    config = {
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 512,
+        "dtype": "bfloat16",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    ones = torch.ones(INTERMEDIATE * HIDDEN)
+    tensors = {
+        name: ones[: torch.Size(shape).numel()].view(shape).bfloat16() / HIDDEN
+        for name, shape in Architecture.from_config(config).tensors()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def peak(checkpoint: Path, scratch: Path, mode: str = "") -> int:
+    """KiB."""
+    command = [sys.executable, "-c", WALK, str(checkpoint), str(scratch), mode]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_twice_the_depth_takes_no_more_memory(tmp_path: Path) -> None:
+    shallow = peak(random_checkpoint(tmp_path / "12", 12), tmp_path / "a")
+    deep = random_checkpoint(tmp_path / "24", 24)
+    assert peak(deep, tmp_path / "b") < 1.1 * shallow
+    # The same measure notices blocks that stay alive.
+    assert peak(deep, tmp_path / "c", "leak") > 1.2 * shallow

@@ -467,7 +467,7 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command resumes", err=True)
+        click.echo("interrupted; a run is resumed by the same command", err=True)
         code = INTERRUPTED
     except CompressorError as error:
         _report_error(settings, error)

@@ -17,7 +17,7 @@ WEIGHTS = {"model", "formats"}
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
 BESIDE |= {"stages", "order", "registry"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
-ENGINE |= {"facts", "compare", "engine", "doctor"}
+ENGINE |= {"facts", "compare", "engine", "pipeline", "doctor"}
 TOP = {"console", "cli"}
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 
 from compressor import resources
-from compressor.cost import checkpoint_bytes, flops_per_second, linear_bits
+from compressor.cost import block_memory, checkpoint_bytes, flops_per_second, linear_bits
 from compressor.errors import ModelError, PlanError
 from compressor.model.architecture import Architecture
 from compressor.order import FORBIDDEN, ORDER, forbidden, order_problems, rank
 from compressor.plan import Plan, make_plan
-from compressor.recipe import load_recipe, shipped_recipes
+from compressor.recipe import Recipe, load_recipe, shipped_recipes
+from compressor.stages.base import StageConfig
+from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import WeightScheme
 
 TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
@@ -171,6 +173,25 @@ METHODS = (
 )
 
 
+class Foreign(StageConfig):
+    """A stage of somebody else's package that changes nothing."""
+
+    def run(self, *_: Any) -> Any:
+        raise AssertionError("a plan runs nothing")
+
+
+@pytest.mark.parametrize("then", ["prune.obs", "recover.distill", "transform.rotate"])
+def test_the_plan_refuses_a_weight_edit_after_rounding(then: str) -> None:
+    rounder = QuantizeRtn(method="quantize.rtn", group_size=64)
+    recipe = Recipe(stages=(rounder, Foreign(method=then)))
+    with pytest.raises(PlanError) as caught:
+        make_plan(recipe, SMOL, "the-model")
+    (problem,) = caught.value.problems
+    assert problem.message.startswith(f"stages.1.method: {then} cannot follow quantize.rtn")
+    assert problem.hint == f"order that works: {then} → quantize.rtn"
+    assert make_plan(Recipe(stages=(Foreign(method=then), rounder)), SMOL, "the-model")
+
+
 def test_the_order_that_works_has_no_problem() -> None:
     assert list(map(rank, METHODS)) == list(range(len(ORDER)))
     assert not list(order_problems(METHODS))
@@ -249,6 +270,15 @@ def test_more_text_and_depth_cost_more(tmp_path: Path) -> None:
     assert deeper.flops == pytest.approx(2 * small.flops)
     assert deeper.peak_bytes == small.peak_bytes  # one block, whatever the depth
     assert more.peak_bytes > small.peak_bytes
+
+
+def test_memory_by_hand() -> None:
+    base = Architecture.from_config(SMOL)
+    block = 2 * 576**2 + 2 * 576 * 192 + 3 * 576 * 1536
+    assert block_memory(base, 0) == block * (2 + 4 + 4)
+    # inputs of q k v, of o, of gate and up, of down; the last is factored in fp64, three times
+    hessians = 4 * (3 * 576**2 + 1536**2) + 3 * 8 * 1536**2
+    assert block_memory(base, 1000) == block * 10 + hessians + 2 * 4 * 1000 * 576
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 
 import pytest
 
@@ -54,6 +55,23 @@ def test_a_broken_target_is_an_environment_error(target: str) -> None:
     table = Registry([Method("quantize.broken", target, "cannot be imported")])
     with pytest.raises(ResourceError, match=r"quantize\.broken"):
         table.get("quantize.broken")
+
+
+def test_installed_packages_add_methods_but_do_not_replace_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    theirs = EntryPoint("quantize.mine", "json:JSONDecoder", "compressor.stages")
+    monkeypatch.setattr("compressor.registry.metadata.entry_points", lambda group: [theirs])
+    registry.cache_clear()
+    try:
+        assert registry().get("quantize.mine").__name__ == "JSONDecoder"
+        clash = EntryPoint("quantize.rtn", "json:JSONDecoder", "compressor.stages")
+        monkeypatch.setattr("compressor.registry.metadata.entry_points", lambda group: [clash])
+        registry.cache_clear()
+        with pytest.raises(UsageError, match="registered twice"):
+            registry()
+    finally:
+        registry.cache_clear()
 
 
 def test_methods_come_in_the_order_of_families() -> None:

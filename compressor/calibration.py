@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 USER_DOMAIN = "user"  # the domain of text that the user brings
 _SHARE_TOLERANCE = 1e-6
+_Numbered = tuple[int, Mapping[str, Any]]  # a row and its place in the source
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
@@ -214,12 +215,12 @@ def _user_documents(
         hint = "set `chat_template: false`, or use a model whose tokenizer has one"
         raise TextError("`chat_template` is set but the tokenizer has no chat template", hint)
     empty = True
-    for number, row in enumerate(_rows(config, source)):
+    for number, row in _rows(config, source):
         content = _cell(row, column, source)
         written = _as_text(content, column, source, config, tokenizer)
         if written.strip():
             empty = False
-            yield Document(f"{number}", USER_DOMAIN, written, source=source)
+            yield Document(f"row {number}", USER_DOMAIN, written, source=source)
     if empty:
         raise TextError(f"column {column!r} of {source} holds no text")
 
@@ -253,8 +254,8 @@ def _as_text(
 # Sources
 
 
-def _rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of a source; shuffled by the seed unless they are streamed."""
+def _rows(config: CalibrationConfig, source: str) -> Iterator[_Numbered]:
+    """Rows of a source with their numbers; shuffled by the seed unless they are streamed."""
     path = Path(source).expanduser()
     if not path.exists():
         if path.suffix in _SUFFIXES or source.startswith((".", "/", "~")):
@@ -268,11 +269,11 @@ def _rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, Any]]
         yield from _shuffled(_folder_rows(path), config.seed)
 
 
-def _shuffled(rows: Any, seed: int) -> Iterator[Mapping[str, Any]]:
+def _shuffled(rows: Any, seed: int) -> Iterator[_Numbered]:
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     for index in order:
-        yield rows[index]
+        yield index, rows[index]
 
 
 def _folder_rows(folder: Path) -> list[Mapping[str, Any]]:
@@ -327,7 +328,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     yield from table.to_pylist()
 
 
-def _saved_rows(config: CalibrationConfig, path: Path) -> Iterator[Mapping[str, Any]]:
+def _saved_rows(config: CalibrationConfig, path: Path) -> Iterator[_Numbered]:
     """Rows of a folder that `Dataset.save_to_disk` wrote."""
     import datasets
 
@@ -340,7 +341,7 @@ def _saved_rows(config: CalibrationConfig, path: Path) -> Iterator[Mapping[str, 
     yield from _shuffled(loaded, config.seed)
 
 
-def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, Any]]:
+def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[_Numbered]:
     """Rows of a dataset of the Hub; streamed rows keep their order.
 
     `datasets` reports a wrong subset or split as ValueError, with a list of the right ones.
@@ -357,7 +358,7 @@ def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[Mapping[str, A
         )
     except (OSError, ValueError) as error:
         raise _hub_error(source, error) from error
-    yield from loaded if config.streaming else _shuffled(loaded, config.seed)
+    yield from enumerate(loaded) if config.streaming else _shuffled(loaded, config.seed)
 
 
 def _hub_error(source: str, error: OSError | ValueError) -> CompressorError:

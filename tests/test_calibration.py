@@ -234,6 +234,8 @@ def test_every_form_of_source_gives_the_same_rows(
     built = build_batches(small(source=form(tmp_path / "form")), tokenizer)
     assert built.sha256 == reference.sha256
     assert built.tokens == {"user": 640}
+    written = {f"row {row['n']}": row["text"] for row in BOOK}
+    assert all(written[document.id] == document.text for document in built.documents)
 
 
 def test_conversations_are_rendered_by_the_chat_template(tmp_path: Path, tokenizer: Any) -> None:

@@ -168,6 +168,12 @@ def test_factor_inverts_the_damped_hessian(act_order: bool, damping: float) -> N
         assert torch.equal(order, torch.arange(64))
 
 
+def test_equally_active_inputs_keep_their_order() -> None:
+    hessian = torch.diag(torch.arange(300) // 100 + 1.0)
+    expected = torch.arange(300).view(3, 100).flip(0).flatten()
+    assert torch.equal(factorize(hessian).permutation, expected)
+
+
 def test_second_column_makes_up_for_the_first() -> None:
     """Closed form: min over w₂ of d H dᵀ given d₁ is w₂ + (H₁₂/H₂₂)·d₁."""
     weight = torch.tensor([[0.4, 0.3], [-1.45, 0.45], [1.2, -0.9]])

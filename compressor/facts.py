@@ -16,7 +16,7 @@ from compressor.formats.sizes import SizeReport, measure
 from compressor.journal import Journal
 from compressor.model.architecture import Architecture
 from compressor.model.load import ModelSource
-from compressor.model.reader import read_config
+from compressor.model.files import read_config
 from compressor.plan import Plan
 from compressor.provenance import environment, file_sha256
 from compressor.recipe import Recipe

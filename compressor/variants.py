@@ -17,6 +17,7 @@ from compressor.report.schema import (
     StageFallback,
 )
 from compressor.report.schema import Variant as ReportVariant
+from compressor.report.snippets import load_snippets
 from compressor.stages.base import StageConfig
 from compressor.types import BlockRecord, Fallback, ModuleMetric, StageResult
 
@@ -66,7 +67,7 @@ class Variant:
         """The variant's row of the report."""
         return ReportVariant(
             id=self.id,
-            label=self.id,
+            label=self.stage.label if self.stage else self.id,
             parent=self.parent.id if self.parent else None,
             stage=self._stage_facts(),
             size=Size(
@@ -76,7 +77,7 @@ class Variant:
                 kv_bytes_per_token=kv_bytes_per_token,
             ),
             artifact=artifact,
-            load_snippets=_snippets(artifact) if artifact else {},
+            load_snippets=load_snippets(artifact.path) if artifact else {},
         )
 
     def _stage_facts(self) -> StageFacts | None:
@@ -100,15 +101,3 @@ def block_record(facts: Mapping[str, Any]) -> BlockRecord:
         metrics=tuple(ModuleMetric(**metric) for metric in facts["metrics"]),
         fallbacks=tuple(Fallback(**fallback) for fallback in facts["fallbacks"]),
     )
-
-
-def _snippets(artifact: Artifact) -> dict[str, str]:
-    """Code that loads the deliverable; the engine has run the first of them."""
-    return {
-        "transformers": (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{artifact.path}", dtype="auto")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{artifact.path}")'
-        ),
-        "vllm": f"vllm serve {artifact.path}",
-    }

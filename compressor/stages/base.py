@@ -60,6 +60,11 @@ class StageConfig(BaseModel, ABC):
 
     method: str
 
+    @property
+    def label(self) -> str:
+        """A few words for tables and figures."""
+        return self.method
+
     def calibration_need(self) -> Need | None:
         """Why the stage reads calibration text, or None when it reads none."""
         return None

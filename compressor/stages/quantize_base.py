@@ -78,6 +78,14 @@ class RounderConfig(StageConfig):
     )
 
     @property
+    def label(self) -> str:
+        """Such as `GPTQ W4 g64`."""
+        method = self.method.rpartition(".")[2].upper()
+        group = "channel" if self.group_size == "channel" else f"g{self.group_size}"
+        kind = {"symmetric": "", "full_range": " full range", "asymmetric": " asym"}[self.symmetry]
+        return f"{method} W{self.bits} {group}{kind}"
+
+    @property
     def scheme(self) -> WeightScheme:
         """The grid of the targeted linear layers."""
         return self._scheme(self.bits)

@@ -18,7 +18,7 @@ from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
 from compressor.model.architecture import Architecture
-from compressor.model.reader import read_config
+from compressor.model.files import read_config
 from compressor.model.walk import Block, BlockMatrix, BlockWalk
 from compressor.numerics.hessian import HessianAccumulator, relative_loss
 from compressor.numerics.rtn import rtn

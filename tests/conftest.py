@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compressor.recipe import Recipe, load_recipe
+
+SMALL_RECIPE = """\
+calibration: {samples: 4, length: 64, batch_size: 2}
+stages:
+  - method: quantize.gptq
+    bits: 4
+    group_size: 64
+evaluate: {documents: 2, length: 128, resamples: 200}
+gates: {max_kl: 5.0}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Write a recipe and load it: `recipe_file(text, "stages.0.bits=3")`."""
+
+    def load(text: str = SMALL_RECIPE, *overrides: str) -> Recipe:
+        path: Path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return load_recipe(path, overrides)
+
+    return load

@@ -85,6 +85,18 @@ def test_streaming_a_bf16_checkpoint(
         assert torch.equal(logits[batch.mask], expected[batch.mask])
 
 
+@pytest.mark.parametrize("variant", ["llama", "opt", "gemma3"])
+def test_the_mask_reaches_attention(variant: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """Padding on the right is invisible to causal attention; on the left it is not."""
+    batch = text(rows=2, length=8)
+    batch.mask[1, :3] = False
+    model = load_model(checkpoints(variant))
+    (logits,) = logits_of(BlockWalk(checkpoints(variant), [batch], scratch=tmp_path))
+    assert torch.equal(logits[batch.mask], reference_logits(model, batch)[batch.mask])
+    unmasked = TokenBatch(batch.input_ids, torch.ones_like(batch.mask), batch.domains)
+    assert not torch.allclose(logits[1, 4:], reference_logits(model, unmasked)[1, 4:], atol=1e-3)
+
+
 def test_eager_transformers_agrees_as_well(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """The reference of the other tests uses the same attention kernel; this one does not."""
     folder = checkpoints("gemma3")

@@ -171,7 +171,10 @@ def load_model(
     *,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A causal language model in evaluation mode; packed checkpoints arrive dequantized.
+    """A causal language model in evaluation mode; packed checkpoints arrive dense.
+
+    A packed checkpoint is loaded as anyone loads it, in its own dtype, and unpacked by the
+    library; only then is it cast, so that it holds the weights that were measured before packing.
 
     Attention is `sdpa` where the family supports it, else `eager`; mixtures of experts are
     computed expert by expert, as in the block walk.
@@ -190,38 +193,42 @@ def load_model(
     from compressor.model.quiet import quiet
 
     weight_files(path)
-    options = _load_options(read_config(path))
+    config = read_config(path)
+    packed = _packed(config)
     try:
         with quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype="auto" if dtype is None else dtype,
+                dtype="auto" if dtype is None or packed else dtype,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
-                **options,
+                attn_implementation=attention_implementation(config),
+                experts_implementation="eager",
             )
+            if packed:
+                _unpack(model)
     except ImportError as error:
         raise ResourceError(f"{path} needs a package: {_first_line(error)}") from None
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from None
     _check_complete(path, info)
-    return model.eval().to(device)
+    return model.eval().to(device, dtype)
 
 
-def _load_options(config: dict[str, Any]) -> dict[str, Any]:
-    """What depends on the configuration: attention, experts, decompression."""
-    import transformers
-
-    options: dict[str, Any] = {
-        "attn_implementation": attention_implementation(config),
-        "experts_implementation": "eager",
-    }
+def _packed(config: dict[str, Any]) -> bool:
     quantization = config.get("quantization_config") or {}
-    if quantization.get("quant_method") == "compressed-tensors":
-        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    return options
+    return bool(quantization.get("quant_method") == "compressed-tensors")
+
+
+def _unpack(model: Any) -> None:
+    """What the library would do at the first forward pass, done now."""
+    if model.hf_quantizer.quantization_config.dequantize:
+        return
+    compressor = model.hf_quantizer.compressor
+    compressor.decompress_model(model)
+    compressor.remove_decompression_hook(model)
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:

@@ -87,7 +87,9 @@ def _solve_rows(
         importance=factor.hessian.diagonal(),
         scale_dtype=dtype,
     )
-    solved = gptq(stacked, factor, scheme, grid, block_size=options.block_size).quantized
+    solved = gptq(
+        stacked, factor, scheme, grid, sweeps=options.sweeps, block_size=options.block_size
+    ).quantized
     ends = list(accumulate(len(weight) for weight in weights))
     return [_rows(solved, slice(start, end)) for start, end in pairwise([0, *ends])]
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import sample_text, tiny_llama
+from conftest import byte_tokenizer, sample_text, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compressor.errors import TextError, UsageError
@@ -145,13 +146,20 @@ def test_rolling_bytes_are_those_of_the_text(bos_tokenizer: PreTrainedTokenizerF
 @given(st.text(alphabet="aé–漢🙂 \n", max_size=30))
 @settings(max_examples=100, deadline=None)
 def test_sizes_sum_to_the_bytes(text: str) -> None:
-    from conftest import byte_tokenizer
-
     tokens = encode(byte_tokenizer(add_bos=True), text, special=True)
     if text:
         assert tokens.sizes.sum() == len(text.encode())
     assert tokens.sizes[0] == 0  # BOS stands for nothing
     assert (tokens.sizes >= 0).all()
+
+
+def test_special_tokens_after_the_text_stand_for_nothing() -> None:
+    """Their character offsets are (0, 0), which must not count backwards."""
+    tokenizer = byte_tokenizer(add_bos=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s> <s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    assert encode(tokenizer, "aé", special=True).sizes.tolist() == [1, 2, 0, 0, 0]
 
 
 def test_a_lone_document_is_clustered_by_window(tokenizer: PreTrainedTokenizerFast) -> None:

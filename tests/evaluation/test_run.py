@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,15 @@ from conftest import VOCAB, sample_text, tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compressor import resources
-from compressor.errors import ModelError, UsageError
+from compressor.errors import UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.measure import BaseCache, TokenScores
-from compressor.evaluation.protocols import TokenizedText, tokenize
+from compressor.evaluation.protocols import tokenize
 from compressor.evaluation.results import Estimate, Evaluation
 from compressor.evaluation.run import Settings, evaluate, evaluate_base
 from compressor.evaluation.scoring import TransformersScorer
 from compressor.evaluation.suites import load_text
-from compressor.evaluation.summary import compare
+from compressor.evaluation.summary import Summary, compare
 
 Measured = tuple[Evaluation, BaseCache, Evaluation, Path]
 
@@ -152,6 +153,18 @@ def test_uniform_model_has_known_bits_per_byte(
     assert row.noise_floor is None
 
 
+def test_bits_count_bytes_and_perplexity_counts_tokens(measured: Measured) -> None:
+    scores = TokenScores.load(measured[3] / "v.npz")
+    longer = Summary(replace(scores, sizes=3 * scores.sizes), 300).overall()
+    same = Summary(scores, 300).overall()
+    assert longer.bytes == 3 * same.bytes
+    assert longer.perplexity == same.perplexity
+    assert longer.bits_per_byte.value == pytest.approx(same.bits_per_byte.value / 3)
+    assert longer.delta_bits_per_byte is not None
+    assert same.delta_bits_per_byte is not None
+    assert longer.delta_bits_per_byte.value == pytest.approx(same.delta_bits_per_byte.value / 3)
+
+
 def test_self_comparison_stays_under_the_noise_floor(
     measured: Measured, settings: Settings, base: TransformersScorer
 ) -> None:
@@ -179,8 +192,6 @@ def test_compare_is_antisymmetric_and_matches_the_base_difference(measured: Meas
 
 
 def test_compare_refuses_another_protocol(measured: Measured) -> None:
-    from dataclasses import replace
-
     a = TokenScores.load(measured[3] / "v.npz")
     b = replace(a, protocol=a.protocol.model_copy(update={"backend": "torch 1.0 cpu"}))
     with pytest.raises(UsageError, match="backend"):
@@ -188,14 +199,17 @@ def test_compare_refuses_another_protocol(measured: Measured) -> None:
 
 
 def test_the_builtin_model_on_shipped_text(tmp_path: Path) -> None:
-    try:
-        path = resources.builtin_model("tiny")
-    except ModelError:
-        pytest.skip("builtin:tiny is not in this checkout yet")
+    path = resources.builtin_model("tiny")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    text: TokenizedText = tokenize(load_text(EvaluateConfig(documents=4)), tokenizer)
+    config = EvaluateConfig(documents=4)
+    text = tokenize(load_text(config), tokenizer)
     row, _ = evaluate_base(TransformersScorer(path), Settings(text, tokenizer), tmp_path, "tiny")
     assert 0.3 < row.overall.bits_per_byte.value < 4.0
     assert row.noise_floor is not None
     assert row.noise_floor.maximum < 1e-3
     assert row.noise_floor.top1_agreement.value > 0.998
+    for domain, score in row.domains.items():
+        size = sum(len(d.text.encode()) for d in load_text(config).domains[domain])
+        assert score.bytes == size > score.tokens
+        bits = math.log2(score.perplexity.value) * score.tokens
+        assert score.bits_per_byte.value == pytest.approx(bits / size)

@@ -109,3 +109,9 @@ def test_the_worst_domain_is_covered_although_it_is_picked() -> None:
 def test_the_worst_has_no_interval_if_one_domain_has_none() -> None:
     whole, bare = Estimate(value=1, low=0, high=2), Estimate(value=3)
     assert worst_of({"a": whole, "b": bare}, {"a": whole, "b": bare}) == Estimate(value=3)
+
+
+def test_the_worst_is_bounded_by_the_largest_ends() -> None:
+    single = {"a": Estimate(value=3, low=2, high=4), "b": Estimate(value=2, low=1, high=9)}
+    joint = {"a": Estimate(value=3, low=1.5, high=5), "b": Estimate(value=2, low=0.5, high=11)}
+    assert worst_of(single, joint) == Estimate(value=3, low=1.5, high=9)

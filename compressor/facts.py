@@ -15,7 +15,7 @@ from compressor.formats.files import parent_files
 from compressor.formats.sizes import SizeReport, measure
 from compressor.journal import Journal
 from compressor.model.architecture import Architecture
-from compressor.model.load import ModelSource
+from compressor.model.load import ModelSource, read_licence
 from compressor.model.files import read_config
 from compressor.plan import Plan
 from compressor.provenance import environment, file_sha256
@@ -55,7 +55,7 @@ def build_facts(done: Finished) -> Facts:
         base=Base(
             id=done.source.id,
             revision=done.source.revision,
-            licence=None,
+            licence=read_licence(done.source.path),
             family=done.plan.family,
             logical_params=done.plan.parameters,
             files=done.base_files,

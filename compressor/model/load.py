@@ -17,13 +17,14 @@ from compressor.resources import builtin_model
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ModelSource", "load_model", "load_tokenizer", "read_config", "resolve"]
+__all__ = ["ModelSource", "load_model", "load_tokenizer", "read_config", "read_licence", "resolve"]
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CONFIG = ("config.json",)
 _FILES = (
     *_CONFIG,
+    "README.md",  # states the licence
     "*.safetensors",
     "*.safetensors.index.json",
     "generation_config.json",
@@ -146,6 +147,20 @@ def _http_error(model: str, status: int) -> AccessError | ResourceError:
             f"the Hub refused {model} (HTTP {status})", "run `hf auth login` with a valid token"
         )
     return ResourceError(f"the Hub answered HTTP {status} for {model}", "try again later")
+
+
+def read_licence(path: Path) -> str | None:
+    """Licence that the model's card names, as the Hub spells it; None when it names none.
+
+    A licence called `other` is given by its own name.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    card = path / "README.md"
+    metadata = (metadata_load(card) if card.is_file() else None) or {}
+    licence = metadata.get("license")
+    named = metadata.get("license_name") if licence == "other" else licence
+    return str(named) if named else None
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:

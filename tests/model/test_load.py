@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor import resources
 from compressor.errors import AccessError, CompressorError, ModelError, ResourceError
-from compressor.model.load import load_model, load_tokenizer, resolve
+from compressor.model.load import load_model, load_tokenizer, read_licence, resolve
 from compressor.types import QTensor, WeightScheme
 from tests.model.conftest import config_of
 
@@ -253,3 +253,21 @@ def test_a_packed_checkpoint_arrives_dequantized(
 def test_no_tokenizer(checkpoints: Callable[..., Path]) -> None:
     with pytest.raises(ModelError, match="holds no usable tokenizer"):
         load_tokenizer(checkpoints("llama"))
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# model\n", "apache-2.0"),
+        ("---\nlicense: other\nlicense_name: gemma\n---\n", "gemma"),
+        ("---\nlanguage: en\n---\n", None),
+        ("# no metadata\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_what_the_card_names(
+    tmp_path: Path, card: str | None, licence: str | None
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read_licence(tmp_path) == licence

@@ -350,7 +350,8 @@ class _Run:
 
     def _logits(self, checkpoint: Path) -> Tensor:
         """Logits [tokens, vocabulary] of a probe text, from the model as anyone would load it."""
-        window = self.session.settings.text.windows[0].tokens[:_PROBE_TOKENS]
+        # The last token of a window is only predicted: the model may have no position for it.
+        window = self.session.settings.text.windows[0].tokens[:-1][:_PROBE_TOKENS]
         model = load_model(checkpoint, self.device)
         with torch.inference_mode():
             logits: Tensor = model(torch.as_tensor(window)[None].to(self.device)).logits[0]

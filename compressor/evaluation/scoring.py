@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compressor.errors import ModelError
+from compressor.model.families import FAMILIES
 from compressor.types import TokenBatch
 
 
@@ -172,9 +173,13 @@ def _load_head(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
     names = {id(module): name for name, module in model.named_modules()}
     tied = bool(config.get_text_config().tie_word_embeddings)
     source = model.get_input_embeddings() if tied else head
+    family = FAMILIES.get(config.model_type)
     for leaf, _ in list(head.named_parameters(recurse=False)):
         owner = source if leaf == "weight" else head
-        value = _read_tensor(path, f"{names[id(owner)]}.{leaf}").to(device, dtype)
+        name = f"{names[id(owner)]}.{leaf}"
+        for on_disk, in_modules in family.renames if family else ():
+            name = name.replace(in_modules, on_disk)  # GPT-NeoX's head
+        value = _read_tensor(path, name).to(device, dtype)
         setattr(head, leaf, nn.Parameter(value, requires_grad=False))
     return model
 

@@ -18,6 +18,7 @@ from compressor.evaluation.results import Evaluation, GateVerdict
 from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import BASE, Session
 from compressor.formats.files import checkpoint_bytes
+from compressor.machine import activation_budget
 from compressor.model.architecture import Architecture
 from compressor.model.load import ModelSource, load_tokenizer, read_config, resolve
 from compressor.progress import Observer
@@ -66,6 +67,7 @@ def _session(base: ModelSource, config: EvaluateConfig, work: Path, observer: Ob
         cache=work / "states",
         device=device,
         dtype=resolve_dtype(config.dtype, device),
+        activation_budget=activation_budget(),
         observer=observer,
     )
 

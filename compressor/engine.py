@@ -26,7 +26,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -42,6 +41,7 @@ from compressor.formats.atomic import atomic_write_text
 from compressor.formats.codes import CodesReader
 from compressor.formats.files import checkpoint_files
 from compressor.journal import Journal
+from compressor.machine import activation_budget
 from compressor.meter import Meter
 from compressor.model.load import ModelSource, load_model, load_tokenizer, read_config, resolve
 from compressor.plan import Plan, make_plan
@@ -57,7 +57,6 @@ from compressor.types import BlockRecord
 from compressor.variants import Variant, block_record
 from compressor.verify import verify_divergence, verify_export, verify_tensors
 
-_ACTIVATION_SHARE = 0.25  # of free memory; what is left is for blocks, Hessians and the system
 _PROBE_TOKENS = 256
 _NAMES = {"name", "description", "lock"}  # parts of a recipe that decide nothing
 
@@ -284,6 +283,7 @@ class _Run:
             cache=self.folder / "scratch" / "base",
             device=self.device,
             dtype=self.dtype,
+            activation_budget=activation_budget(),
             observer=self.observer,
         )
 
@@ -320,7 +320,7 @@ class _Run:
             scratch=self.folder / "scratch" / variant.id,
             device=self.device,
             dtype=self.dtype,
-            activation_budget=int(psutil.virtual_memory().available * _ACTIVATION_SHARE),
+            activation_budget=activation_budget(),
             finished=tuple(block_record(event["record"]) for event in earlier),
             block_done=block_done,
             observer=self.observer,

@@ -15,8 +15,8 @@ from compressor.formats.files import parent_files
 from compressor.formats.sizes import SizeReport, measure
 from compressor.journal import Journal
 from compressor.model.architecture import Architecture
-from compressor.model.load import ModelSource, read_licence
 from compressor.model.files import read_config
+from compressor.model.load import ModelSource, read_licence
 from compressor.plan import Plan
 from compressor.provenance import environment, file_sha256
 from compressor.recipe import Recipe

@@ -29,3 +29,13 @@ def vector_extensions() -> list[str]:
     """The instruction sets that decide the speed of matrix products."""
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     return [name for name in known if name in cpu_flags()]
+
+
+def activation_budget() -> int:
+    """Bytes of activations to keep in memory: a quarter of what is free now.
+
+    The rest is for blocks, Hessians and everybody else.
+    """
+    import psutil
+
+    return int(psutil.virtual_memory().available) // 4

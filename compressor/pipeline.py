@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.model.load import resolve
 from compressor.model.files import read_config
+from compressor.model.load import resolve
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe, load_recipe
 from compressor.report.schema import Report

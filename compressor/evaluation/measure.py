@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -206,12 +206,13 @@ def fill(
     cache: BaseCache, scorer: Scorer, text: TokenizedText, progress: Progress | None = None
 ) -> None:
     """Compute the states that the cache still lacks."""
-    groups = batches(text, cache.batch)
-    for number, indices in enumerate(groups):
-        if not cache.shard(number).is_file():
-            cache.write(number, scored_states(scorer, text, indices))
+    groups = dict(enumerate(batches(text, cache.batch)))
+    lacking = {n: group for n, group in groups.items() if not cache.shard(n).is_file()}
+    states = scored_states(scorer, text, list(lacking.values()))
+    for done, (number, own) in enumerate(zip(lacking, states, strict=True), start=1):
+        cache.write(number, own)
         if progress:
-            progress(number + 1, len(groups))
+            progress(done, len(lacking))
 
 
 @torch.inference_mode()
@@ -267,20 +268,22 @@ def score_variant(
         )
     out = _empty(text)
     groups = batches(text, batch or cache.batch)
-    for number, indices in enumerate(groups):
-        _compare(scorer, text, cache, head, indices, out)
+    states = scored_states(scorer, text, groups)
+    for done, (indices, own) in enumerate(zip(groups, states, strict=True), start=1):
+        _compare(scorer, own, text, cache, head, indices, out)
         if progress:
-            progress(number + 1, len(groups))
+            progress(done, len(groups))
     return TokenScores(variant, protocol, text.domains, False, **_places(text), **out)
 
 
-def scored_states(scorer: Scorer, text: TokenizedText, indices: list[int]) -> Tensor:
-    """States [n, H] from which the scored tokens of these windows are predicted."""
-    windows = [text.windows[index] for index in indices]
-    hidden = scorer.hidden(token_batch(windows))
-    return torch.cat(
-        [hidden[row, w.first - 1 : len(w.tokens) - 1] for row, w in enumerate(windows)]
-    )
+def scored_states(
+    scorer: Scorer, text: TokenizedText, groups: Sequence[Sequence[int]]
+) -> Iterator[Tensor]:
+    """Per group of windows, the states [n, H] from which its scored tokens are predicted."""
+    windows = [[text.windows[index] for index in group] for group in groups]
+    hidden = scorer.states([token_batch(own) for own in windows])
+    for own, states in zip(windows, hidden, strict=True):
+        yield torch.cat([states[row, w.first - 1 : len(w.tokens) - 1] for row, w in enumerate(own)])
 
 
 def token_batch(windows: list[Window]) -> TokenBatch:
@@ -295,6 +298,7 @@ def token_batch(windows: list[Window]) -> TokenBatch:
 
 def _compare(
     scorer: Scorer,
+    states: Tensor,
     text: TokenizedText,
     cache: BaseCache,
     head: Scorer,
@@ -302,7 +306,6 @@ def _compare(
     out: Columns,
 ) -> None:
     """Fill the columns of one batch, some tokens at a time so that logits stay small."""
-    states = scored_states(scorer, text, indices)
     base_states = cache.read(indices).to(head.device)
     targets, slots = _targets(text, indices).to(head.device), _slots(text, indices)
     size = rows_per_chunk(head.vocab, head.device)

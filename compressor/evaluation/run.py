@@ -95,7 +95,7 @@ def evaluate(
         scorer: the variant.
         settings: those of the base.
         cache: from `evaluate_base`.
-        head: the base's head; a scorer with `head_only` is enough.
+        head: the base's head; only its `logits` is called.
         variant: its name in the results.
         save: where its token scores go (.npz), for later comparisons.
 

@@ -6,20 +6,21 @@ Keeping the two apart is what makes exact divergences cheap: the base's hidden s
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from compressor.errors import ModelError
-from compressor.model.families import FAMILIES
+from compressor.model.architecture import Architecture
+from compressor.model.load import load_model, read_config
+from compressor.model.walk import BlockWalk
+from compressor.progress import Observer
 from compressor.types import TokenBatch
 
 
@@ -38,8 +39,8 @@ class Scorer(Protocol):
     backend: str
     device: torch.device
 
-    def hidden(self, batch: TokenBatch) -> Tensor:
-        """States [B, T, H] that the model's head reads, after the final norm.
+    def states(self, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
+        """Per batch, the states [B, T, H] that the model's head reads, after the final norm.
 
         Rows are padded on the right; a state must not depend on what follows it.
         """
@@ -79,7 +80,6 @@ class TransformersScorer:
         path: checkpoint directory.
         device: where it runs.
         dtype: precision of weights and arithmetic.
-        head_only: load the head and nothing else; `hidden` is then refused.
 
     Raises:
         ModelError: the model does not split into decoder and head.
@@ -90,26 +90,22 @@ class TransformersScorer:
         path: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        *,
-        head_only: bool = False,
     ) -> None:
         self.device = torch.device(device)
         self.dtype = str(dtype).removeprefix("torch.")
         self.backend = backend_name(self.device)
-        self._head_only = head_only
-        load = _load_head if head_only else _load_all
-        self._model: Any = load(Path(path), dtype, self.device)
-        self._model.eval()
+        self._model: Any = load_model(Path(path), self.device, dtype)
         self._decoder: Any = self._model.get_decoder()
         self.vocab: int = int(self._model.config.get_text_config().vocab_size)
-        if not head_only:
-            self._check_split()
+        self._check_split()
+
+    def states(self, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
+        """States [B, T, H] of every batch."""
+        return map(self._hidden, batches)
 
     @torch.inference_mode()
-    def hidden(self, batch: TokenBatch) -> Tensor:
-        """States [B, T, H]. The mask is not needed: attention is causal and padding is last."""
-        if self._head_only:
-            raise ModelError("this scorer holds the head only; it cannot compute hidden states")
+    def _hidden(self, batch: TokenBatch) -> Tensor:
+        """The mask is not needed: attention is causal and padding is last."""
         ids = batch.input_ids.to(self.device)
         states: Tensor = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
         return states
@@ -134,7 +130,7 @@ class TransformersScorer:
         batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("",))
         with torch.inference_mode():
             whole = self._model(input_ids=ids, use_cache=False).logits[0]
-        if not torch.allclose(self.logits(self.hidden(batch)[0]), whole, atol=1e-4, rtol=1e-3):
+        if not torch.allclose(self.logits(self._hidden(batch)[0]), whole, atol=1e-4, rtol=1e-3):
             raise ModelError(
                 f"{type(self._model).__name__} does more between decoder and logits than a head; "
                 "its logits cannot be recomputed from stored states"
@@ -160,35 +156,75 @@ def _returning(decoder: nn.Module, states: Tensor) -> Iterator[None]:
         del decoder.forward
 
 
-def _load_all(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device)
+class StreamingScorer:
+    """A plain checkpoint of a known family, one block in memory at a time.
+
+    Every block is read once and sees all batches before the next one is read, so memory is one
+    block, the residual stream of all tokens (spilled to disk past a budget) and the head. The
+    arithmetic is that of the model's own modules; states and logits equal `TransformersScorer`'s.
+
+    Args:
+        path: checkpoint directory.
+        device, dtype: where and in what precision blocks are computed.
+        scratch: folder for what is spilled; emptied afterwards.
+        budget: bytes of activations held in memory.
+        observer: told when a block is done.
+
+    Raises:
+        ModelError: the checkpoint is packed or of an unknown family.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        scratch: Path,
+        budget: int,
+        observer: Observer,
+    ) -> None:
+        self.device = device
+        self.dtype = str(dtype).removeprefix("torch.")
+        self.backend = backend_name(device)
+        self._path, self._dtype = path, dtype
+        self._scratch, self._budget, self._observer = scratch, budget, observer
+        self._head: BlockWalk = self._walk(())
+        self.vocab = self._head.architecture.vocab
+
+    def states(self, batches: Sequence[TokenBatch]) -> Iterator[Tensor]:
+        """States [B, T, H] of every batch; computed for all of them before the first is given."""
+        if not batches:
+            return
+        walk = self._walk(batches)
+        with self._observer.task("blocks", walk.architecture.layers) as task:
+            for _ in walk.blocks():
+                task.advance()
+        yield from walk.final_hidden()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V]."""
+        return self._head.logits(hidden)
+
+    def close(self) -> None:
+        """Drop the head."""
+        del self._head
+
+    def _walk(self, batches: Sequence[TokenBatch]) -> BlockWalk:
+        return BlockWalk(
+            self._path,
+            batches,
+            device=self.device,
+            dtype=self._dtype,
+            scratch=self._scratch,
+            memory_budget=self._budget,
+        )
 
 
-def _load_head(path: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with its body on the meta device and only the output matrix in memory."""
-    config = AutoConfig.from_pretrained(path)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    head = model.get_output_embeddings()
-    names = {id(module): name for name, module in model.named_modules()}
-    tied = bool(config.get_text_config().tie_word_embeddings)
-    source = model.get_input_embeddings() if tied else head
-    family = FAMILIES.get(config.model_type)
-    for leaf, _ in list(head.named_parameters(recurse=False)):
-        owner = source if leaf == "weight" else head
-        name = f"{names[id(owner)]}.{leaf}"
-        for on_disk, in_modules in family.renames if family else ():
-            name = name.replace(in_modules, on_disk)  # GPT-NeoX's head
-        value = _read_tensor(path, name).to(device, dtype)
-        setattr(head, leaf, nn.Parameter(value, requires_grad=False))
-    return model
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    index = path / "model.safetensors.index.json"
-    shard = json.loads(index.read_text())["weight_map"].get(name) if index.is_file() else None
-    with safe_open(path / (shard or "model.safetensors"), framework="pt") as file:
-        if name not in file.keys():  # noqa: SIM118 - safe_open has no __contains__
-            raise ModelError(f"{path} has no tensor {name!r} for the output head")
-        value: Tensor = file.get_tensor(name)
-    return value
+def can_stream(path: Path) -> bool:
+    """Whether `StreamingScorer` takes the checkpoint: plain weights of a known family."""
+    try:
+        return not Architecture.from_config(read_config(path)).quantized
+    except ModelError:
+        return False

@@ -20,7 +20,7 @@ from compressor.evaluation.measure import BaseCache, Progress, TokenScores, fill
 from compressor.evaluation.protocols import batches, tokenize
 from compressor.evaluation.results import Estimate, Evaluation
 from compressor.evaluation.run import Settings, evaluate, evaluate_base
-from compressor.evaluation.scoring import TransformersScorer
+from compressor.evaluation.scoring import Scorer, StreamingScorer, TransformersScorer, can_stream
 from compressor.evaluation.suites import EvaluationText, load_text
 from compressor.evaluation.summary import compare
 from compressor.formats.atomic import atomic_write_json
@@ -43,6 +43,7 @@ class Session:
         folder: results.
         cache: hidden states of the base.
         device, dtype: of every forward pass.
+        activation_budget: bytes of activations kept in memory.
         observer: told of progress.
     """
 
@@ -56,6 +57,7 @@ class Session:
     cache: Path
     device: torch.device
     dtype: torch.dtype
+    activation_budget: int
     observer: Observer
 
     def measure(self, name: str, checkpoint: Path) -> Evaluation:
@@ -103,7 +105,7 @@ class Session:
         return self.folder / f"{name}.{suffix}"
 
     def _score(self, name: str, checkpoint: Path, progress: Progress) -> Evaluation:
-        scorer = TransformersScorer(checkpoint, self.device, self.dtype)
+        scorer = self._scorer(checkpoint)
         scores = self._path(name, "npz")
         if name == BASE:
             return evaluate_base(
@@ -113,20 +115,33 @@ class Session:
             scorer,
             self.settings,
             self._base_states(scorer),
-            TransformersScorer(self.base, self.device, self.dtype, head_only=True),
+            self._scorer(self.base),
             variant=name,
             save=scores,
             progress=progress,
         )
 
-    def _base_states(self, scorer: TransformersScorer) -> BaseCache:
+    def _scorer(self, checkpoint: Path) -> Scorer:
+        """Block by block where that is possible; whole for packed and unknown checkpoints."""
+        if not can_stream(checkpoint):
+            return TransformersScorer(checkpoint, self.device, self.dtype)
+        return StreamingScorer(
+            checkpoint,
+            self.device,
+            self.dtype,
+            scratch=self.cache / "blocks",
+            budget=self.activation_budget,
+            observer=self.observer,
+        )
+
+    def _base_states(self, scorer: Scorer) -> BaseCache:
         """The base's hidden states; what a crash or a clean-up took is computed again."""
         text = self.settings.text
         protocol = protocol_of(text, scorer, self.settings.batch)
         cache = BaseCache.at(self.cache, text, protocol, self.base_sha256)
         shards = range(len(batches(text, cache.batch)))
         if not all(cache.shard(number).is_file() for number in shards):
-            fill(cache, TransformersScorer(self.base, self.device, self.dtype), text)
+            fill(cache, self._scorer(self.base), text)
         return cache
 
     @contextmanager

@@ -73,7 +73,7 @@ def test_columns_equal_full_logits(
     windows = tokenize(sample_text(protocol), tokenizer)
     cache = BaseCache.at(tmp_path, windows, protocol_of(windows, base, 4), "model")
     fill(cache, base, windows)
-    head = TransformersScorer(base_path, head_only=True)
+    head = TransformersScorer(base_path)
     scores = score_variant(variant, windows, cache, head, "v")
     expected = brute_force(base_path, variant_path, windows)
     assert expected["kl"].mean() > 1e-3  # the two models do differ

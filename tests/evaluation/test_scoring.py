@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,13 @@ from transformers import AutoModelForCausalLM
 from transformers.models import cohere, gemma2, gpt2, granite, mixtral, opt, qwen2
 
 from compressor.errors import ModelError
-from compressor.evaluation.scoring import TransformersScorer, resolve_dtype
+from compressor.evaluation.scoring import (
+    StreamingScorer,
+    TransformersScorer,
+    can_stream,
+    resolve_dtype,
+)
+from compressor.progress import SilentObserver
 from compressor.types import TokenBatch
 
 SMALL = {
@@ -50,19 +57,51 @@ def test_head_on_states_is_the_model(family: str, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(ids).logits
     scorer = TransformersScorer(tmp_path)
-    states = scorer.hidden(TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("", "")))
+    (states,) = scorer.states([TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("", ""))])
     got = scorer.logits(states.flatten(0, 1))
     torch.testing.assert_close(got, expected.flatten(0, 1), atol=1e-6, rtol=1e-5)
-    head = TransformersScorer(tmp_path, head_only=True)
-    torch.testing.assert_close(head.logits(states.flatten(0, 1)), got, atol=0, rtol=0)
-    assert head.vocab == scorer.vocab == 99
+    assert scorer.vocab == 99
 
 
-def test_the_head_alone_cannot_score(base_path: Path) -> None:
-    head = TransformersScorer(base_path, head_only=True)
-    ids = torch.zeros(1, 2, dtype=torch.int64)
-    with pytest.raises(ModelError, match="head only"):
-        head.hidden(TokenBatch(ids, ids == 0, ("",)))
+def batches(lengths: tuple[tuple[int, ...], ...]) -> list[TokenBatch]:
+    found = []
+    for own in lengths:
+        ids = torch.randint(3, 99, (len(own), max(own)))
+        mask = torch.arange(max(own))[None] < torch.tensor(own)[:, None]
+        found.append(TokenBatch(ids * mask, mask, ("",) * len(own)))
+    return found
+
+
+STREAMED = ["gemma2-soft-cap", "granite-scaling", "qwen2-untied", "mixtral-router", "gpt2"]
+
+
+@pytest.mark.parametrize("family", STREAMED)
+@pytest.mark.parametrize("budget", [1 << 30, 0], ids=["in memory", "spilled"])
+def test_block_by_block_equals_the_whole_model(family: str, budget: int, tmp_path: Path) -> None:
+    """Two backends, one number: a run and a later `compress eval` must agree to the bit."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path / "model")
+    cpu, text = torch.device("cpu"), batches(((16, 9), (12,)))
+    whole = TransformersScorer(tmp_path / "model")
+    streamed = StreamingScorer(
+        tmp_path / "model", cpu, torch.float32,
+        scratch=tmp_path / "scratch", budget=budget, observer=SilentObserver(),
+    )  # fmt: skip
+    assert (streamed.vocab, streamed.dtype, streamed.backend) == (99, whole.dtype, whole.backend)
+    for batch, a, b in zip(text, whole.states(text), streamed.states(text), strict=True):
+        assert torch.equal(a[batch.mask], b[batch.mask])
+        assert torch.equal(whole.logits(a[batch.mask]), streamed.logits(b[batch.mask]))
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_only_plain_checkpoints_of_known_families_stream(base_path: Path, tmp_path: Path) -> None:
+    assert can_stream(base_path)
+    (tmp_path / "config.json").write_text('{"model_type": "cohere"}')
+    assert not can_stream(tmp_path)
+    config = json.loads((base_path / "config.json").read_text())
+    packed = config | {"quantization_config": {"quant_method": "compressed-tensors"}}
+    (tmp_path / "config.json").write_text(json.dumps(packed))
+    assert not can_stream(tmp_path)
 
 
 def test_a_model_that_does_not_split_is_refused(
@@ -87,11 +126,10 @@ def test_padding_and_batch_do_not_change_a_state(base: TransformersScorer) -> No
     for row, length in enumerate((20, 13, 5, 1)):
         ids[row, length:] = 0
     mask = torch.arange(20)[None] < torch.tensor([20, 13, 5, 1])[:, None]
-    together = base.hidden(TokenBatch(ids, mask, ("",) * 4))
+    (together,) = base.states([TokenBatch(ids, mask, ("",) * 4)])
     for row, length in enumerate((20, 13, 5, 1)):
-        alone = base.hidden(
-            TokenBatch(ids[row : row + 1, :length], mask[row : row + 1, :length], ("",))
-        )
+        own = TokenBatch(ids[row : row + 1, :length], mask[row : row + 1, :length], ("",))
+        (alone,) = base.states([own])
         torch.testing.assert_close(together[row, :length], alone[0], atol=1e-5, rtol=1e-5)
 
 

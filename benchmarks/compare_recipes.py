@@ -2,7 +2,7 @@
 """Run recipes on one model and print them side by side: bytes, accuracy, time, memory, FLOPs.
 
     python benchmarks/compare_recipes.py MODEL recipes/w4-rtn.yaml recipes/w4-gptq.yaml \
-        [-o out/compare] [--results benchmarks/results/NAME.md]
+        [--set KEY=VALUE]... [-o out/compare] [--results benchmarks/results/NAME.md]
 
 Every recipe runs in a process of its own through the command line, as a user would run it. The
 matrix-product rate of the machine is measured in the same minute, so that a stage's operations
@@ -35,13 +35,13 @@ def gemm_rate() -> float:
     return best
 
 
-def plan(recipe: str, model: str) -> dict[str, Any]:
-    command = [*COMMAND, "plan", recipe, model, "--format", "json"]
+def plan(recipe: str, model: str, overrides: list[str]) -> dict[str, Any]:
+    command = [*COMMAND, "plan", recipe, model, "--format", "json", *overrides]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def run(recipe: str, model: str, out: Path) -> dict[str, Any]:
-    subprocess.run([*COMMAND, recipe, model, "-o", str(out)], check=True)
+def run(recipe: str, model: str, out: Path, overrides: list[str]) -> dict[str, Any]:
+    subprocess.run([*COMMAND, recipe, model, "-o", str(out), *overrides], check=True)
     return json.loads((out / "report.json").read_text())
 
 
@@ -107,15 +107,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, for every recipe")
     parser.add_argument("-o", "--out", type=Path, default=Path("out/compare"))
     parser.add_argument("--results", type=Path, help="also write the table here")
     options = parser.parse_args()
+    overrides = [f"--set={entry}" for entry in options.set]
     names = {Path(recipe).stem: recipe for recipe in options.recipes}
-    plans = {name: plan(recipe, options.model) for name, recipe in names.items()}
-    reports = {n: run(r, options.model, options.out / n) for n, r in names.items()}
+    plans = {name: plan(recipe, options.model, overrides) for name, recipe in names.items()}
+    reports = {n: run(r, options.model, options.out / n, overrides) for n, r in names.items()}
     first = next(iter(reports.values()))
     env, protocol = first["env"], next(iter(first["evaluations"].values()))["protocol"]
-    arguments = " ".join([Path(options.model).name, *names.values()])
+    arguments = " ".join([Path(options.model).name, *names.values(), *overrides])
     lines = [
         f"`python benchmarks/compare_recipes.py {arguments}` at commit `{env['commit']}`",
         "",

@@ -192,6 +192,7 @@ class _Run:
     ) -> None:
         self.recipe = recipe
         self.source = source
+        self.signature = _signature(source.path)
         self.plan = plan
         self.folder = folder
         self.observer = observer
@@ -218,6 +219,7 @@ class _Run:
         self._evaluate(self.variants[0])
         for index, stage in enumerate(self.recipe.stages):
             self._stage(index, stage)
+        self._require_unchanged_model()
         for export in self.recipe.export:
             self._export(export)
         report = self._report()
@@ -251,6 +253,14 @@ class _Run:
             calibration_sha256=self.calibration.sha256 if self.calibration else None,
             packages=packages(),
         )
+
+    def _require_unchanged_model(self) -> None:
+        """The original is read again and again during a run; it must stay what was hashed."""
+        if _signature(self.source.path) != self.signature:
+            raise ResumeError(
+                f"{self.source.path} changed while the run was reading it",
+                "start again in another folder with -o",
+            )
 
     @cached_property
     def base_files(self) -> tuple[FileHash, ...]:
@@ -431,6 +441,12 @@ def _refuse(what: str, recorded: Recipe, recipe: Recipe, lock: Lock) -> None:
     if found:
         lines = "".join(f"\n  {line}" for line in found)
         raise ResumeError(f"{what}:{lines}", "choose another folder with -o, or remove this one")
+
+
+def _signature(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of every file of a checkpoint."""
+    stats = {path.name: path.stat() for path in checkpoint_files(folder)}
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def _link(source: Path, target: Path) -> None:

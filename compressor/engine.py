@@ -40,6 +40,7 @@ from compressor.formats import compressed_tensors
 from compressor.formats.atomic import atomic_write_text
 from compressor.formats.codes import CodesReader
 from compressor.formats.files import checkpoint_files
+from compressor.interrupts import Interruptible
 from compressor.journal import Journal
 from compressor.machine import activation_budget
 from compressor.meter import Meter
@@ -210,7 +211,8 @@ class _Run:
         resumed = self.journal.find("run_started") is not None
         self.journal.append("run_started", command=self.command, resumed=resumed)
         try:
-            return self._steps()
+            with Interruptible():
+                return self._steps()
         except KeyboardInterrupt:
             self.journal.append("interrupted")
             raise

@@ -17,8 +17,8 @@ WEIGHTS = {"model", "formats"}
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
 BESIDE |= {"stages", "order", "registry"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
-ENGINE |= {"facts", "compare", "engine", "pipeline", "doctor"}
-TOP = {"console", "cli", "facade"}  # facade: what `compressor` itself offers
+ENGINE |= {"interrupts", "facts", "compare", "engine", "pipeline", "doctor"}
+TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)
 NEVER = {("model", "formats"), ("formats", "model"), ("evaluation", "stages")}

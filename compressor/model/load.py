@@ -239,9 +239,10 @@ def _packed(config: dict[str, Any]) -> bool:
 
 def _unpack(model: Any) -> None:
     """What the library would do at the first forward pass, done now."""
-    if model.hf_quantizer.quantization_config.dequantize:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:  # `dequantize` in the configuration: done, and the quantizer dropped
         return
-    compressor = model.hf_quantizer.compressor
+    compressor = quantizer.compressor
     compressor.decompress_model(model)
     compressor.remove_decompression_hook(model)
 

@@ -1,0 +1,506 @@
+"""Runs: refused, repeated, interrupted, corrupted, judged, and what their reports say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from compressor import resources
+from compressor.cli import main
+from compressor.formats.sizes import measure
+from compressor.journal import Journal
+from compressor.model.load import read_config
+from compressor.plan import make_plan
+from compressor.provenance import file_sha256
+from compressor.recipe import load_recipe, shipped_recipes
+
+RECIPE = """\
+calibration: {samples: 2, length: 64, batch_size: 2}
+stages:
+  - method: quantize.gptq
+    bits: 4
+    group_size: 64
+evaluate: {documents: 1, length: 64, resamples: 100}
+gates: {max_kl: 5.0}
+export:
+  - format: compressed-tensors
+  - format: dense
+"""
+STAGE = "01-quantize.gptq"
+EVALUATION = ("documents=1", "length=64", "resamples=100", "noise_floor=false")
+SMALL = [word for entry in EVALUATION for word in ("--set", f"evaluate.{entry}")]
+
+
+class Result:
+    """Exit code and both streams of one command."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def compress(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Run the command line in this process."""
+
+    def call(*args: str | Path) -> Result:
+        hook = sys.excepthook
+        try:
+            with pytest.raises(SystemExit) as caught:
+                main([str(arg) for arg in args])
+        finally:
+            sys.excepthook = hook
+        streams = capfd.readouterr()
+        assert isinstance(caught.value.code, int)
+        assert "Traceback" not in streams.err
+        return Result(caught.value.code, streams.out, streams.err)
+
+    return call
+
+
+def quietly(*args: str | Path) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main([*(str(arg) for arg in args), "-q"])
+    return int(caught.value.code or 0)
+
+
+class Place:
+    """A recipe, a model of its own and a finished run."""
+
+    def __init__(self, root: Path) -> None:
+        self.recipe, self.model, self.run = root / "r.yaml", root / "model", root / "run"
+
+    @property
+    def line(self) -> list[Path | str]:
+        return [self.recipe, self.model, "-o", self.run]
+
+    def copy(self, root: Path) -> Place:
+        for path in (self.model, self.run):
+            shutil.copytree(path, root / path.name)
+        shutil.copy(self.recipe, root)
+        return Place(root)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = Place(tmp_path_factory.mktemp("finished"))
+    shutil.copytree(resources.builtin_model("tiny"), place.model)
+    place.recipe.write_text(RECIPE, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place.recipe.parent)
+        assert quietly("r.yaml", "model", "-o", "run") == 0
+    return place
+
+
+@pytest.fixture
+def place(finished: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """A copy of the finished run to spoil; models are named relative to its folder."""
+    finished.copy(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    copied = Place(Path())
+    assert copied.line == [Path("r.yaml"), Path("model"), "-o", Path("run")]
+    return copied
+
+
+def report(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    return found
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def products(run: Path) -> dict[str, str]:
+    found = {f"{part}/{k}": v for part in PARTS for k, v in hashes(run / part).items()}
+    assert len(found) > 20
+    return found
+
+
+PARTS = ("stages", "deliverable")
+
+
+def lines(run: Path) -> list[str]:
+    return [event["event"] for event in Journal(run / "journal.jsonl").events]
+
+
+def rewind(run: Path, last: str) -> None:
+    """Cut the journal after the last event of that name, as if the run had died there."""
+    text = (run / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    names = [json.loads(line)["event"] for line in text]
+    end = len(names) - names[::-1].index(last)
+    (run / "journal.jsonl").write_text("".join(text[:end]), encoding="utf-8")
+
+
+def spoil(path: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors[tensor] = change(tensors[tensor])
+    save_file(tensors, path, metadata=metadata)
+
+
+# ---------------------------------------------------------------------- the same run again
+
+
+def test_a_finished_run_does_nothing(place: Place, compress: Callable[..., Result]) -> None:
+    files = [path for part in PARTS for path in (place.run / part).rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    done, was = lines(place.run), report(place.run)
+    assert compress(*place.line, "-q").code == 0
+    assert lines(place.run) == [*done, "run_started", "report_written"]
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    now = report(place.run)
+    assert now["run"].pop("resumed") == was["run"].pop("resumed") + 1
+    for varying in ("command", "seconds"):
+        now["run"].pop(varying), was["run"].pop(varying)
+    assert now["run"] == was["run"]
+    assert now["variants"] == was["variants"]
+    assert now["verdict"] == was["verdict"]
+
+
+def test_a_changed_recipe_is_refused_by_what_changed(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    before = hashes(place.run)
+    result = compress(*place.line, "--set", "stages.0.bits=3", "--set", "seed=7")
+    assert result.code == 2
+    assert "run holds a run of something else" in result.err
+    assert "stages.0.bits: 4 then, 3 now" in result.err
+    assert "seed: 0 then, 7 now" in result.err
+    assert result.err.count(" then, ") == 2
+    assert hashes(place.run) == before
+
+
+def test_what_a_recipe_calls_itself_is_no_change(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    place.recipe.write_text(f"name: other\ndescription: Other words.\n{RECIPE}", encoding="utf-8")
+    assert compress(*place.line, "-q").code == 0
+
+
+def test_changed_weights_are_refused(place: Place, compress: Callable[..., Result]) -> None:
+    weights = place.model / "model.safetensors"
+    was = file_sha256(weights)
+    spoil(weights, "model.norm.weight", lambda tensor: tensor * 1.5)
+    result = compress(*place.line)
+    assert result.code == 2
+    changed = f"lock.weights.model.safetensors: {was} then, {file_sha256(weights)} now"
+    assert changed in result.err
+    assert result.err.count(" then, ") == 1
+
+
+# ---------------------------------------------------------------------- the lock file
+
+
+def test_a_lock_file_repeats_the_run(
+    place: Place, tmp_path: Path, compress: Callable[..., Result]
+) -> None:
+    lock = place.run / "recipe.lock.yaml"
+    assert compress(lock, place.model, "-o", "again", "-q").code == 0
+    assert products(Path("again")) == products(place.run)
+    again, was = report(Path("again")), report(place.run)
+    assert [v["size"] for v in again["variants"]] == [v["size"] for v in was["variants"]]
+
+
+def test_a_lock_file_refuses_another_model(place: Place, compress: Callable[..., Result]) -> None:
+    weights = place.model / "model.safetensors"
+    spoil(weights, "model.norm.weight", lambda tensor: tensor * 1.5)
+    result = compress(place.run / "recipe.lock.yaml", place.model, "-o", "again")
+    assert result.code == 2
+    assert "the lock file was made of something else" in result.err
+    assert "lock.weights.model.safetensors" in result.err
+    assert not (Path("again") / "recipe.lock.yaml").exists()
+
+
+def test_an_edited_lock_file_is_refused(place: Place, compress: Callable[..., Result]) -> None:
+    """What a lock pins is checked, not only carried along."""
+    lock = place.run / "recipe.lock.yaml"
+    text = lock.read_text(encoding="utf-8")
+    assert "samples: 2" in text
+    Path("edited.yaml").write_text(text.replace("samples: 2", "samples: 3"), encoding="utf-8")
+    result = compress("edited.yaml", place.model, "-o", "again")
+    assert result.code == 2
+    assert "lock.calibration_sha256" in result.err
+
+
+# ---------------------------------------------------------------------- disk, processes, signals
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    place: Place, monkeypatch: pytest.MonkeyPatch, compress: Callable[..., Result]
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    plan = make_plan(load_recipe(place.recipe), read_config(place.model), "model")
+    monkeypatch.setattr(
+        "compressor.engine.shutil.disk_usage", lambda _: usage(10**12, 10**12, plan.disk_bytes - 1)
+    )
+    result = compress(place.recipe, place.model, "-o", "new/deep")
+    assert result.code == 3
+    assert "GB of disk" in result.err
+    assert not Path("new").exists()
+    # What a run has written already counts as free.
+    assert compress(*place.line, "-q").code == 0
+
+
+def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_interrupted_then_resumed(place: Place, compress: Callable[..., Result]) -> None:
+    """Ctrl-C in the middle of a stage; meanwhile nobody else may write the same folder."""
+    command = [sys.executable, "-m", "compressor.cli", "r.yaml", "model", "-o", "cut", "-q"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    journal = Path("cut/journal.jsonl")
+    _until(lambda: journal.exists() and "block_done" in journal.read_text("utf-8"), process)
+    process.send_signal(signal.SIGSTOP)
+    second = compress("r.yaml", "model", "-o", "cut")
+    assert second.code == 2
+    assert "another process is writing cut" in second.err
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted; a run is resumed by the same command" in err
+    assert "Traceback" not in err
+    assert lines(Path("cut"))[-1] == "interrupted"
+    assert "stage_done" not in lines(Path("cut"))
+
+    assert compress("r.yaml", "model", "-o", "cut", "-q").code == 0
+    done = lines(Path("cut"))
+    assert done.count("block_done") == 4
+    assert done.count("run_started") == 2
+    assert report(Path("cut"))["run"]["resumed"] == 1
+    assert products(Path("cut")) == products(place.run)
+
+
+def test_without_its_activations_a_stage_cannot_go_on(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    rewind(place.run, "block_done")
+    result = compress("resume", place.run)
+    assert result.code == 2
+    assert "holds no saved activations" in result.err
+
+
+# ---------------------------------------------------------------------- verification
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "change", "sentence"),
+    [
+        (
+            "00001",
+            "model.layers.1.input_layernorm.weight",
+            lambda tensor: tensor + 1,
+            "model.layers.1.input_layernorm.weight was not to be changed, but differs",
+        ),
+        (
+            "00002",
+            "model.layers.2.mlp.up_proj.weight",
+            lambda tensor: tensor * float("nan"),
+            "model.layers.2.mlp.up_proj.weight holds a NaN",
+        ),
+        (
+            "00003",
+            "model.layers.3.self_attn.q_proj.weight",
+            lambda tensor: tensor * 0,
+            "model.layers.3.self_attn.q_proj.weight is all zero",
+        ),
+    ],
+    ids=["changed", "nan", "zero"],
+)
+def test_a_corrupted_shard_is_named(
+    place: Place,
+    compress: Callable[..., Result],
+    part: str,
+    tensor: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    sentence: str,
+) -> None:
+    rewind(place.run, "stage_done")
+    spoil(place.run / "stages" / STAGE / f"model-block-{part}.safetensors", tensor, change)
+    result = compress(*place.line)
+    assert result.code == 1
+    assert f"{STAGE}: the checkpoint breaks 1 promises" in result.err
+    assert sentence in result.err
+    assert lines(place.run)[-1] == "run_started"
+
+
+def test_a_truncated_shard_is_named(place: Place, compress: Callable[..., Result]) -> None:
+    rewind(place.run, "stage_done")
+    shard = place.run / "stages" / STAGE / "model-block-00002.safetensors"
+    os.truncate(shard, shard.stat().st_size - 10)
+    result = compress(*place.line)
+    assert result.code in (1, 2)
+    assert shard.name in result.err
+
+
+def test_weights_that_left_their_codes_are_not_packed(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    rewind(place.run, "evaluated")
+    shutil.rmtree(place.run / "deliverable")
+    name = "model.layers.0.mlp.down_proj.weight"
+    spoil(place.run / "stages" / STAGE / "model-block-00000.safetensors", name, lambda w: w * 1.5)
+    result = compress(*place.line)
+    assert result.code == 1
+    assert f"{name} was changed after it was rounded to its codes" in result.err
+
+
+def test_a_spoilt_export_is_noticed(place: Place, compress: Callable[..., Result]) -> None:
+    rewind(place.run, "stage_verified")
+    text = (place.run / "journal.jsonl").read_text(encoding="utf-8")
+    events = [
+        {"event": "evaluated", "time": 0.0, "variant": STAGE},
+        {"event": "exported", "time": 0.0, "format": "compressed-tensors", "sha256": "0" * 64},
+    ]
+    text += "".join(f"{json.dumps(event)}\n" for event in events)
+    (place.run / "journal.jsonl").write_text(text, encoding="utf-8")
+    (shard,) = (place.run / "deliverable" / "compressed-tensors").glob("*.safetensors")
+    spoil(shard, "model.layers.0.mlp.down_proj.weight_scale", lambda scale: scale * 1.01)
+    result = compress(*place.line)
+    assert result.code == 1
+    assert "compressed-tensors: read back from disk, its logits differ" in result.err
+
+
+# ---------------------------------------------------------------------- what the report says
+
+
+def test_sizes_are_those_of_the_plan(finished: Place) -> None:
+    plan = make_plan(load_recipe(finished.recipe), read_config(finished.model), "model")
+    measured = measure(finished.run / "deliverable" / "compressed-tensors", plan.parameters)
+    planned = plan.stages[-1]
+    assert measured.tensor_bytes == planned.packed_bytes
+    assert measured.by_role == planned.by_role
+    assert measured.bits_checkpoint == pytest.approx(planned.bits_checkpoint, rel=1e-12)
+    assert measured.bits_linear == pytest.approx(planned.bits_linear, rel=1e-12)
+    base, last = (variant["size"] for variant in report(finished.run)["variants"])
+    assert last["tensor_bytes"] == planned.packed_bytes
+    assert last["bits_checkpoint"] == pytest.approx(planned.bits_checkpoint, rel=1e-12)
+    assert last["by_role"] == planned.by_role
+    assert last["bytes_on_disk"] == sum(
+        path.stat().st_size
+        for path in (finished.run / "deliverable" / "compressed-tensors").rglob("*")
+    )
+    assert last["ratio_total"] == pytest.approx(base["bytes_on_disk"] / last["bytes_on_disk"])
+    assert base["tensor_bytes"] == plan.base_bytes
+    # The run's folder holds less than the plan asked for.
+    seen = {path.stat().st_ino: path.stat().st_size for path in finished.run.rglob("*")}
+    assert sum(seen.values()) < plan.disk_bytes * 1.6
+
+
+def test_every_variant_has_its_row(finished: Place) -> None:
+    found = report(finished.run)
+    assert found["verdict"] == "PASS"
+    base, last = found["variants"]
+    assert (base["id"], base["stage"], base["parent"]) == ("base", None, None)
+    assert (last["id"], last["parent"]) == (STAGE, "base")
+    assert last["stage"]["method"] == "quantize.gptq"
+    assert last["stage"]["params"]["bits"] == 4
+    modules = {metric["module"] for metric in last["stage"]["metrics_per_module"]}
+    assert len(modules) == 4 * 7
+    assert last["artifact"]["reload_ok"]
+    assert last["artifact"]["max_logit_difference"] == 0
+    assert last["artifact"]["path"] == "deliverable/compressed-tensors"
+    events = Journal(finished.run / "journal.jsonl")
+    (exported,) = events.all("exported", format="compressed-tensors")
+    assert last["artifact"]["sha256"] == exported["sha256"]
+    assert found["reproduce"]["hashes"]["deliverable/compressed-tensors"] == exported["sha256"]
+    assert not (finished.run / "scratch").exists()
+
+
+def test_the_noise_floor_is_far_below_the_damage(finished: Place) -> None:
+    measured = json.loads((finished.run / "evaluations" / "base.json").read_bytes())
+    floor = measured["noise_floor"]
+    damage = json.loads((finished.run / "evaluations" / f"{STAGE}.json").read_bytes())
+    assert abs(floor["mean"]["value"]) < 1e-6
+    assert floor["flips"] == 0
+    assert damage["overall"]["divergence"]["mean"]["value"] > 1e-3
+    assert damage["overall"]["divergence"]["flips"] > 0
+
+
+def test_a_model_compared_with_itself(place: Place, compress: Callable[..., Result]) -> None:
+    options = ["--documents", "1", "--length", "64", "--format", "json", "-q"]
+    result = compress("compare", place.model, place.model, *options)
+    assert result.code == 0
+    same = json.loads(result.out)["evaluations"][1]["overall"]
+    assert abs(same["divergence"]["mean"]["value"]) < 1e-6
+    assert same["divergence"]["flips"] == 0
+    assert same["divergence"]["top1_agreement"]["value"] == 1
+    assert same["delta_bits_per_byte"]["value"] == 0
+
+
+def test_the_deliverable_scores_as_its_stage_did(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    """Packed codes, loaded as anyone loads them, are the model that the report judged."""
+    packed = place.run / "deliverable" / "compressed-tensors"
+    options = ["--documents", "1", "--length", "64", "--format", "json", "-q"]
+    result = compress("compare", place.model, packed, *options)
+    assert result.code == 0
+    measured = json.loads((place.run / "evaluations" / f"{STAGE}.json").read_bytes())
+    found = json.loads(result.out)["evaluations"][1]
+    for key in ("perplexity", "bits_per_byte"):
+        assert found["overall"][key]["value"] == measured["overall"][key]["value"]
+    for key in ("flips", "maximum"):
+        assert found["overall"]["divergence"][key] == measured["overall"]["divergence"][key]
+
+
+def test_gates_decide_the_exit_code(place: Place, compress: Callable[..., Result]) -> None:
+    """The limit lies below the interval, and within it."""
+    measured = json.loads((place.run / "evaluations" / f"{STAGE}.json").read_bytes())
+    estimate = measured["overall"]["divergence"]["mean"]
+    assert estimate["low"] < estimate["value"] < estimate["high"]
+    options = ["--documents", "1", "--length", "64", "--format", "json", "-q"]
+    gate = f"max_kl={estimate['low'] / 2}"
+    result = compress(
+        "compare", place.model, place.run / "stages" / STAGE, *options, "--gate", gate
+    )
+    assert (result.code, json.loads(result.out)["verdict"]) == (4, "FAIL")
+    # The same recipe gives the same interval, which this limit splits.
+    line = [place.recipe, place.model, "-o", "unclear", "-q"]
+    result = compress(*line, "--set", f"gates.max_kl={estimate['value']}")
+    assert result.code == 5
+    assert "the evidence does not decide" in result.err
+    found = report(Path("unclear"))
+    assert found["verdict"] == "INCONCLUSIVE"
+    assert [gate["verdict"] for gate in found["gates"]] == ["INCONCLUSIVE"]
+    assert found["gates"][0]["estimate"] == estimate
+
+
+CODES = {"PASS": 0, "NO GATES": 0, "FAIL": 4, "INCONCLUSIVE": 5}
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_runs(
+    name: str, tmp_path: Path, compress: Callable[..., Result]
+) -> None:
+    options = [*SMALL, "--set", "evaluate.suite=quick"]
+    if load_recipe(name).calibration is not None:
+        options += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
+    result = compress(name, "builtin:tiny", "-o", tmp_path / "run", "-q", *options)
+    found = report(tmp_path / "run")
+    assert result.code == CODES[found["verdict"]]
+    assert result.code in ((0,) if name == "quickstart" else (0, 4, 5))
+    assert found["variants"][-1]["artifact"]["max_logit_difference"] == 0
+    assert len(found["variants"]) == 1 + len(load_recipe(name).stages)

@@ -27,6 +27,7 @@ import click
 
 from compressor import __version__, console, resources
 from compressor.errors import CompressorError, GateFailed, GateInconclusive, UsageError
+from compressor.interrupts import Interruptible
 
 if TYPE_CHECKING:
     from compressor.evaluation.config import EvaluateConfig
@@ -462,7 +463,8 @@ def main(args: Sequence[str] | None = None) -> None:
     settings = Settings(argv=argv)
     sys.excepthook = _crash_hook(settings)
     try:
-        code = cli.main(argv, prog_name="compress", standalone_mode=False, obj=settings)
+        with Interruptible():
+            code = cli.main(argv, prog_name="compress", standalone_mode=False, obj=settings)
     except click.ClickException as error:
         error.show()
         code = error.exit_code

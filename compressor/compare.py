@@ -18,7 +18,6 @@ from compressor.evaluation.results import Evaluation, GateVerdict
 from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import BASE, Session
 from compressor.formats.files import checkpoint_bytes
-from compressor.interrupts import Interruptible
 from compressor.machine import activation_budget
 from compressor.model.architecture import Architecture
 from compressor.model.load import ModelSource, load_tokenizer, read_config, resolve
@@ -45,7 +44,7 @@ def compare_models(
         UsageError: a model cannot be paired with the base.
     """
     sources = [resolve(model) for model in models]
-    with Interruptible(), tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
+    with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
         session = _session(sources[0], config, Path(work), observer)
         names = [BASE, *(f"variant-{index}" for index in range(1, len(models)))]
         results = [session.measure(name, s.path) for name, s in zip(names, sources, strict=True)]

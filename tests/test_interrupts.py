@@ -39,6 +39,23 @@ def test_a_plain_interruption_stays_one() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_nested_the_inner_one_converts_first() -> None:
+    seen: list[type[BaseException]] = []
+
+    def work() -> None:
+        try:
+            with Interruptible():
+                swallowing_library()
+        except KeyboardInterrupt as error:
+            seen.append(type(error))
+            raise
+
+    with pytest.raises(KeyboardInterrupt), Interruptible():
+        work()
+    assert seen == [KeyboardInterrupt]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_an_error_without_an_interruption_stays_itself() -> None:
     with pytest.raises(ValueError, match="own"), Interruptible():
         raise ValueError("its own")

@@ -10,14 +10,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
-GROUND = {"errors", "types", "resources", "progress", "machine", "source", ""}
+GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
 BESIDE |= {"stages", "order", "registry"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
-ENGINE |= {"interrupts", "facts", "compare", "engine", "pipeline", "doctor"}
+ENGINE |= {"facts", "compare", "engine", "pipeline", "doctor"}
 TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)
@@ -27,7 +27,7 @@ NEVER |= {("evaluation", "report"), ("calibration", "stages"), ("report", "stage
 # What the command line reads before it knows whether it will need torch.
 LIGHT = ("cli", "console", "errors", "types", "resources", "registry", "recipe", "source")
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
-LIGHT += ("text", "model/architecture", "model/families", "evaluation/config")
+LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
 LIGHT += ("formats/support", "report/schema")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "compressed_tensors", "scipy"}

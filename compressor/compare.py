@@ -62,7 +62,7 @@ def _session(base: ModelSource, config: EvaluateConfig, work: Path, observer: Ob
         base_sha256=combined_sha256(hash_files(base.path)),
         tokenizer=load_tokenizer(base.path),
         context_length=Architecture.from_config(read_config(base.path)).max_positions,
-        seen=frozenset(),
+        seen=None,
         folder=work / "results",
         cache=work / "states",
         device=device,

@@ -290,7 +290,7 @@ class _Run:
             base_sha256=combined_sha256(self.base_files),
             tokenizer=self.tokenizer,
             context_length=self.plan.context_length,
-            seen=frozenset(self.calibration.tokens if self.calibration else ()),
+            seen=frozenset(self.calibration.tokens) if self.calibration else None,
             folder=self.folder / "evaluations",
             cache=self.folder / "scratch" / "base",
             device=self.device,

@@ -6,7 +6,7 @@ The base's hidden states lie in a second, disposable folder and are computed aga
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,7 +39,7 @@ class Session:
         base_sha256: hash of its weights; keys the cache of hidden states.
         tokenizer: the base's.
         context_length: of the base, tokens.
-        seen: domains of the calibration text.
+        seen: domains of the calibration text; None when nothing was calibrated.
         folder: results.
         cache: hidden states of the base.
         device, dtype: of every forward pass.
@@ -52,7 +52,7 @@ class Session:
     base_sha256: str
     tokenizer: Any
     context_length: int
-    seen: frozenset[str]
+    seen: frozenset[str] | None
     folder: Path
     cache: Path
     device: torch.device
@@ -90,7 +90,7 @@ class Session:
     @cached_property
     def settings(self) -> Settings:
         """Windows and statistics that all variants share."""
-        in_calibration: Mapping[str, bool] = {name: name in self.seen for name in self.text.domains}
+        seen = self.seen
         return Settings(
             text=tokenize(self.text, self.tokenizer, max_length=self.context_length),
             tokenizer=self.tokenizer,
@@ -98,7 +98,7 @@ class Session:
             resamples=self.config.resamples,
             seed=self.config.seed,
             noise_floor=self.config.noise_floor,
-            in_calibration=in_calibration,
+            in_calibration=None if seen is None else {n: n in seen for n in self.text.domains},
         )
 
     def _path(self, name: str, suffix: str) -> Path:

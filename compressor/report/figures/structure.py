@@ -94,7 +94,7 @@ def _frame(drawing: Drawing, xs: Scale, ys: Scale, labelled: bool, last: int) ->
 
 
 def _log_tick(value: float) -> str:
-    return numbers.number(value, 1)
+    return f"{value:.2g}"
 
 
 def _no_label(_: float) -> str:

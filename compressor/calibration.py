@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 USER_DOMAIN = "user"  # the domain of text that the user brings
 _SHARE_TOLERANCE = 1e-6
 _Numbered = tuple[int, Mapping[str, Any]]  # a row and its place in the source
+_OF_SOURCE = ("split", "column", "subset", "revision", "streaming", "chat_template")
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
@@ -46,29 +47,61 @@ class CalibrationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mix: str = "default"
-    source: str | None = None
-    split: str = "train"
-    column: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    streaming: bool = False
-    chat_template: bool = False
-    pack: bool = True
-    samples: int = Field(default=128, gt=0)
-    length: int = Field(default=512, ge=8)
-    batch_size: int = Field(default=8, gt=0)
-    seed: int = Field(default=0, ge=0)
+    mix: str = Field(
+        default="default",
+        description="A shipped mix of domains (`compress ls mixes`), or the path of a YAML file of "
+        "the same form.",
+    )
+    source: str | None = Field(
+        default=None,
+        description="Your own text in place of a mix: a .txt, .md, .jsonl or .parquet file, a "
+        "folder of such, a dataset saved by `datasets`, or the id of a dataset on the Hub.",
+    )
+    split: str = Field(default="train", description="Split of a dataset.")
+    column: str | None = Field(
+        default=None,
+        description="Column that holds the text; `text` by default, `messages` with "
+        "`chat_template`.",
+    )
+    subset: str | None = Field(default=None, description="Configuration of a dataset on the Hub.")
+    revision: str | None = Field(
+        default=None, description="Commit, branch or tag of a dataset on the Hub."
+    )
+    streaming: bool = Field(
+        default=False,
+        description="Read a dataset of the Hub row by row, in its own order, only as far as "
+        "needed.",
+    )
+    chat_template: bool = Field(
+        default=False,
+        description="The column holds conversations; the tokenizer's chat template writes them "
+        "out.",
+    )
+    pack: bool = Field(
+        default=True,
+        description="Cut windows from a stream of documents; otherwise a window is the head of "
+        "one document, padded at its end. Padding never enters statistics.",
+    )
+    samples: int = Field(default=128, gt=0, description="Windows, over all domains.")
+    length: int = Field(default=512, ge=8, description="Tokens a window.")
+    batch_size: int = Field(
+        default=8, gt=0, description="Windows that go through the model together."
+    )
+    seed: int = Field(default=0, ge=0, description="Of the order of documents and windows.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> CalibrationConfig:
-        given = self.model_fields_set
-        if self.source is not None and "mix" in given:
+        """A default spelled out says nothing, so that lock files, which hold them all, load."""
+        if self.source is not None and self.mix != self._default("mix"):
             raise ValueError("`mix` and `source` exclude each other: name one of them")
-        options = {"split", "column", "subset", "revision", "streaming", "chat_template"}
-        if self.source is None and (stray := sorted(options & given)):
+        stray = [name for name in _OF_SOURCE if getattr(self, name) != self._default(name)]
+        if self.source is None and stray:
             raise ValueError(f"`{stray[0]}` describes a `source`, and none is named")
         return self
+
+    @classmethod
+    def _default(cls, name: str) -> Any:
+        return cls.model_fields[name].default
 
 
 class Mix(BaseModel):
@@ -169,6 +202,21 @@ def _guess(word: str, valid: Iterable[str]) -> str:
 # Documents
 
 
+def require_origin(config: CalibrationConfig) -> None:
+    """Check without reading any text that the mix, or a source on this machine, exists.
+
+    Raises:
+        TextError: it does not.
+    """
+    if config.source is None:
+        load_mix(config.mix)
+        return
+    path = Path(config.source).expanduser()
+    local = path.suffix in _SUFFIXES or config.source.startswith((".", "/", "~"))
+    if local and not path.exists():
+        raise TextError(f"calibration source {config.source} does not exist")
+
+
 def load_documents(
     config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> list[Document]:
@@ -257,9 +305,8 @@ def _as_text(
 def _rows(config: CalibrationConfig, source: str) -> Iterator[_Numbered]:
     """Rows of a source with their numbers; shuffled by the seed unless they are streamed."""
     path = Path(source).expanduser()
+    require_origin(config)
     if not path.exists():
-        if path.suffix in _SUFFIXES or source.startswith((".", "/", "~")):
-            raise TextError(f"calibration source {source} does not exist")
         yield from _hub_rows(config, source)
     elif path.is_file():
         yield from _shuffled(list(_file_rows(path)), config.seed)

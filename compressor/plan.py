@@ -8,11 +8,13 @@ time are estimates, with their formulas in the docstrings below.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from compressor.calibration import require_origin
 from compressor.cost import (
     block_memory,
     checkpoint_bytes,
@@ -141,7 +143,7 @@ def make_plan(recipe: Recipe, config: Mapping[str, object], model: str) -> Plan:
     chain = _chain(recipe, base, problems)
     if not problems:  # else the exports would repeat what is wrong with the stages
         problems += _exports(recipe, chain[-1])
-    problems += _evaluation(recipe)
+    problems += _texts(recipe)
     if problems:
         raise PlanError(problems)
     return _price(recipe, chain, model)
@@ -217,20 +219,31 @@ def _target(matrix: Matrix) -> Target:
     return Target(matrix.name, matrix.shape, kind, matrix.scheme)  # type: ignore[arg-type]
 
 
-def _evaluation(recipe: Recipe) -> list[Problem]:
-    """Text that evaluation names and that does not exist."""
-    found = []
+def _texts(recipe: Recipe) -> list[Problem]:
+    """Text that the recipe names and that does not exist."""
+    found: list[Problem] = []
+    calibration = recipe.calibration
+    if calibration is not None:
+        origin = "mix" if calibration.source is None else "source"
+        with _reported(recipe, ("calibration", origin), found):
+            require_origin(calibration)
     if not recipe.evaluate.text:
-        try:
+        with _reported(recipe, ("evaluate", "suite"), found):
             load_suite(recipe.evaluate.suite)
-        except UsageError as error:
-            place: Location = ("evaluate", "suite")
-            found.append(recipe.problem(place, error.message, error.hint))
     for domain, path in recipe.evaluate.text.items():
         if not Path(path).is_file():
             place = ("evaluate", "text", domain)
             found.append(recipe.problem(place, f"no file {path}", ""))
     return found
+
+
+@contextmanager
+def _reported(recipe: Recipe, place: Location, found: list[Problem]) -> Iterator[None]:
+    """Within the block, a usage error is a problem at a place of the recipe."""
+    try:
+        yield
+    except UsageError as error:
+        found.append(recipe.problem(place, error.message, error.hint))
 
 
 # ---------------------------------------------------------------------- what it costs

@@ -47,7 +47,6 @@ PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.so
 """Keys that may name a file; `*` stands for any key."""
 
 _SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".parquet")
-_OF_SOURCE = ("source", "split", "column", "subset", "revision", "streaming", "chat_template")
 
 
 class Section(BaseModel):
@@ -303,11 +302,6 @@ def dump_lock(recipe: Recipe, facts: Lock, folder: Path) -> str:
     content = recipe.model_dump(mode="json", exclude={"lock"})
     for _, container, key in _written_paths(content, folder):
         container[key] = os.path.relpath(container[key], folder)
-    if recipe.calibration is not None:
-        # `mix` and `source` exclude each other even at their defaults.
-        unused = ("mix",) if recipe.calibration.source is not None else _OF_SOURCE
-        for key in unused:
-            content["calibration"].pop(key, None)
     content["lock"] = facts.model_dump(mode="json")
     heading = "# Written by a run. `compress` with this file and the same model repeats it.\n"
     return heading + _dump_yaml(content)

@@ -180,6 +180,13 @@ def test_config_refuses_contradictions(options: dict[str, Any], message: str) ->
         CalibrationConfig(**options)
 
 
+def test_defaults_may_be_spelled_out() -> None:
+    full = CalibrationConfig(samples=4)
+    assert CalibrationConfig.model_validate(full.model_dump()) == full
+    own = CalibrationConfig(source="own.txt")
+    assert CalibrationConfig.model_validate(own.model_dump()) == own
+
+
 def test_too_little_text_says_how_much_there_is(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("One sentence only.")

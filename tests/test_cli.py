@@ -178,8 +178,7 @@ def test_explain_has_words_for_every_option(compress: Any, method: str) -> None:
 def test_explain_has_words_for_every_section(compress: Any, section: str) -> None:
     topic = compress("explain", section, "--format", "json").json
     assert topic["options"]
-    if section != "calibration":  # described as a whole
-        assert all(option["what"] for option in topic["options"]), topic
+    assert all(option["what"] for option in topic["options"]), topic
 
 
 def test_explain_takes_places_of_a_recipe(compress: Any) -> None:

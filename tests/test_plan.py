@@ -159,6 +159,19 @@ def test_missing_evaluation_text(tmp_path: Path) -> None:
     assert (found[0].line, found[0].column) == (5, 16)
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ("mix: defualt", "there is no calibration mix 'defualt'"),
+        ("source: mine.txt", "mine.txt does not exist"),
+    ],
+)
+def test_missing_calibration_text(tmp_path: Path, section: str, words: str) -> None:
+    (found,) = refusals(tmp_path, RTN + f"calibration:\n  {section}\n")
+    assert words in found.message
+    assert found.line == 5
+
+
 # ---------------------------------------------------------------------- order
 
 METHODS = (

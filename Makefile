@@ -5,13 +5,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint types check real browser clean
+.PHONY: quickstart test lint types real browser clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/compress recipes/quickstart.yaml builtin:tiny -o out/quickstart
 
+# One thread a process: several processes that each start a thread a core slow each other down.
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/ready browser lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -76,6 +76,8 @@ def resolve(
         source = ModelSource(builtin_model(model.removeprefix(_BUILTIN)), model, None)
     elif model and Path(model).is_dir():
         source = ModelSource(Path(model), model, None)
+    elif model.startswith((".", "/", "~")):
+        raise ModelError(f"there is no directory {model}")
     else:
         source = _from_hub(model, _CONFIG if config_only else _patterns(trust_remote_code))
     read_config(source.path)
@@ -170,13 +172,17 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         ModelError: there is none, or it cannot be read.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     try:
         return transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} holds no usable tokenizer: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(
+            f"{path} holds no usable tokenizer: {_summary(error)}",
+            "copy the files of its tokenizer (tokenizer.json, tokenizer_config.json) there",
+        ) from None
 
 
 def load_model(
@@ -204,6 +210,7 @@ def load_model(
         ResourceError: its format needs a package that is not installed.
     """
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
 
     from compressor.model.quiet import quiet
 
@@ -225,11 +232,15 @@ def load_model(
             if packed:
                 _unpack(model)
     except ImportError as error:
-        raise ResourceError(f"{path} needs a package: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from None
+        raise ResourceError(f"{path} needs a package: {_summary(error)}") from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"{path} cannot be loaded: {_summary(error)}") from None
     _check_complete(path, info)
-    return model.eval().to(device, dtype)
+    if packed and dtype is not None:
+        # Weights only: rotary frequencies are fp32 in any model, and wrong in bf16.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model.eval().to(device)
 
 
 def _packed(config: dict[str, Any]) -> bool:
@@ -255,5 +266,9 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
         raise ModelError(f"{path} lacks {wrong[0]}{more}, which its config.json calls for")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _summary(error: Exception) -> str:
+    """The first line of what a library says, with the next one when the first ends in a colon."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"{first} is missing"
+    return f"{first.strip()} {more[0].strip()}" if first.strip()[-1:] == ":" and more else first

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -46,7 +47,7 @@ class TestLocal:
         with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
             resolve(str(tmp_path))
 
-    @pytest.mark.parametrize("model", ["no-such-folder", "./nowhere/at/all", "a/b@", "a b/c", ""])
+    @pytest.mark.parametrize("model", ["no-such-folder", "a/b@", "a b/c", ""])
     def test_neither_directory_nor_id(self, model: str) -> None:
         with pytest.raises(ModelError, match="neither a directory nor a Hub id"):
             resolve(model)
@@ -248,11 +249,32 @@ def test_a_packed_checkpoint_arrives_dequantized(
     assert len(expected) == 14
     for name, weight in expected.items():
         assert torch.equal(found[name], weight), name
+    cast = load_model(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in cast.parameters()} == {torch.bfloat16}
+    assert cast.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_no_tokenizer(checkpoints: Callable[..., Path]) -> None:
-    with pytest.raises(ModelError, match="holds no usable tokenizer"):
+    with pytest.raises(ModelError, match=r"holds no usable tokenizer: .*[^:]\n  → copy"):
         load_tokenizer(checkpoints("llama"))
+
+
+def test_a_config_that_transformers_refuses(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints("llama"), folder)
+    config = config_of(folder)
+    del config["hidden_size"]  # the default is no multiple of the heads
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(ModelError, match="hidden size"):
+            load(folder)
+
+
+def test_a_directory_that_is_not_there() -> None:
+    with pytest.raises(ModelError, match=r"^there is no directory \./nowhere$"):
+        resolve("./nowhere")
 
 
 @pytest.mark.parametrize(

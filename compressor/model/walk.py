@@ -107,7 +107,7 @@ class BlockWalk:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in its disk shape and dtype: as changed by `set_tensor`, else as on disk."""
-        return self._changed[name] if name in self._changed else self.reader.read(name)
+        return self._changed[name] if name in self._changed else self._read(name)
 
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Change a tensor outside the blocks (disk shape); later activations feel it.
@@ -135,6 +135,17 @@ class BlockWalk:
             self._assign(head, self._table(role))
         with torch.no_grad():
             return self._skeleton.logits(hidden)
+
+    def _read(self, name: str) -> Tensor:
+        """A tensor as on disk, which must be numbers: nothing can be computed with others."""
+        tensor = self.reader.read(name)
+        # Extremes show a NaN or an infinity and, unlike a mask, take no memory.
+        if not all(extreme.isfinite() for extreme in tensor.aminmax()):
+            raise ModelError(
+                f"{name} of {self.reader.checkpoint} holds a NaN or an infinity",
+                "the model is damaged: download or convert it again",
+            )
+        return tensor
 
     def _prefix(self, index: int) -> str:
         return f"{self.architecture.blocks_path}.{index}."
@@ -164,13 +175,24 @@ class BlockWalk:
 
     def _embedded(self) -> ActivationStore:
         store = self._new_store(0)
-        embedding = self._skeleton.embedding
-        self._assign(embedding, self._table("embed"))
+        embedding, table = self._skeleton.embedding, self._table("embed")
+        self._require_rows(table.shape[0])
+        self._assign(embedding, table)
         with torch.no_grad():
             for batch in self.batches:
                 store.append(self._skeleton.embed(batch.input_ids, batch.mask))
         self._skeleton.release(embedding)
         return store
+
+    def _require_rows(self, rows: int) -> None:
+        """Every token must have its row in the embedding."""
+        largest = max((int(batch.input_ids.max()) for batch in self.batches), default=0)
+        if largest >= rows:
+            raise ModelError(
+                f"the tokenizer gives token {largest}, but the embedding of "
+                f"{self.reader.checkpoint} has {rows} rows",
+                "take the tokenizer that belongs to the model",
+            )
 
     def _saved(self, index: int) -> ActivationStore:
         return ActivationStore.load(self._folder(index), self.memory_budget // 2, self._label)
@@ -409,7 +431,7 @@ class Block:
             skeleton.assign(name, torch.empty(shape, dtype=walk.dtype, device=walk.device))
         for name, _ in walk.architecture.tensors():
             if name.startswith(walk._prefix(self.index)):
-                self._put(name, walk.reader.read(name))
+                self._put(name, walk._read(name))
 
     def _put(self, name: str, value: Tensor) -> None:
         """Copy a tensor of the disk's shape into the live module."""

@@ -353,6 +353,28 @@ def test_wrong_names_and_shapes_are_refused(checkpoints: Checkpoints, tmp_path: 
         walk.set_tensor("transformer.h.0.ln_1.weight", torch.zeros(32))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_no_number_is_named(
+    bad: float, name: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoints("llama", torch.bfloat16), tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    tensors[name].view(-1)[5] = bad
+    save_file(tensors, tmp_path / "bad" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"^{name} of .* holds a NaN or an infinity"):
+        for _ in BlockWalk(tmp_path / "bad", BATCHES, scratch=tmp_path / "scratch").blocks():
+            pass
+
+
+def test_a_token_without_a_row_in_the_embedding(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    ids = torch.tensor([[3, 96]])
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",))
+    walk = BlockWalk(checkpoints("llama"), [batch], scratch=tmp_path)
+    with pytest.raises(ModelError, match=r"token 96, but the embedding of .* has 96 rows"):
+        next(walk.blocks())
+
+
 def test_blocks_and_rest_cover_the_checkpoint(checkpoints: Checkpoints, tmp_path: Path) -> None:
     walk = BlockWalk(checkpoints("llama"), BATCHES, scratch=tmp_path)
     names = [name for block in walk.blocks() for name in block.names] + list(walk.rest())

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,13 @@ EVALUATION = ("documents=1", "length=64", "resamples=100", "noise_floor=false")
 SMALL = [word for entry in EVALUATION for word in ("--set", f"evaluate.{entry}")]
 
 
+@dataclass(frozen=True)
 class Result:
     """Exit code and both streams of one command."""
 
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
+    code: int
+    out: str
+    err: str
 
 
 @pytest.fixture

@@ -129,17 +129,22 @@ def row_losses(difference: Tensor, hessian: Tensor) -> Tensor:
     return losses.clamp_min_(0)
 
 
-def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
     """tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - Ŵ: the share of output energy that is lost.
 
     Args:
         weight: W [out, in].
         quantized: Ŵ [out, in], dense.
-        hessian: H [in, in], any scale.
+        hessian: H [in, in], any scale; None means the identity.
     """
-    dense = weight.to(hessian)
-    lost = row_losses(dense - quantized.to(hessian), hessian).double().sum().item()
-    total = row_losses(dense, hessian).double().sum().item()
+    dense = weight if hessian is None else weight.to(hessian)
+    lost = _energy(dense - quantized.to(dense), hessian)
+    total = _energy(dense, hessian)
     if total == 0:
         return 0.0 if lost == 0 else float("inf")
     return lost / total
+
+
+def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
+    rows = matrix.square().sum(1) if hessian is None else row_losses(matrix, hessian)
+    return rows.double().sum().item()

@@ -34,6 +34,8 @@ from compressor.types import (
     WeightScheme,
 )
 
+_ON_GRID = ("its weights lie on the grid already", "they stay as they are")
+
 
 @dataclass(frozen=True)
 class Rounded:
@@ -88,7 +90,7 @@ def round_model(
         sublayers: let each matrix see inputs that passed through the rounded ones before it.
 
     Returns:
-        The stage's result; `changed` names every rounded tensor.
+        The stage's result; `changed` names every tensor that rounding moved.
     """
     config = read_config(checkpoint)
     architecture = Architecture.from_config(config)
@@ -138,7 +140,10 @@ def _round_block(job: Job, block: Block) -> tuple[dict[str, QTensor], BlockRecor
                 metrics.append(_metric(module, weight, rounded.qtensor, hessian))
                 if rounded.fallback:
                     fallbacks.append(Fallback(module, *rounded.fallback))
+                original = block.tensor(matrix.info.tensor)
                 matrix.set_weight(rounded.qtensor.dequantize())
+                if torch.equal(block.tensor(matrix.info.tensor), original):
+                    fallbacks.append(Fallback(module, *_ON_GRID))
     return codes, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
 
 
@@ -178,17 +183,9 @@ def _metric(module: str, weight: Tensor, qtensor: QTensor, hessian: Tensor | Non
     return ModuleMetric(
         module=module,
         bits=bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype)),
-        loss=_relative_loss(weight, qtensor, hessian),
-        baseline_loss=_relative_loss(weight, simple, hessian),
+        loss=relative_loss(weight, qtensor.dequantize(), hessian),
+        baseline_loss=relative_loss(weight, simple.dequantize(), hessian),
     )
-
-
-def _relative_loss(weight: Tensor, qtensor: QTensor, hessian: Tensor | None) -> float:
-    """tr(D H Dᵀ) / tr(W H Wᵀ); without a Hessian H = I, which needs no product."""
-    dense = qtensor.dequantize().to(weight)
-    if hessian is not None:
-        return relative_loss(weight, dense, hessian)
-    return float((weight - dense).square().sum() / weight.square().sum())
 
 
 def _round_outside(
@@ -201,26 +198,32 @@ def _round_outside(
     tensors = {name: walk.tensor(name) for name in walk.rest()}
     codes: dict[str, QTensor] = {}
     metrics: list[ModuleMetric] = []
+    fallbacks: list[Fallback] = []
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if module in job.schemes:
             weight = tensor.float()
             codes[module] = rtn(weight, job.schemes[module], search="mse", scale_dtype=tensor.dtype)
             metrics.append(_metric(module, weight, codes[module], None))
+            if torch.equal(codes[module].dequantize(), tensor):
+                fallbacks.append(Fallback(module, *_ON_GRID))
     dense = {f"{module}.weight": qtensor.dequantize() for module, qtensor in codes.items()}
     writer.write_shard(shard_name("outside"), tensors | dense)
     if codes:
         write_codes(folder / codes_name("outside"), codes)
-    return BlockRecord(-1, tuple(metrics))
+    return BlockRecord(-1, tuple(metrics), tuple(fallbacks))
 
 
 def _result(folder: Path, records: Iterable[BlockRecord]) -> StageResult:
+    """A matrix that lies on its grid has codes like any other, but its weights did not change."""
     metrics = tuple(metric for record in records for metric in record.metrics)
+    fallbacks = tuple(fallback for record in records for fallback in record.fallbacks)
+    same = {fallback.module for fallback in fallbacks if fallback.reason == _ON_GRID[0]}
     return StageResult(
         checkpoint=folder,
-        changed=tuple(f"{metric.module}.weight" for metric in metrics),
+        changed=tuple(f"{metric.module}.weight" for metric in metrics if metric.module not in same),
         metrics=metrics,
-        fallbacks=tuple(fallback for record in records for fallback in record.fallbacks),
+        fallbacks=fallbacks,
     )
 
 

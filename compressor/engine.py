@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from compressor.calibration import CalibrationSet, build_batches
-from compressor.errors import ResourceError, ResumeError
+from compressor.errors import ModelError, ResourceError, ResumeError
 from compressor.evaluation.results import Evaluation
 from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import BASE, Session
@@ -125,7 +125,8 @@ def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
         )
     recipe = load_recipe(lock, allow_outside=True)
     assert recipe.lock is not None
-    command = Journal(out / "journal.jsonl").all("run_started")[0]["command"]
+    starts = Journal(out / "journal.jsonl").all("run_started")
+    command = starts[0]["command"] if starts else ""
     return run_recipe(recipe, recipe.lock.model, out, observer=observer, command=command)
 
 
@@ -379,17 +380,33 @@ class _Run:
     # ------------------------------------------------------------------ what comes out
 
     def _export(self, config: ExportConfig) -> None:
-        """Write a deliverable from the codes, read it back, compare it with memory."""
+        """Write a deliverable from the codes, read it back, compare it with memory.
+
+        It is written whole: what an interrupted run left of it, or somebody changed since, goes.
+        """
         last, name = self.variants[-1], config.format
         out = self.folder / "deliverable" / name
-        if not self.journal.find("exported", format=name):
+        event = self.journal.find("exported", format=name)
+        if event is None or not _is_intact(out, event["sha256"]):
             self.observer.event("export", format=name)
+            shutil.rmtree(out, ignore_errors=True)
             self._write_export(config, last, out)
-            self.journal.append("exported", format=name, sha256=combined_sha256(hash_files(out)))
-        if not self.journal.find("export_verified", format=name):
             difference = verify_export(self._logits(last.checkpoint), self._logits(out), name)
-            self.journal.append("export_verified", format=name, max_logit_difference=difference)
-        self.artifacts.append(self._artifact(name, out))
+            event = self.journal.append(
+                "exported",
+                format=name,
+                sha256=combined_sha256(hash_files(out)),
+                max_logit_difference=difference,
+            )
+        self.artifacts.append(
+            Artifact(
+                path=out.relative_to(self.folder).as_posix(),
+                format=name,
+                sha256=event["sha256"],
+                reload_ok=True,
+                max_logit_difference=event["max_logit_difference"],
+            )
+        )
 
     def _write_export(self, config: ExportConfig, variant: Variant, out: Path) -> None:
         if config.format == "dense":
@@ -402,19 +419,6 @@ class _Run:
             out,
             logical_parameters=self.plan.parameters,
             form=config.form,
-        )
-
-    def _artifact(self, name: str, out: Path) -> Artifact:
-        exported = self.journal.find("exported", format=name)
-        verified = self.journal.find("export_verified", format=name)
-        assert exported is not None
-        assert verified is not None
-        return Artifact(
-            path=out.relative_to(self.folder).as_posix(),
-            format=name,
-            sha256=exported["sha256"],
-            reload_ok=True,
-            max_logit_difference=verified["max_logit_difference"],
         )
 
     def _report(self) -> Report:
@@ -443,6 +447,14 @@ def _refuse(what: str, recorded: Recipe, recipe: Recipe, lock: Lock) -> None:
     if found:
         lines = "".join(f"\n  {line}" for line in found)
         raise ResumeError(f"{what}:{lines}", "choose another folder with -o, or remove this one")
+
+
+def _is_intact(folder: Path, sha256: str) -> bool:
+    """Whether a deliverable is still what was verified."""
+    try:
+        return combined_sha256(hash_files(folder)) == sha256
+    except ModelError:  # it is gone, or lacks a file
+        return False
 
 
 def _signature(folder: Path) -> dict[str, tuple[int, int]]:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compressor.errors import ResumeError
+
 Event = dict[str, Any]
 
 
@@ -20,6 +22,9 @@ class Journal:
 
     A last line cut short by a crash is dropped when the journal is opened: what it would
     have announced is done again.
+
+    Raises:
+        ResumeError: a whole line is not JSON.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +32,16 @@ class Journal:
         path.touch()
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
         os.truncate(path, sum(map(len, whole)))
-        self.events: list[Event] = [json.loads(line) for line in whole]
+        self.events = [self._read(number, line) for number, line in enumerate(whole, 1)]
+
+    def _read(self, number: int, line: bytes) -> Event:
+        try:
+            event: Event = json.loads(line)
+        except ValueError:
+            raise ResumeError(
+                f"{self.path}:{number} is damaged", "start again in another folder with -o"
+            ) from None
+        return event
 
     def append(self, name: str, **facts: Any) -> Event:
         """Write one event, flushed to the disk before this returns."""

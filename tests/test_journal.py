@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.errors import ResumeError
 from compressor.journal import Journal
 
 
@@ -38,3 +40,11 @@ def test_find_returns_the_latest(tmp_path):
     journal.append("run_started", resumed=True)
     assert journal.find("run_started")["resumed"] is True
     assert len(journal.all("run_started")) == 2
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.append("one")
+    journal.path.write_bytes(b"not json\n" + journal.path.read_bytes())
+    with pytest.raises(ResumeError, match="j:1 is damaged"):
+        Journal(journal.path)

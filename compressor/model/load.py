@@ -22,16 +22,16 @@ __all__ = ["ModelSource", "load_model", "load_tokenizer", "read_config", "read_l
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CONFIG = ("config.json",)
+_TOKENIZER = ("tokenizer*", "vocab.*")
 _FILES = (
     *_CONFIG,
     "README.md",  # states the licence
     "*.safetensors",
     "*.safetensors.index.json",
     "generation_config.json",
-    "tokenizer*",
+    *_TOKENIZER,
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
     "merges.txt",
     "chat_template*",
 )
@@ -174,15 +174,17 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    hint = "copy the files of its tokenizer there: tokenizer.json, tokenizer_config.json"
+    if not any(any(path.glob(pattern)) for pattern in _TOKENIZER):
+        raise ModelError(f"{path} holds no tokenizer", hint)
     try:
         return transformers.AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ModelError(
-            f"{path} holds no usable tokenizer: {_summary(error)}",
-            "copy the files of its tokenizer (tokenizer.json, tokenizer_config.json) there",
-        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} holds no usable tokenizer: {_summary(error)}", hint) from None
+    except StrictDataclassError as error:
+        raise ModelError(f"{path / 'config.json'} is refused: {_summary(error)}") from None
 
 
 def load_model(

@@ -88,7 +88,10 @@ class ActivationStore:
                 store._path(index).stat().st_size == size for index, size in enumerate(sizes)
             )
         except (OSError, ValueError, KeyError):
-            raise ResumeError(f"{folder} holds no saved activations") from None
+            raise ResumeError(
+                f"{folder} holds no saved activations, so the stage cannot go on",
+                "start again in another folder with -o",
+            ) from None
         if found != label:
             raise ResumeError(f"the activations in {folder} belong to another text or precision")
         if not whole:

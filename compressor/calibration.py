@@ -341,10 +341,7 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8: {error}") from error
+    content = text.read_utf8(path)
     if path.suffix == ".jsonl":
         yield from _json_rows(path, content)
     else:

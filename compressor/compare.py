@@ -6,12 +6,13 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from compressor.diagnose import diagnose
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates, judge, overall_verdict
 from compressor.evaluation.results import Evaluation, GateVerdict
@@ -46,12 +47,25 @@ def compare_models(
     sources = [resolve(model) for model in models]
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
         session = _session(sources[0], config, Path(work), observer)
+        for source in sources[1:]:
+            _require_same_tokens(session.tokenizer, sources[0], source)
         names = [BASE, *(f"variant-{index}" for index in range(1, len(models)))]
         results = [session.measure(name, s.path) for name, s in zip(names, sources, strict=True)]
     return [
         result.model_copy(update={"variant": model})
         for result, model in zip(results, models, strict=True)
     ]
+
+
+def _require_same_tokens(tokenizer: Any, base: ModelSource, variant: ModelSource) -> None:
+    """Token by token, two models can be compared only if a token means the same to both."""
+    own, others = tokenizer.get_vocab(), load_tokenizer(variant.path).get_vocab()
+    if own != others:
+        raise UsageError(
+            f"{variant.id} and {base.id} have different tokenizers: their distributions cannot be "
+            "compared",
+            "measure each alone with `compress eval`: bits per byte do not depend on the tokenizer",
+        )
 
 
 def _session(base: ModelSource, config: EvaluateConfig, work: Path, observer: Observer) -> Session:

@@ -95,6 +95,18 @@ def read_domain(folder: Path, domain: str, split: Split) -> list[Document]:
     return [document for shard in found for document in _read_shard(folder, shard)]
 
 
+def read_utf8(path: Path) -> str:
+    """A user's text file.
+
+    Raises:
+        TextError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
 def unknown_domain(domain: str, valid: tuple[str, ...]) -> TextError:
     """The error for a domain that does not exist, with the nearest name and the list."""
     close = difflib.get_close_matches(domain, valid, n=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from compressor import __version__, console
+from compressor import __version__, console, resources
 from compressor.cli import INTERRUPTED, Settings, cli, default_out, main
 from compressor.errors import (
     AccessError,
@@ -458,6 +459,20 @@ def test_bad_evaluation_options(compress: Any) -> None:
     assert (result.code, "--length" in result.err) == (2, True)
     result = compress("eval", "builtin:tiny", "--text", "mine.txt")
     assert (result.code, "DOMAIN=FILE" in result.err) == (2, True)
+
+
+def test_models_with_different_tokenizers_are_not_compared(compress: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(resources.builtin_model("tiny"), other)
+    path = other / "tokenizer.json"
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    first, second = list(vocab)[300:302]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    path.write_text(json.dumps(tokenizer), encoding="utf-8")
+    result = compress("compare", "builtin:tiny", str(other), "--documents", "1", "--length", "64")
+    assert result.code == 2
+    assert "different tokenizers" in result.err
 
 
 def test_comparing_a_model_with_itself(compress: Any, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ruamel.yaml.error import YAMLError
 from compressor import resources
 from compressor.errors import TextError, UsageError
 from compressor.evaluation.config import EvaluateConfig, ProtocolName, Suite
-from compressor.text import Document, evaluation_documents
+from compressor.text import Document, evaluation_documents, read_utf8
 
 _WIKITEXT = (
     "python -c \"from datasets import load_dataset as d; open('{path}', 'w').write('\\n\\n'.join("
@@ -134,7 +134,7 @@ def _user_documents(domain: str, path: Path) -> list[Document]:
         raise TextError(f"evaluation text of domain {domain!r} not found: {path}", fetch)
     if path.suffix == ".jsonl":
         return _rows(domain, path)
-    text = path.read_text(encoding="utf-8")
+    text = read_utf8(path)
     if not text.strip():
         raise TextError(f"{path} holds no text")
     return [Document(path.name, domain, text)]
@@ -143,7 +143,7 @@ def _user_documents(domain: str, path: Path) -> list[Document]:
 def _rows(domain: str, path: Path) -> list[Document]:
     documents = []
     # Lines end at "\n" only: str.splitlines would also break a row at U+2028 inside the text.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

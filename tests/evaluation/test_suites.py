@@ -77,6 +77,13 @@ def test_own_text(tmp_path: Path) -> None:
     assert {d.text for d in text.domains["b"]} == {"first\u2028line", "second"}
 
 
+@pytest.mark.parametrize("name", ["latin.txt", "latin.jsonl"])
+def test_text_of_another_encoding_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes("né".encode("latin-1"))
+    with pytest.raises(TextError, match=rf"{name} is not UTF-8 text \(byte 1\)"):
+        load_text(EvaluateConfig(text={"own": str(tmp_path / name)}))
+
+
 def test_missing_wikitext_says_how_to_fetch_it(tmp_path: Path) -> None:
     path = tmp_path / "wiki.test.raw"
     with pytest.raises(TextError, match="not found") as caught:

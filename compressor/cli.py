@@ -446,12 +446,11 @@ def copy(settings: Settings, name: str, destination: Path | None) -> None:
 
 
 @cli.command()
+@click.argument("of", type=click.Choice(["recipe", "report"]), default="recipe")
 @common
-def schema() -> None:
-    """Print the JSON Schema of a recipe, for editors."""
-    from compressor.recipe import recipe_json_schema
-
-    click.echo(console.as_json(recipe_json_schema()))
+def schema(of: str) -> None:
+    """Print the JSON Schema of a recipe, for editors, or of report.json."""
+    click.echo(console.as_json(console.json_schema(of)))
 
 
 @cli.command()

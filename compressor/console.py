@@ -72,10 +72,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def plan_text(plan: Plan) -> str:
     """What will happen, what it costs, and how sure that is."""
-    heading = ("stage", "matrices", "bits", "linear", "checkpoint", "tensors", "memory", "time")
-    rows = [heading] + [
+    columns = "stage parameters matrices bits linear checkpoint tensors memory time"
+    rows: list[tuple[str, ...]] = [tuple(columns.split())]
+    rows += [
         (
             stage.method,
+            f"{stage.parameters:,}",
             str(stage.matrices),
             f"{stage.bits_nominal:.2f}",
             f"{stage.bits_linear:.3f}",
@@ -118,28 +120,38 @@ def outcome_text(result: RunOutcome) -> str:
 def evaluation_text(
     results: Sequence[Evaluation], verdicts: Iterable[GateVerdict] | None = None
 ) -> str:
-    """One line a model, then one a domain of the last model, then the gates."""
+    """One line a model, then one a domain of the last model, the worst domain, the gates."""
     protocol = results[0].protocol
     head = (
         f"protocol {protocol.id}, suite {protocol.suite}, windows of {protocol.length} tokens, "
         f"bos {protocol.bos}, text {protocol.text_sha256[:12]}"
     )
-    rows = [("model", "perplexity", "bits/byte", "Δ bits/byte", "KL, nats")]
+    rows: list[tuple[str, ...]] = [("model", *_SCORES)]
     rows += [_score_row(result.variant, result.overall) for result in results]
-    domains = [("domain", "perplexity", "bits/byte", "Δ bits/byte", "KL, nats")]
+    domains: list[tuple[str, ...]] = [("domain", *_SCORES)]
     domains += [_score_row(name, score) for name, score in results[-1].domains.items()]
+    worst = results[-1].worst
+    found = []
+    if worst:
+        found.append(f"worst: {worst.domain}, {estimate(worst.delta_bits_per_byte)} bits/byte more")
+        found.append(f"worst: {worst.kl_domain}, KL {estimate(worst.kl)} nats")
     gates = [f"{verdict.verdict}  {verdict.sentence}" for verdict in verdicts or ()]
-    return "\n".join([head, table(rows), "", table(domains), *gates])
+    return "\n".join([head, table(rows), "", table(domains), *found, *gates])
 
 
-def _score_row(name: str, score: Any) -> tuple[str, str, str, str, str]:
-    divergence = score.divergence.mean if score.divergence else None
+_SCORES = ("perplexity", "bits/byte", "Δ bits/byte", "KL, nats", "99.9 % KL", "same top-1")
+
+
+def _score_row(name: str, score: Any) -> tuple[str, ...]:
+    distance = score.divergence
     return (
         name,
         estimate(score.perplexity),
         estimate(score.bits_per_byte),
         estimate(score.delta_bits_per_byte),
-        estimate(divergence),
+        estimate(distance and distance.mean),
+        f"{distance.p999:.3g}" if distance else "-",
+        f"{distance.top1_agreement.value:.1%}" if distance else "-",
     )
 
 
@@ -212,6 +224,17 @@ def shipped_file(name: str) -> Path:
     near = get_close_matches(stem, known, n=1)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"nothing called {name!r} ships{guess}", "compress ls recipes")
+
+
+def json_schema(of: str) -> dict[str, Any]:
+    """The JSON Schema of a `recipe` or of a `report`."""
+    if of == "report":
+        from compressor.report.schema import json_schema as report_json_schema
+
+        return report_json_schema()
+    from compressor.recipe import recipe_json_schema
+
+    return recipe_json_schema()
 
 
 def shipped_names() -> list[str]:

@@ -26,6 +26,7 @@ from pydantic import (
     SerializeAsAny,
     ValidationError,
     create_model,
+    field_validator,
 )
 from ruamel.yaml import YAML
 
@@ -114,6 +115,14 @@ class Recipe(Section):
     lock: Lock | None = Field(default=None, description="Written by a run; pins what went into it.")
 
     _source: Source | None = PrivateAttr(None)
+
+    @field_validator("export")
+    @classmethod
+    def _one_of_each(cls, exports: tuple[ExportConfig, ...]) -> tuple[ExportConfig, ...]:
+        formats = [export.format for export in exports]
+        if twice := {name for name in formats if formats.count(name) > 1}:
+            raise ValueError(f"{min(twice)} is named twice; a format has one folder in the run")
+        return exports
 
     def problem(self, location: Location, message: str, hint: str = "") -> Problem:
         """A problem at a place of the recipe, with file, line and column when it has a file."""

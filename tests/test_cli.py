@@ -30,6 +30,7 @@ from compressor.errors import (
 from compressor.progress import PlainObserver, RichObserver, SilentObserver, observer
 from compressor.recipe import recipe_json_schema, shipped_recipes
 from compressor.registry import methods
+from compressor.report.schema import json_schema
 
 GOOD = "stages:\n  - method: quantize.rtn\n    group_size: 64\n"
 
@@ -161,6 +162,7 @@ def test_show_and_copy(compress: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_schema_is_the_schema(compress: Any) -> None:
     assert compress("schema").json == recipe_json_schema()
+    assert compress("schema", "report", "--format", "json").json == json_schema()
 
 
 @pytest.mark.parametrize("method", [method.name for method in methods()])
@@ -217,6 +219,7 @@ def test_plan_for_people_and_programs(compress: Any) -> None:
     assert human.code == 0
     assert "quantize.gptq" in human.out
     assert "4.250" in human.out
+    assert "5,491,520" in human.out.splitlines()[3]
     data = compress("plan", "quickstart", "builtin:tiny", "--format", "json").json
     assert data["stages"][0]["bits_linear"] == 4.25
     low = compress("plan", "w4-rtn", "builtin:tiny", "--set", "stages.0.bits=3", "--format=json")
@@ -488,7 +491,8 @@ def test_comparing_a_model_with_itself(compress: Any, tmp_path: Path) -> None:
     assert result.err == ""
     human = compress(*args, "-q")
     assert "builtin:tiny" in human.out
-    assert "words" in human.out
+    assert "worst: words, KL " in human.out
+    assert human.out.count("100.0%") == 2  # the model and its domain choose the same tokens
 
 
 def test_a_run_from_the_first_line_to_the_report(compress: Any, tmp_path: Path) -> None:

@@ -421,6 +421,14 @@ def test_the_schema_accepts_what_loads_and_refuses_what_does_not(tmp_path: Path)
     assert validator.is_valid({"stages": [stage_of]})
 
 
+def test_a_format_is_exported_once(tmp_path: Path) -> None:
+    packed = "{format: compressed-tensors}"
+    bytewise = "{format: compressed-tensors, form: int-quantized}"
+    ((line, _, message),) = problems_of(tmp_path, GOOD + f"export: [{packed}, {bytewise}]\n")
+    assert line == GOOD.count("\n") + 1
+    assert "compressed-tensors is named twice" in message
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_explain_themselves(name: str) -> None:
     recipe = load_recipe(name)

@@ -52,7 +52,7 @@ def test_a_changed_target_and_untouched_rest_pass(tmp_path):
     ],
 )
 def test_each_broken_promise_is_named(tmp_path, changes, sentence):
-    with pytest.raises(VerificationError, match=".*") as caught:
+    with pytest.raises(VerificationError) as caught:
         check(tmp_path, **changes)
     assert sentence in str(caught.value)
 

@@ -173,8 +173,8 @@ class Fold:
     def _folded(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """One tensor of the new checkpoint, rounded to `dtype` (None: as the parent has it)."""
         module, _, kind = name.rpartition(".")
-        parent = name if name in self.reader else self.before.matrices[0].tensor
-        tensor = self.reader[parent]
+        # Only a head that the fold unties is not in the parent's files, where it is the embedding.
+        tensor = self.reader[name if name in self.reader else self.before.matrices[0].tensor]
         if name in self._norms:
             folded = torch.ones_like(tensor)
         elif not self._touches(name):

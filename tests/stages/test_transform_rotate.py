@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor import resources
@@ -122,6 +123,23 @@ def test_a_tied_head_becomes_its_own_and_the_plan_knew(tmp_path: Path, variant: 
     assert set(stage.changed(before, planned)) == set(planned.matrices)
     child = CheckpointReader(result.checkpoint)
     assert {name: child.shape(name) for name in child} == dict(after.tensors())
+
+
+def test_a_tied_head_that_is_stored_twice(tmp_path: Path) -> None:
+    """Some checkpoints hold the tied head as well; transformers believes one that differs."""
+    parent = save(tmp_path, "qwen2-tied")
+    tensors = dict(CheckpointReader(parent))
+    for factor in (1.0, 2.0):
+        head = {"lm_head.weight": factor * tensors["model.embed_tokens.weight"]}
+        save_file(tensors | head, parent / "model.safetensors", {"format": "pt"})
+        if factor == 1.0:
+            result = rotate(parent)
+            assert result.added == ()
+            assert "lm_head.weight" in result.changed
+            require_same_function(parent, result.checkpoint)
+        else:
+            with pytest.raises(VerificationError, match="function"):
+                rotate(parent)
 
 
 @pytest.mark.parametrize("variant", [*HEADS_ONLY, "llama-tied-biased", "phi3", "mixtral"])

@@ -57,20 +57,23 @@ def logit_difference(
         memory_budget=context.activation_budget,
     )
     written = CheckpointReader(child)
-    inside = f"{after.blocks_path}."
-    outside = exact([name for name in written if not name.startswith(inside)])
-    _require_written(outside, written)
     embedding, head = after.matrices[0].tensor, _head(after)
-    hidden = walk.embedded_with(0, _either(embedding, outside, walk))
+
+    def transformed(names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = exact(names)
+        _require_written(tensors, written)
+        return tensors
+
+    # Embedding and head are the largest tensors of small models: one at a time.
+    hidden = walk.embedded_with(0, _either(embedding, transformed([embedding]), walk))
     with context.observer.task("comparing the function", after.layers) as task:
         for block in walk.blocks():
-            transformed = exact(block.names)
-            _require_written(transformed, written)
-            hidden = block.run_with(0, hidden, transformed)
+            hidden = block.run_with(0, hidden, transformed(block.names))
             task.advance()
+    inside = (embedding, head, f"{after.blocks_path}.")
+    small = transformed([name for name in written if not name.startswith(inside)])
     expected = walk.logits(next(walk.final_hidden()))
-    small = {name: value for name, value in outside.items() if name not in (embedding, head)}
-    found = walk.logits_with(0, hidden, small, _either(head, outside, walk))
+    found = walk.logits_with(0, hidden, small, _either(head, transformed([head]), walk))
     return require_equal(expected, found, child.name, tolerance)
 
 

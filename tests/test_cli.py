@@ -389,7 +389,7 @@ def test_completion_script() -> None:
     [
         ("compress pl", {"plan"}),
         ("compress qui", {"quickstart"}),
-        ("compress plan w4-", {"w4-gptq", "w4-rtn"}),
+        ("compress plan w4-", {"w4-gptq", "w4-rotate-gptq", "w4-rtn"}),
         ("compress show quick", {"quick", "quickstart"}),
         ("compress explain quantize.gptq.b", {"quantize.gptq.bits", "quantize.gptq.block_size"}),
     ],

@@ -92,13 +92,15 @@ def plan_text(plan: Plan) -> str:
         f"export {export.format}: {size(export.tensor_bytes)}, {export.ratio:.2f}x smaller"
         for export in plan.exports
     ]
+    remarks = [f"{stage.method}: {remark}" for stage in plan.stages for remark in stage.remarks]
     base = f"{plan.family}, {plan.parameters:,} parameters, {size(plan.base_bytes)}"
     tokens = f"{plan.calibration_tokens:,} to calibrate, about {plan.evaluation_tokens:,} to score"
     total = (
         f"in all: about {duration(plan.seconds)} ({plan.rate[1]}), "
         f"{size(plan.peak_bytes)} of memory, at most {size(plan.disk_bytes)} of disk"
     )
-    return "\n".join([f"{plan.model}: {base}", f"tokens: {tokens}", table(rows), *exports, total])
+    heads = [f"{plan.model}: {base}", f"tokens: {tokens}"]
+    return "\n".join([*heads, table(rows), *remarks, *exports, total])
 
 
 def outcome(result: RunOutcome) -> dict[str, Any]:

@@ -357,7 +357,7 @@ class _Run:
         parent, result = variant.parent, variant.result
         assert parent is not None
         assert result is not None
-        verify_tensors(parent.checkpoint, variant.checkpoint, result.changed)
+        verify_tensors(parent.checkpoint, variant.checkpoint, result.changed, result.added)
         before, after = self._logits(parent.checkpoint), self._logits(variant.checkpoint)
         return verify_divergence(before, after, variant.id)
 
@@ -417,7 +417,7 @@ class _Run:
             variant.checkpoint,
             CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
             out,
-            logical_parameters=self.plan.parameters,
+            logical_parameters=self.plan.stages[-1].parameters,
             form=config.form,
         )
 

@@ -63,6 +63,7 @@ class StagePlan(Priced):
         peak_bytes: memory, estimated.
         flops: floating-point operations, estimated.
         seconds: estimated.
+        remarks: what a user should know about the stage on this model.
     """
 
     index: int
@@ -78,6 +79,7 @@ class StagePlan(Priced):
     peak_bytes: int
     flops: float
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 class ExportPlan(Priced):
@@ -285,8 +287,7 @@ def _stage_plan(
 ) -> StagePlan:
     stage, base, before, after = recipe.stages[index], chain[0], chain[index], chain[index + 1]
     reads_text = stage.calibration_need() is not None
-    kept = set(before.matrices)
-    changed = [matrix for matrix in after.matrices if matrix not in kept]
+    changed = stage.changed(before, after)
     passes = _PASSES[getattr(stage, "sequential", "block")]
     flops = rounding_flops(changed, after, tokens if reads_text else 0, passes)
     nominal, linear = linear_bits(after)
@@ -305,6 +306,7 @@ def _stage_plan(
         peak_bytes=block_memory(after, tokens if reads_text else 0),
         flops=flops,
         seconds=flops / rate,
+        remarks=stage.remarks(before),
     )
 
 

@@ -56,6 +56,11 @@ class Method:
 
 BUILTIN = (
     Method(
+        "transform.rotate",
+        "compressor.stages.transform_rotate:TransformRotate",
+        "rotate channels so that outliers spread out and weights round better; same function",
+    ),
+    Method(
         "quantize.rtn",
         "compressor.stages.quantize_rtn:QuantizeRtn",
         "round to nearest on a searched grid; no calibration text, seconds",

@@ -120,6 +120,7 @@ class StageResult:
     Attributes:
         checkpoint: directory of a plain, loadable Hugging Face checkpoint.
         changed: names on disk of every tensor the stage was meant to change.
+        added: names on disk of every tensor that the parent does not have.
         metrics: one entry per matrix.
         fallbacks: everything that was done otherwise than asked.
         notes: facts for the report, by name (for example the mean layer loss).
@@ -130,6 +131,7 @@ class StageResult:
     metrics: tuple[ModuleMetric, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
     notes: dict[str, float] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

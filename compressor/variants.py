@@ -52,6 +52,7 @@ class Variant:
             metrics=tuple(ModuleMetric(**metric) for metric in facts["metrics"]),
             fallbacks=tuple(Fallback(**fallback) for fallback in facts["fallbacks"]),
             notes=facts["notes"],
+            added=tuple(facts["added"]),
         )
         return replace(
             self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]

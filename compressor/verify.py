@@ -16,19 +16,24 @@ from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader
 
 
-def verify_tensors(parent: Path, child: Path, changed: Collection[str]) -> None:
+def verify_tensors(
+    parent: Path, child: Path, changed: Collection[str], added: Collection[str] = ()
+) -> None:
     """Compare a stage's checkpoint with its parent, tensor by tensor.
 
-    Every tensor in `changed` must differ from the parent's, every other one must be identical
-    to the byte, and none may hold a NaN or an infinity or have become all zero.
+    Every tensor in `changed` must differ from the parent's, every tensor in `added` must be new,
+    every other one must be identical to the byte, and none may hold a NaN or an infinity or be
+    all zero unless the parent's is.
 
     Raises:
         VerificationError: with every rule that is broken.
     """
     before, after = CheckpointReader(parent), CheckpointReader(child)
-    problems = [*_name_problems(set(before), set(after), set(changed))]
+    problems = [*_name_problems(set(before), set(after), set(changed), set(added))]
     for name in sorted(set(before) & set(after)):
         problems += _tensor_problems(name, before[name], after[name], name in changed)
+    for name in sorted(set(added) & set(after)):
+        problems += _value_problems(name, after[name])
     if problems:
         raise VerificationError(
             f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  "
@@ -36,11 +41,15 @@ def verify_tensors(parent: Path, child: Path, changed: Collection[str]) -> None:
         )
 
 
-def _name_problems(before: set[str], after: set[str], changed: set[str]) -> Iterator[str]:
-    for name in sorted(before - after):
+def _name_problems(
+    before: set[str], after: set[str], changed: set[str], added: set[str]
+) -> Iterator[str]:
+    for name in sorted((before | added) - after):
         yield f"{name} is missing"
-    for name in sorted(after - before):
+    for name in sorted(after - before - added):
         yield f"{name} is new"
+    for name in sorted(added & before):
+        yield f"{name} was to be added, but the parent has it already"
     for name in sorted(changed - before):
         yield f"{name} was to be changed, but the parent has no such tensor"
 
@@ -55,9 +64,14 @@ def _tensor_problems(name: str, before: Tensor, after: Tensor, changed: bool) ->
         yield f"{name} was to be changed, but is identical to the parent's"
     if not changed and not same:
         yield f"{name} was not to be changed, but differs from the parent's"
-    if changed and not torch.isfinite(after).all():
+    if changed:
+        yield from _value_problems(name, after, may_be_zero=not before.any())
+
+
+def _value_problems(name: str, after: Tensor, *, may_be_zero: bool = False) -> Iterator[str]:
+    if not torch.isfinite(after).all():
         yield f"{name} holds a NaN or an infinity"
-    if changed and before.any() and not after.any():
+    if not may_be_zero and not after.any():
         yield f"{name} is all zero"
 
 

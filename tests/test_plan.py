@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from compressor import resources
+from compressor.console import plan_text
 from compressor.cost import block_memory, checkpoint_bytes, flops_per_second, linear_bits
 from compressor.errors import ModelError, PlanError
 from compressor.model.architecture import Architecture
@@ -256,6 +257,21 @@ def test_asymmetric_codes_cost_their_zero_points(tmp_path: Path) -> None:
     plain = plan(tmp_path, RTN).stages[0].bits_linear
     asymmetric = plan(tmp_path, RTN, SMOL, "stages.0.symmetry=asymmetric").stages[0].bits_linear
     assert asymmetric - plain == pytest.approx(4 / 64, rel=0.01)
+
+
+def test_untying_is_priced_and_remarked(tmp_path: Path) -> None:
+    text = "stages:\n  - {method: transform.rotate}\n  - {method: quantize.rtn, group_size: 64}\n"
+    made = plan(tmp_path, text)
+    rotate, rounded = made.stages
+    assert rotate.packed_bytes - made.base_bytes == 49152 * 576 * 2
+    assert rotate.by_role["head"] == rounded.by_role["head"] == 49152 * 576 * 2
+    assert rotate.matrices == 30 * 7 + 2
+    assert rounded.parameters == made.parameters + 49152 * 576
+    (remark,) = rotate.remarks
+    assert "56.62 MB" in remark
+    assert f"transform.rotate: {remark}" in plan_text(made).splitlines()
+    free = plan(tmp_path, text, SMOL, "stages.0.where=heads").stages[0]
+    assert (free.packed_bytes, free.remarks, free.matrices) == (made.base_bytes, (), 60)
 
 
 def test_dense_exports_do_not_shrink(tmp_path: Path) -> None:

@@ -62,6 +62,24 @@ def test_all_problems_are_reported_at_once(tmp_path):
         check(tmp_path, changed=("a.weight", "ghost"), c__weight=torch.ones(1))
 
 
+def test_a_declared_addition_passes_and_must_hold_numbers(tmp_path):
+    new = {"a__weight": PARENT["a.weight"] + 1, "head__weight": torch.ones(2, 2)}
+    parent, child = save(tmp_path / "parent"), save(tmp_path / "child", **new)
+    verify_tensors(parent, child, ("a.weight",), ("head.weight",))
+    for added, sentence in (
+        ((), "head.weight is new"),
+        (("head.weight", "ghost"), "ghost is missing"),
+        (("head.weight", "b.weight"), "b.weight was to be added, but the parent has it"),
+    ):
+        with pytest.raises(VerificationError, match=sentence):
+            verify_tensors(parent, child, ("a.weight",), added)
+    for value, sentence in ((float("nan"), "NaN"), (0.0, "all zero")):
+        folder = tmp_path / sentence
+        broken = save(folder, **{**new, "head__weight": torch.full((2, 2), value)})
+        with pytest.raises(VerificationError, match=f"head.weight .*{sentence}"):
+            verify_tensors(parent, broken, ("a.weight",), ("head.weight",))
+
+
 def test_divergence_matches_a_hand_computed_kl_and_refuses_what_is_worse_than_guessing():
     parent = torch.tensor([[0.7, 0.2, 0.1]]).log()
     child = torch.tensor([[0.5, 0.3, 0.2]]).log()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from compressor.errors import ModelError
-from compressor.model.families import FAMILIES, Condition, Family, Linear, Norm
+from compressor.model.families import FAMILIES, Condition, Family, Linear, Norm, NormKind
 from compressor.types import WeightScheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -26,6 +26,7 @@ ROLE_SETS: Mapping[str, tuple[str, ...]] = {
 """Pattern words that stand for several roles; `linear` and `all` are built from them."""
 
 _NOT_IN_ALL = ("router", "position")
+_READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "fc_in", "router")
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,39 @@ class Architecture:
     @property
     def _row(self) -> Family:
         return FAMILIES[self.model_type]
+
+    @property
+    def norm(self) -> NormKind:
+        """What the norms over the residual stream compute."""
+        return self._row.norm
+
+    def norm_readers(self, index: int) -> Mapping[str, tuple[Matrix, ...]]:
+        """By the norm of a pre-norm block: the matrices that read what it puts out.
+
+        Keys are tensor names on disk. The first norm stands before attention, the second before
+        the feed-forward half, whose router and experts all read it.
+        """
+        prefix = f"{self.blocks_path}.{index}."
+        attention, mlp = (f"{prefix}{norm.path}.weight" for norm in self._row.norms[:2])
+        readers = [matrix for matrix in self.block(index) if matrix.role in _READERS]
+        first = tuple(matrix for matrix in readers if matrix.role in ROLE_SETS["attention"])
+        return {attention: first, mlp: tuple(m for m in readers if m not in first)}
+
+    @property
+    def final_norm(self) -> str:
+        """Name on disk of the weight of the norm before the head."""
+        return f"{self._row.final[-1].path}.weight"
+
+    def value_rows(self, matrix: Matrix) -> slice | None:
+        """Rows of a matrix that compute values, head after head; None when it computes none.
+
+        None also for a fused matrix in which queries, keys and values of a head stand together.
+        """
+        if matrix.role == "v":
+            return slice(0, matrix.shape[0])
+        if matrix.role != "qkv" or self._row.interleaved:
+            return None
+        return slice(matrix.shape[0] - self.kv_heads * self.head_dim, matrix.shape[0])
 
     @property
     def blocks_path(self) -> str:

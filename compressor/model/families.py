@@ -13,9 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 Condition = bool | str
 """Always, never, or the name of the boolean configuration key that decides."""
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+"""RMSNorm scaled by w, RMSNorm scaled by 1 + w (Gemma), or LayerNorm, which also centres."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class Family:
         eager: whether transformers has no fused attention for the family.
         grouped_heads: whether there may be fewer key-value heads than query heads.
         aliases: configuration keys that the family calls otherwise than the others.
+        norm: what its norms over the residual stream compute.
+        interleaved: whether a fused `qkv` holds q, k and v head by head instead of one after
+            the other.
     """
 
     name: str
@@ -101,6 +108,8 @@ class Family:
     eager: bool = False
     grouped_heads: bool = True
     aliases: Mapping[str, str] = field(default_factory=dict)
+    norm: NormKind = "rms"
+    interleaved: bool = False
 
 
 def _attention(bias: Condition = False, out_bias: Condition | None = None) -> tuple[Linear, ...]:
@@ -167,6 +176,7 @@ def _decoder(
     renames: tuple[tuple[str, str], ...] = (),
     prenorm: bool = True,
     eager: bool = False,
+    norm: NormKind = "rms",
 ) -> Family:
     """A family with Llama's names outside the blocks."""
     return Family(
@@ -182,6 +192,7 @@ def _decoder(
         renames=renames,
         prenorm=prenorm,
         eager=eager,
+        norm=norm,
     )
 
 
@@ -244,6 +255,7 @@ FAMILIES: Mapping[str, Family] = {
         norms=_FOUR_NORMS,
         prenorm=False,
         eager=True,
+        norm="rms_plus_one",
     ),
     "gemma3_text": _decoder(
         "Gemma 3",
@@ -251,6 +263,7 @@ FAMILIES: Mapping[str, Family] = {
         attention=(*_attention("attention_bias"), *_head_norms()),
         norms=_FOUR_NORMS,
         prenorm=False,
+        norm="rms_plus_one",
     ),
     "phi3": _decoder(
         "Phi-3",
@@ -330,6 +343,8 @@ FAMILIES: Mapping[str, Family] = {
         _sizes(50432, 6144, 24576, 44, 64, None, 2048, attention_bias=True),
         head="embed_out",
         grouped_heads=False,
+        norm="layer",
+        interleaved=True,
         renames=(("embed_out.", "lm_head."),),
     ),
     "opt": Family(
@@ -372,6 +387,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
         head_in="embed_dim",
         grouped_heads=False,
+        norm="layer",
         aliases={"intermediate_size": "ffn_dim"},
     ),
     "gpt2": Family(
@@ -393,6 +409,7 @@ FAMILIES: Mapping[str, Family] = {
         (Norm("transformer.ln_f", bias=True),),
         _sizes(50257, 768, None, 12, 12, None, 1024, tied=True),
         grouped_heads=False,
+        norm="layer",
         aliases={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",

@@ -17,7 +17,7 @@ to the disk dtype first, so that the activations are those of the model that wil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -136,6 +136,37 @@ class BlockWalk:
         with torch.no_grad():
             return self._skeleton.logits(hidden)
 
+    def embedded_with(self, batch: int, table: Tensor) -> Tensor:
+        """What would enter block 0 with another embedding [vocab, width]; nothing is kept."""
+        embedding = self._skeleton.embedding
+        embedding.weight = _parameter(table, self.device, self.dtype)
+        with torch.no_grad():
+            hidden = self._skeleton.embed(self.batches[batch].input_ids, self.batches[batch].mask)
+        self._skeleton.release(embedding)
+        return hidden
+
+    def logits_with(
+        self, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor], head: Tensor
+    ) -> Tensor:
+        """Logits [batch, length, vocab] of other hidden states behind the last block.
+
+        Args:
+            batch: whose mask applies.
+            hidden: [batch, length, hidden].
+            tensors: small tensors outside the blocks to compute with instead of the model's own,
+                by name on disk; nothing is kept.
+            head: weight of the head [vocab, width].
+        """
+        for name, value in tensors.items():
+            self._skeleton.assign(self.architecture.module_tensor(name), value)
+        module = self._skeleton.head
+        module.weight = _parameter(head, self.device, self.dtype)
+        with torch.no_grad():
+            logits = self._skeleton.logits(self._skeleton.finish(hidden, self.batches[batch].mask))
+        self._skeleton.release(module)
+        self._fill_outside()
+        return logits
+
     def _read(self, name: str) -> Tensor:
         """A tensor as on disk, which must be numbers: nothing can be computed with others."""
         tensor = self.reader.read(name)
@@ -162,8 +193,7 @@ class BlockWalk:
 
     def _assign(self, module: nn.Module, matrix: Matrix) -> None:
         """Fill the only weight of an embedding or a head."""
-        value = self.tensor(matrix.tensor).to(self.device, self.dtype)
-        module.weight = nn.Parameter(value, requires_grad=False)
+        module.weight = _parameter(self.tensor(matrix.tensor), self.device, self.dtype)
 
     def _fill_outside(self) -> None:
         """Norms, positions and projections are small and stay; embedding and head do not."""
@@ -227,6 +257,10 @@ class BlockWalk:
 
 
 _LARGE = ("embed", "head")
+
+
+def _parameter(value: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(value.to(device, dtype), requires_grad=False)
 
 
 class BlockMatrix:
@@ -329,6 +363,19 @@ class Block:
         """Output [batch, length, hidden] for one batch with the present weights."""
         mask = self._walk.batches[batch].mask
         return self._walk._skeleton.block(self.index, self.inputs[batch], mask)
+
+    def run_with(self, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Output [batch, length, hidden] for other inputs and other tensors of the disk's shapes.
+
+        They are computed with in the walk's dtype, not rounded to the disk's, and not kept.
+        """
+        for name, value in tensors.items():
+            self._put(name, value)
+        with torch.no_grad():
+            output = self._walk._skeleton.block(self.index, hidden, self._walk.batches[batch].mask)
+        for name in tensors:
+            self._put(name, self.tensor(name))
+        return output
 
     def forward(self) -> None:
         """Run all batches with the present weights; the outputs enter the next block."""

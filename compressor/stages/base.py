@@ -19,7 +19,7 @@ from pydantic.config import JsonDict
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
-    from compressor.model.architecture import Architecture
+    from compressor.model.architecture import Architecture, Matrix
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 
@@ -78,6 +78,16 @@ class StageConfig(BaseModel, ABC):
         """
         del problems
         return architecture
+
+    def changed(self, before: Architecture, after: Architecture) -> tuple[Matrix, ...]:
+        """The matrices of `after` that the stage writes anew; those `plan` altered, by default."""
+        kept = set(before.matrices)
+        return tuple(matrix for matrix in after.matrices if matrix not in kept)
+
+    def remarks(self, before: Architecture) -> tuple[str, ...]:
+        """Sentences that a user should read in the plan, such as what the stage costs in bytes."""
+        del before
+        return ()
 
     @abstractmethod
     def run(

@@ -435,3 +435,32 @@ class TestResume:
         assert all(torch.equal(a, b) for a, b in zip(plenty, none, strict=True))
         assert not (tmp_path / "a").exists()
         assert [path.name for path in (tmp_path / "b").iterdir()] == ["inputs-00002"]
+
+
+def test_other_tensors_are_computed_with_but_not_kept(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """The walk over one model also computes another, without a trace on its own."""
+    for variant in ("llama-tied-biased", "mixtral", "granite"):
+        own, other = checkpoints(variant), checkpoints(variant, torch.bfloat16)
+        walk = BlockWalk(own, BATCHES[:1], scratch=tmp_path)
+        tensors = {name: value.float() for name, value in _all_tensors(other).items()}
+        head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+        hidden = walk.embedded_with(0, tensors["model.embed_tokens.weight"])
+        for block in walk.blocks():
+            hidden = block.run_with(0, hidden, {name: tensors[name] for name in block.names})
+        norm = {"model.norm.weight": tensors["model.norm.weight"]}
+        found = walk.logits_with(0, hidden, norm, head)
+        expected = reference_logits(load_model(other, dtype=torch.float32), BATCHES[0])
+        assert torch.equal(found, expected)
+        unchanged = walk.logits(next(walk.final_hidden()))
+        assert torch.equal(unchanged, reference_logits(load_model(own), BATCHES[0]))
+        assert not torch.equal(found, unchanged)
+
+
+def _all_tensors(folder: Path) -> dict[str, Tensor]:
+    return {
+        name: value
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }

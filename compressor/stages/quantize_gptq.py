@@ -44,6 +44,25 @@ class QuantizeGptq(RounderConfig):
         gt=0,
         le=1,
     )
+    shrinkage: float = option(
+        0.0,
+        "Share by which correlations between inputs are scaled down in the Hessian: 0 trusts the "
+        "calibration text, 1 keeps its variances only, which rounds to nearest.",
+        effect="A second guard beside `damping` against text that the calibration lacks.",
+        source="Ledoit & Wolf 2004, with the diagonal as the target",
+        ge=0,
+        le=1,
+    )
+    propagate: float = option(
+        0.0,
+        "Share β by which a matrix aims to undo what rounding the blocks before it did to its "
+        "inputs: 0 aims at the original weights W, 1 at the weights W* that bring the rounded "
+        "model's outputs closest to the original's.",
+        effect="TODO",
+        source="Qronos, arXiv:2505.11695; QEP, arXiv:2504.09629",
+        ge=0,
+        le=1,
+    )
     sweeps: int = option(
         2,
         "Passes of coordinate descent after GPTQ: each code is moved to its best value given all "
@@ -67,7 +86,8 @@ class QuantizeGptq(RounderConfig):
         "Which inputs a matrix is calibrated on: `block`, those of the decoder block with all "
         "earlier blocks rounded; `sublayer`, in addition with the earlier matrices of the same "
         "block rounded, so that o_proj sees the rounded q, k and v.",
-        effect="`sublayer` runs every block four times instead of once and is slightly better.",
+        effect="`sublayer` runs parts of a block again for every input, about a third more work. "
+        "On its own it gains little; `propagate` needs it to be exact.",
         source="GPTQ `--true-sequential`",
     )
     on_failure: Literal["rtn", "stop"] = option(
@@ -96,4 +116,5 @@ class QuantizeGptq(RounderConfig):
             calibration.batches,
             context,
             sublayers=self.sequential == "sublayer",
+            reference=self.propagate > 0,
         )

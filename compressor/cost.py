@@ -72,7 +72,7 @@ def rounding_flops(
     changed: Sequence[Matrix],
     after: Architecture,
     tokens: int,
-    passes: int,
+    passes: float,
     *,
     reference: bool = False,
 ) -> float:

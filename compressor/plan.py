@@ -37,10 +37,11 @@ from compressor.stages.base import ReportProblem, StageConfig
 from compressor.types import Problem
 
 _KINDS = {"head": "head", "embed": "embedding", "router": "router"}
-# Forward passes of a block: one per capture and one onward; of the parent's beside it, which
-# nobody changes between them, the last capture goes onward.
-_PASSES = {"block": 2, "sublayer": 5}
-_PARENT_PASSES = {"block": 1, "sublayer": 4}
+# Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: four
+# captures, each of which ends at its input, together about one and a half. In the parent, which
+# nobody changes in between, the last capture goes onward.
+_PASSES = {"block": 2.0, "sublayer": 2.5}
+_PARENT_PASSES = {"block": 1.0, "sublayer": 1.5}
 
 
 class Priced(BaseModel):
@@ -293,7 +294,7 @@ def _stage_plan(
     changed = [matrix for matrix in after.matrices if matrix not in kept]
     reference = _runs_parent(stage)
     sequential = getattr(stage, "sequential", "block")
-    passes = _PASSES[sequential] + (_PARENT_PASSES[sequential] if reference else 0)
+    passes = _PASSES[sequential] + (_PARENT_PASSES[sequential] if reference else 0.0)
     tokens = tokens if reads_text else 0
     flops = rounding_flops(changed, after, tokens, passes, reference=reference)
     nominal, linear = linear_bits(after)

@@ -5,7 +5,7 @@
         --stage rtn:grid=mse --stage gptq:damping=0.1,propagate=0.5 [--suite quick]
         [--model builtin:tiny] [-o out/unseen]
 
-        --stage rtn:grid=mse --stage gptq:damping=0.1,propagate=0.5 [--suite quick]
+Every stage runs once per width and calibration text (a shipped mix or one domain), groups of 64,
 fp32 on the CPU, and is scored on the suite against the original. Cells that OUT/cells.jsonl holds
 already are not run again. The table has the mean over domains and the worst ratio of a domain's
 KL to that of the first stage of the same width, which should be rounding to nearest.

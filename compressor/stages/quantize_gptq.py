@@ -94,7 +94,7 @@ class QuantizeGptq(RounderConfig):
         "Which inputs a matrix is calibrated on: `block`, those of the decoder block with all "
         "earlier blocks rounded; `sublayer`, in addition with the earlier matrices of the same "
         "block rounded, so that o_proj sees the rounded q, k and v.",
-        effect="`sublayer` runs parts of a block again for every input, about a third more work. "
+        effect="`sublayer` runs parts of a block again for every input: a quarter more passes. "
         "On its own it gains little. `propagate` is exact only with it: with `block`, matrices "
         "later in a block make up once more for what earlier ones made up for, so that more than "
         "about 0.5 harms.",

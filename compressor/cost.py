@@ -69,13 +69,20 @@ def role_bytes(architecture: Architecture, form: Format = "pack-quantized") -> d
 
 
 def rounding_flops(
-    changed: Sequence[Matrix], after: Architecture, tokens: int, passes: int
+    changed: Sequence[Matrix],
+    after: Architecture,
+    tokens: int,
+    passes: float,
+    *,
+    reference: bool = False,
 ) -> float:
     """Operations of a rounding stage.
 
     Grid search reads every weight once per candidate, about 6 operations each. With text: one
     forward pass of every block per capture and one onward, 2·weights·tokens each; one Hessian
     per input group, 2·tokens·in²; its factor, in³ in fp64; and GPTQ itself, 2·out·in² per matrix.
+    With the parent run beside (its passes are in `passes`): a second moment per input group, its
+    linear system, 2/3·in³ in fp64, and two products per matrix, 2·out·in² each; not for experts.
     """
     weights = sum(matrix.parameters for matrix in changed)
     total = 6.0 * _GRID_CANDIDATES * weights
@@ -85,26 +92,34 @@ def rounding_flops(
     total += 2.0 * block_weights * tokens * passes
     widths = {matrix.input_group: matrix.shape[1] for matrix in changed}
     total += sum(2.0 * tokens * width**2 + 2.0 * width**3 for width in widths.values())
+    if reference:
+        inner = [matrix for matrix in changed if matrix.block is not None]
+        paired = [matrix for matrix in inner if matrix.expert is None]
+        widths = {matrix.input_group: matrix.shape[1] for matrix in paired}
+        total += sum(2.0 * tokens * width**2 + 2 / 3 * width**3 for width in widths.values())
+        total += sum(4.0 * matrix.parameters * matrix.shape[1] for matrix in paired)
     return total + sum(2.0 * matrix.parameters * matrix.shape[1] for matrix in changed)
 
 
-def block_memory(architecture: Architecture, tokens: int) -> int:
+def block_memory(architecture: Architecture, tokens: int, *, reference: bool = False) -> int:
     """Peak memory of a stage that streams blocks, in bytes.
 
     One block, as stored, in fp32 and once more as the rounder's working copy; one fp32 Hessian
     per input group of that block and three fp64 copies of the largest while it is factored; the
-    residual stream of all calibration tokens before and after the block, fp32.
+    residual stream of all calibration tokens before and after the block, fp32. With the parent
+    run beside: its block in fp32, its residual stream and a second matrix per input group.
     """
+    streams = 2 if reference else 1
     most = 0
     for index in range(architecture.layers):
         groups = architecture.groups(index)
         weights = sum(matrix.parameters for matrix in architecture.block(index))
-        need = weights * (architecture.dtype_bytes + 8)
+        need = weights * (architecture.dtype_bytes + 4 + 4 * streams)
         if tokens:
             widths = [matrices[0].shape[1] for matrices in groups.values()]
-            need += 4 * sum(width**2 for width in widths) + 24 * max(widths) ** 2
+            need += 4 * streams * sum(width**2 for width in widths) + 24 * max(widths) ** 2
         most = max(most, need)
-    return most + 8 * tokens * architecture.hidden
+    return most + 8 * streams * tokens * architecture.hidden
 
 
 def evaluation_memory(config: EvaluateConfig, base: Architecture) -> int:

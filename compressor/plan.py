@@ -33,11 +33,15 @@ from compressor.model.architecture import Architecture, Matrix
 from compressor.order import order_problems
 from compressor.recipe import ExportConfig, Recipe
 from compressor.source import Location
-from compressor.stages.base import ReportProblem
+from compressor.stages.base import ReportProblem, StageConfig
 from compressor.types import Problem
 
 _KINDS = {"head": "head", "embed": "embedding", "router": "router"}
-_PASSES = {"block": 2, "sublayer": 5}  # forward passes of a block: one per capture, one onward
+# Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: four
+# captures, each of which ends at its input, together about one and a half. In the parent, which
+# nobody changes in between, the last capture goes onward.
+_PASSES = {"block": 2.0, "sublayer": 2.5}
+_PARENT_PASSES = {"block": 1.0, "sublayer": 1.5}
 
 
 class Priced(BaseModel):
@@ -262,6 +266,7 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
     )
     exports = tuple(_export_plan(export, base, final) for export in recipe.export)
     scored = 1 + recipe.evaluate.noise_floor + (len(stages) if recipe.evaluate.every_stage else 1)
+    spilled = 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
     scoring = scored * evaluation * 2 * base.parameters
     return Plan(
         model=model,
@@ -273,7 +278,7 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         calibration_tokens=calibration,
         evaluation_tokens=evaluation,
         context_length=base.max_positions,
-        disk_bytes=_disk_bytes(stages, exports, base, calibration, evaluation),
+        disk_bytes=_disk_bytes(stages, exports, base, spilled, evaluation),
         peak_bytes=max(
             evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)
         ),
@@ -288,8 +293,11 @@ def _stage_plan(
     stage, base, before, after = recipe.stages[index], chain[0], chain[index], chain[index + 1]
     reads_text = stage.calibration_need() is not None
     changed = stage.changed(before, after)
-    passes = _PASSES[getattr(stage, "sequential", "block")]
-    flops = rounding_flops(changed, after, tokens if reads_text else 0, passes)
+    reference = _runs_parent(stage)
+    sequential = getattr(stage, "sequential", "block")
+    passes = _PASSES[sequential] + (_PARENT_PASSES[sequential] if reference else 0.0)
+    tokens = tokens if reads_text else 0
+    flops = rounding_flops(changed, after, tokens, passes, reference=reference)
     nominal, linear = linear_bits(after)
     packed = checkpoint_bytes(after)
     return StagePlan(
@@ -303,11 +311,16 @@ def _stage_plan(
         packed_bytes=packed,
         by_role=role_bytes(after),
         disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
-        peak_bytes=block_memory(after, tokens if reads_text else 0),
+        peak_bytes=block_memory(after, tokens, reference=reference),
         flops=flops,
         seconds=flops / rate,
         remarks=stage.remarks(before),
     )
+
+
+def _runs_parent(stage: StageConfig) -> bool:
+    """Whether the stage runs its parent beside the model it changes."""
+    return bool(getattr(stage, "propagate", 0))
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
@@ -319,13 +332,13 @@ def _disk_bytes(
     stages: Sequence[StagePlan],
     exports: Sequence[ExportPlan],
     base: Architecture,
-    calibration: int,
+    spilled: int,
     evaluation: int,
 ) -> int:
-    """Checkpoints of all stages, deliverables, spilled activations, hidden states for the KL."""
+    """Checkpoints of all stages, deliverables, hidden states of tokens for stages and the KL."""
     written = sum(stage.disk_bytes for stage in stages)
     written += sum(export.tensor_bytes for export in exports)
-    return written + (2 * calibration + evaluation) * base.hidden * 4
+    return written + (spilled + evaluation) * base.hidden * 4
 
 
 def _calibration_tokens(recipe: Recipe) -> int:

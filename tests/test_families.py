@@ -117,7 +117,7 @@ def test_from_checkpoint_to_deliverable(model: Path, tmp_path: Path, walks) -> N
         assert torch.equal(codes[matrix.name].dequantize(), weight), matrix.name
     assert all(0 < module.loss <= module.baseline_loss for module in facts.metrics_per_module)
 
-    (walk,) = walks
+    walk, _ = walks  # the second is the parent that runs beside
     batch = walk.batches[0]
     dense = logits(stage, batch)
     assert dense.dtype == torch.bfloat16

@@ -400,6 +400,8 @@ class Block:
         observe: Observer,
         groups: Collection[str] | None = None,
         batches: Iterable[int] | None = None,
+        *,
+        onward: bool = False,
     ) -> None:
         """Run batches with the present weights and report what enters each input group.
 
@@ -412,9 +414,12 @@ class Block:
             groups: input groups to report; all of the block by default.
             batches: indices of the batches to run; all by default. Two walks in lockstep pair
                 the inputs of one model with those of another batch by batch.
+            onward: run to the end and keep the outputs, which spares `forward` where weights stay
+                as they are. Batches must then come in order, over any number of calls.
 
         Raises:
             ModelError: the block has no such group.
+            ValueError: `onward`, and the batches are out of order.
         """
         wanted = set(self._groups if groups is None else groups)
         unknown = wanted - set(self._groups)
@@ -422,9 +427,16 @@ class Block:
             raise ModelError(f"block {self.index} has no input group {min(unknown)!r}")
         with torch.no_grad():
             for batch in range(len(self._walk.batches)) if batches is None else batches:
-                self._capture_batch(batch, observe, wanted)
+                if onward and batch != len(self._outputs):
+                    raise ValueError(f"batch {len(self._outputs)} comes next, not {batch}")
+                output = self._capture_batch(batch, observe, wanted, onward)
+                if output is not None and onward:
+                    self._outputs.append(output)
 
-    def _capture_batch(self, batch: int, observe: Observer, wanted: set[str]) -> None:
+    def _capture_batch(
+        self, batch: int, observe: Observer, wanted: set[str], onward: bool
+    ) -> Tensor | None:
+        """Output of the block, unless the forward ended early."""
         valid, domains = self._walk._valid(self._walk.batches[batch])
         shared = [members[0] for group, members in self._groups.items() if group in wanted]
         plain = [matrix for matrix in shared if matrix.expert is None]
@@ -435,7 +447,7 @@ class Block:
             rows = inputs.reshape(-1, inputs.shape[-1])
             observe(group, rows[valid], domains[valid])
             waiting.discard(group)
-            if not waiting and not routed:
+            if not (waiting or routed or onward):
                 raise _Enough
 
         def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor) -> None:
@@ -450,9 +462,9 @@ class Block:
             if routed:
                 stack.enter_context(ExpertWatch(self._experts(), routed_to))
             try:
-                self.run(batch)
+                return self.run(batch)
             except _Enough:
-                return
+                return None
 
     def _listen(
         self, matrix: Matrix, saw: Callable[[str, Tensor], None]

@@ -138,7 +138,7 @@ def gptq(
     solved = QTensor(codes, grid.scale, grid.zero_point, scheme)
     if sweeps and not factor.failed:
         solved = coordinate_descent(
-            target, solved, _damped(factor), order=factor.permutation, sweeps=sweeps
+            target, solved, damped(factor).float(), order=factor.permutation, sweeps=sweeps
         )
     return _best_rows(solved, nearest, nearest_loss, target, factor.hessian)
 
@@ -154,9 +154,9 @@ def _best_rows(
     return GPTQOutcome(best, int(keep.sum()), torch.minimum(loss, nearest_loss), nearest_loss)
 
 
-def _damped(factor: HessianFactor) -> Tensor:
-    """H + λI with dead inputs cut loose, fp32, original order."""
-    working, mean = _revived(factor.hessian, factor.dead)
+def damped(factor: HessianFactor) -> Tensor:
+    """H + λI with dead inputs cut loose, fp64, original order."""
+    working, mean = _revived(factor.hessian.double(), factor.dead)
     working.diagonal().add_(factor.damping_used * mean)
     return working
 

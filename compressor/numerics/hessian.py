@@ -106,6 +106,22 @@ class DiagonalAccumulator:
         return self._sum * _normalisation(self.tokens)
 
 
+def shrink(moment: Tensor, share: float) -> Tensor:
+    """(1-s) M + s diag(M): correlations scaled down by s, variances kept.
+
+    Estimates from few tokens overstate correlations; shrinking them is the classic remedy (Ledoit
+    & Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004, with
+    the diagonal as the target).
+
+    Args:
+        moment: M [in, in].
+        share: s in [0, 1]; 0 returns M itself.
+    """
+    if share == 0:
+        return moment
+    return (moment * (1 - share)).diagonal_scatter(moment.diagonal())
+
+
 def _normalisation(tokens: int) -> float:
     if tokens == 0:
         raise NumericalError("no calibration token has reached this layer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
-from compressor.model.walk import Block, BlockMatrix, BlockWalk
+from compressor.model.walk import Block, BlockMatrix, BlockWalk, Observer
 from compressor.numerics.hessian import HessianAccumulator, relative_loss
+from compressor.numerics.propagation import DriftAccumulator
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
 from compressor.stages.quantize_base import RounderConfig
@@ -39,14 +41,35 @@ _ON_GRID = ("its weights lie on the grid already", "they stay as they are")
 
 @dataclass(frozen=True)
 class Rounded:
-    """One matrix after rounding; `fallback` is (reason, action) when not done as asked."""
+    """One matrix after rounding.
+
+    Attributes:
+        qtensor: its codes.
+        fallback: (reason, action) when not done as asked.
+        target: fp32 [out, in], what the codes were to come close to, where not the weight itself.
+    """
 
     qtensor: QTensor
     fallback: tuple[str, str] | None = None
+    target: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration text says about one input.
+
+    Attributes:
+        hessian: H = (2/N) X̃ X̃ᵀ, fp32 [in, in]; X̃ are inputs that passed through rounded blocks.
+        drift: G - H = (2/N)(X - X̃) X̃ᵀ, fp32 [in, in], with X the same tokens' inputs in the
+            parent; None when the parent was not run beside, and for routed experts.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None = None
 
 
 Solve = Callable[
-    [Sequence[Tensor], Sequence[WeightScheme], Tensor | None, torch.dtype],
+    [Sequence[Tensor], Sequence[WeightScheme], Moments | None, torch.dtype],
     list[Rounded],
 ]
 
@@ -58,8 +81,8 @@ class Job:
     Attributes:
         schemes: grid of every matrix to be rounded, by its name on disk without `.weight`.
         solve: rounds matrices [out, in] (fp32) that see the same input; gets their schemes, that
-            input's Hessian [in, in] (None when no token reached it or none was asked for) and the
-            dtype in which scales are stored.
+            input's moments (None when no token reached it or none were asked for) and the dtype
+            in which scales are stored.
         batches: calibration tokens; none when `solve` wants no Hessians.
         sublayers: measure inputs again after each group of matrices has been rounded.
     """
@@ -78,6 +101,7 @@ def round_model(
     context: StageContext,
     *,
     sublayers: bool = False,
+    reference: bool = False,
 ) -> StageResult:
     """Round the stage's matrices and write the new checkpoint with its codes.
 
@@ -88,6 +112,7 @@ def round_model(
         batches: calibration tokens; none when `solve` wants no Hessians.
         context: where to work and whom to tell.
         sublayers: let each matrix see inputs that passed through the rounded ones before it.
+        reference: walk the parent beside, so that `solve` learns how the inputs drifted from its.
 
     Returns:
         The stage's result; `changed` names every tensor that rounding moved.
@@ -95,22 +120,23 @@ def round_model(
     config = read_config(checkpoint)
     architecture = Architecture.from_config(config)
     job = Job(stage.schemes(architecture), solve, batches, sublayers)
-    walk = BlockWalk(
-        checkpoint,
-        batches,
-        device=context.device,
-        dtype=context.dtype,
-        scratch=context.scratch,
-        memory_budget=context.activation_budget,
+    streams = 2 if reference else 1
+    walk = _walk(checkpoint, batches, context, context.scratch, streams)
+    parent = (
+        _walk(checkpoint, batches, context, context.scratch / "reference", streams)
+        if reference
+        else None
     )
     writer = CheckpointWriter(context.folder)
     records = list(context.finished)
     with context.observer.task("rounding blocks", architecture.layers) as task:
         task.advance(len(records))
-        for block in walk.blocks(start=len(records)):
-            codes, record = _round_block(job, block)
+        for block, original in _lockstep(walk, parent, len(records)):
+            codes, record = _round_block(job, block, original)
             writer.write_shard(shard_name(block.index), block.state())
             write_codes(context.folder / codes_name(block.index), codes)
+            if original:
+                original.save_outputs()
             block.save_outputs()
             context.block_done(record)
             records.append(record)
@@ -120,29 +146,59 @@ def round_model(
     return _result(context.folder, records)
 
 
-def _round_block(job: Job, block: Block) -> tuple[dict[str, QTensor], BlockRecord]:
+def _walk(
+    checkpoint: Path,
+    batches: Sequence[TokenBatch],
+    context: StageContext,
+    scratch: Path,
+    streams: int,
+) -> BlockWalk:
+    """One of `streams` walks, which share the memory for activations."""
+    return BlockWalk(
+        checkpoint,
+        batches,
+        device=context.device,
+        dtype=context.dtype,
+        scratch=scratch,
+        memory_budget=context.activation_budget // streams,
+    )
+
+
+def _lockstep(
+    walk: BlockWalk, parent: BlockWalk | None, start: int
+) -> Iterator[tuple[Block, Block | None]]:
+    """Each block of the walk with the parent's, which nobody changes."""
+    originals: Iterator[Block | None] = parent.blocks(start) if parent else repeat(None)
+    return zip(walk.blocks(start), originals, strict=False)
+
+
+def _round_block(
+    job: Job, block: Block, original: Block | None
+) -> tuple[dict[str, QTensor], BlockRecord]:
     """Round the chosen matrices of one block in place."""
     groups = _chosen_groups(block.matrices, job.schemes)
     codes: dict[str, QTensor] = {}
     metrics: list[ModuleMetric] = []
     fallbacks: list[Fallback] = []
     for wave in _waves(groups, job.sublayers):
-        hessians = _measure(block, groups, wave) if job.batches else {}
+        measured = _measure(block, original, groups, wave) if job.batches and wave else {}
         for name in wave:
-            hessian = hessians.pop(name).matrix() if name in hessians else None
+            seen = measured.pop(name, None)
+            moments = seen.moments() if seen else None
             weights = [matrix.weight.float() for matrix in groups[name]]
             schemes = [job.schemes[matrix.info.name] for matrix in groups[name]]
             dtype = block.tensor(groups[name][0].info.tensor).dtype
-            solved = job.solve(weights, schemes, hessian, dtype)
+            solved = job.solve(weights, schemes, moments, dtype)
             for matrix, weight, rounded in zip(groups[name], weights, solved, strict=True):
                 module = matrix.info.name
                 codes[module] = rounded.qtensor
-                metrics.append(_metric(module, weight, rounded.qtensor, hessian))
+                hessian = moments.hessian if moments else None
+                metrics.append(_metric(module, weight, rounded, hessian))
                 if rounded.fallback:
                     fallbacks.append(Fallback(module, *rounded.fallback))
-                original = block.tensor(matrix.info.tensor)
+                before = block.tensor(matrix.info.tensor)
                 matrix.set_weight(rounded.qtensor.dequantize())
-                if torch.equal(block.tensor(matrix.info.tensor), original):
+                if torch.equal(block.tensor(matrix.info.tensor), before):
                     fallbacks.append(Fallback(module, *_ON_GRID))
     return codes, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
 
@@ -166,25 +222,72 @@ def _waves(groups: Collection[str], sublayers: bool) -> Iterator[list[str]]:
         yield list(groups)
 
 
+class _Measured:
+    """Moments of one input while tokens come in."""
+
+    def __init__(self, width: int, device: torch.device, paired: bool) -> None:
+        self.hessian = HessianAccumulator(width, device)
+        self.drift = DriftAccumulator(width, device) if paired else None
+
+    def moments(self) -> Moments:
+        return Moments(self.hessian.matrix(), self.drift.matrix() if self.drift else None)
+
+
 def _measure(
-    block: Block, groups: Mapping[str, Sequence[BlockMatrix]], wave: Collection[str]
-) -> dict[str, HessianAccumulator]:
-    """One pass of all calibration tokens through the block; a Hessian per input."""
+    block: Block,
+    original: Block | None,
+    groups: Mapping[str, Sequence[BlockMatrix]],
+    wave: Sequence[str],
+) -> dict[str, _Measured]:
+    """One pass of all calibration tokens through the block, and through the parent's beside it.
+
+    Inputs of routed experts are not paired: the parent may send a token to another expert.
+    """
     device = next(block.module.parameters()).device
-    hessians = {name: HessianAccumulator(groups[name][0].info.shape[1], device) for name in wave}
-    block.capture(lambda name, inputs, _: hessians[name].add(inputs), groups=wave)
-    return {name: hessian for name, hessian in hessians.items() if hessian.tokens}
+    infos = {name: groups[name][0].info for name in wave}
+    paired = {name for name in wave if original and infos[name].expert is None}
+    found = {name: _Measured(info.shape[1], device, name in paired) for name, info in infos.items()}
+    last = wave[-1] == list(groups)[-1]
+    for batch in range(len(block.inputs)):
+        seen: dict[str, Tensor] = {}
+        if original and (paired or last):
+            original.capture(_into(seen), paired, [batch], onward=last)
+        block.capture(_pairing(found, seen), wave, [batch])
+    return {name: measured for name, measured in found.items() if measured.hessian.tokens}
 
 
-def _metric(module: str, weight: Tensor, qtensor: QTensor, hessian: Tensor | None) -> ModuleMetric:
-    """Relative layer error beside that of plain rounding, on the same inputs."""
+def _into(seen: dict[str, Tensor]) -> Observer:
+    """Keep what the parent's groups see, until `_pairing` takes it out."""
+
+    def observe(name: str, inputs: Tensor, _: Tensor) -> None:
+        seen[name] = inputs
+
+    return observe
+
+
+def _pairing(found: Mapping[str, _Measured], seen: dict[str, Tensor]) -> Observer:
+    """Count in what the groups see, beside what the parent's have seen of the same tokens."""
+
+    def observe(name: str, inputs: Tensor, _: Tensor) -> None:
+        measured = found[name]
+        measured.hessian.add(inputs)
+        if measured.drift:
+            measured.drift.add(seen.pop(name), inputs)
+
+    return observe
+
+
+def _metric(module: str, weight: Tensor, rounded: Rounded, hessian: Tensor | None) -> ModuleMetric:
+    """Relative layer error beside that of plain rounding, on the same inputs, to one target."""
+    qtensor = rounded.qtensor
     simple = rtn(weight, qtensor.scheme, scale_dtype=qtensor.scale.dtype)
+    target = weight if rounded.target is None else rounded.target
     shape = (weight.shape[0], weight.shape[1])
     return ModuleMetric(
         module=module,
         bits=bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype)),
-        loss=relative_loss(weight, qtensor.dequantize(), hessian),
-        baseline_loss=relative_loss(weight, simple.dequantize(), hessian),
+        loss=relative_loss(target, qtensor.dequantize(), hessian),
+        baseline_loss=relative_loss(target, simple.dequantize(), hessian),
     )
 
 
@@ -204,7 +307,7 @@ def _round_outside(
         if module in job.schemes:
             weight = tensor.float()
             codes[module] = rtn(weight, job.schemes[module], search="mse", scale_dtype=tensor.dtype)
-            metrics.append(_metric(module, weight, codes[module], None))
+            metrics.append(_metric(module, weight, Rounded(codes[module]), None))
             if torch.equal(codes[module].dequantize(), tensor):
                 fallbacks.append(Fallback(module, *_ON_GRID))
     dense = {f"{module}.weight": qtensor.dequantize() for module, qtensor in codes.items()}

@@ -12,8 +12,10 @@ from torch import Tensor
 from compressor.errors import NumericalError
 from compressor.numerics.gptq import HessianFactor, factorize, gptq
 from compressor.numerics.grid import Search, fit_grid
+from compressor.numerics.hessian import shrink
+from compressor.numerics.propagation import propagated_target
 from compressor.numerics.rtn import rtn
-from compressor.stages.rounding import Rounded, Solve
+from compressor.stages.rounding import Moments, Rounded, Solve
 from compressor.types import QTensor, WeightScheme
 
 if TYPE_CHECKING:
@@ -28,11 +30,11 @@ def nearest(search: Search) -> Solve:
     def solve(
         weights: Sequence[Tensor],
         schemes: Sequence[WeightScheme],
-        hessian: Tensor | None,
+        moments: Moments | None,
         dtype: torch.dtype,
     ) -> list[Rounded]:
-        blind = search == "imatrix" and hessian is None
-        importance = None if hessian is None else hessian.diagonal()
+        blind = search == "imatrix" and moments is None
+        importance = None if moments is None else moments.hessian.diagonal()
         used: Search = "mse" if blind else search
         fallback = (_UNREACHED, "its grid ignores importance") if blind else None
         return [
@@ -51,22 +53,33 @@ def compensated(options: QuantizeGptq) -> Solve:
     def solve(
         weights: Sequence[Tensor],
         schemes: Sequence[WeightScheme],
-        hessian: Tensor | None,
+        moments: Moments | None,
         dtype: torch.dtype,
     ) -> list[Rounded]:
-        if hessian is None:
+        if moments is None:
             simple = nearest("mse")(weights, schemes, None, dtype)
             return [Rounded(r.qtensor, (_UNREACHED, "rounded to nearest")) for r in simple]
+        hessian = shrink(moments.hessian, options.shrinkage)
         factor = factorize(hessian, damping=options.damping, act_order=options.act_order)
         if factor.failed and options.on_failure == "stop":
             raise NumericalError("a Hessian is not positive definite even with full damping")
+        targets = list(weights)
+        if moments.drift is not None:
+            drift = moments.drift * (1 - options.shrinkage)
+            targets = [
+                propagated_target(weight, factor, drift, share=options.propagate)
+                for weight in weights
+            ]
         fallback = _fallback(factor, options.damping)
         solved: list[QTensor] = []
         for scheme, members in groupby(
-            zip(schemes, weights, strict=True), key=lambda pair: pair[0]
+            zip(schemes, targets, strict=True), key=lambda pair: pair[0]
         ):
-            solved += _solve_rows([weight for _, weight in members], scheme, factor, options, dtype)
-        return [Rounded(qtensor, fallback) for qtensor in solved]
+            solved += _solve_rows([target for _, target in members], scheme, factor, options, dtype)
+        return [
+            Rounded(qtensor, fallback, target)
+            for qtensor, target in zip(solved, targets, strict=True)
+        ]
 
     return solve
 

@@ -188,6 +188,30 @@ def test_two_walks_in_lockstep_pair_their_inputs(checkpoints: Checkpoints, tmp_p
         assert 0 < (x - y).norm() < 0.1 * x.norm()
 
 
+@pytest.mark.parametrize("variant", ["llama", "mixtral"])
+def test_capture_goes_onward(variant: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """The outputs kept on the way are those of `forward`, and nothing is run twice for them."""
+    plain, kept = (BlockWalk(checkpoints(variant), BATCHES, scratch=tmp_path / s) for s in "ab")
+    ran: list[int] = []
+    for block in kept.blocks():
+        run = block.run
+        block.run = lambda batch, run=run: (ran.append(batch), run(batch))[1]  # type: ignore[method-assign]
+        for batch in range(len(BATCHES)):
+            block.capture(lambda *_: None, block._groups, [batch], onward=True)
+        block.save_outputs()
+    assert ran == [0, 1] * kept.architecture.layers
+    for _ in plain.blocks():
+        pass
+    for ours, expected in zip(kept.final_hidden(), plain.final_hidden(), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_capture_goes_onward_in_order_only(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    block = next(BlockWalk(checkpoints("llama"), BATCHES, scratch=tmp_path).blocks())
+    with pytest.raises(ValueError, match="batch 0 comes next, not 1"):
+        block.capture(lambda *_: None, batches=[1], onward=True)
+
+
 def test_capture_refuses_a_group_of_another_block(checkpoints: Checkpoints, tmp_path: Path) -> None:
     block = next(BlockWalk(checkpoints("llama"), BATCHES, scratch=tmp_path).blocks())
     with pytest.raises(ModelError, match=r"no input group 'model\.layers\.1\.mlp\.in'"):

@@ -1,0 +1,89 @@
+"""Targets that make up for what earlier rounding did to a layer's inputs.
+
+A layer of the original model computes W X. After earlier blocks were rounded it receives X̃, not
+X, so that keeping W is no longer the best aim: minimising ‖W X - Ŵ X̃‖² is ridge regression,
+
+    W* = W (G + λI)(H + λI)⁻¹    with H = (2/N) X̃ X̃ᵀ and G = (2/N) X X̃ᵀ,
+
+where λI pulls towards W. GPTQ then rounds W* under H, which for λ → 0 is the rule of Qronos
+(Zhang et al., 2025, "Qronos: Correcting the Past by Shaping the Future"). A blend of W and W*
+overfits less when text is scarce (Arai & Ichikawa, "Quantization Error Propagation", 2025, eq. 8).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressor.errors import NumericalError
+from compressor.numerics.gptq import HessianFactor, damped
+from compressor.numerics.hessian import full_precision
+
+
+class DriftAccumulator:
+    """Sums (X - X̃) X̃ᵀ over batches in fp32: G - H, without the cancellation.
+
+    Identical streams give exactly zero. Same batches in the same order: the same bits.
+
+    Args:
+        in_features: width of the inputs.
+        device: where the sum lives; inputs are moved there.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.tokens = 0
+
+    def add(self, reference: Tensor, inputs: Tensor) -> None:
+        """Count in the same tokens of both streams, X and X̃, each [tokens, in].
+
+        Raises:
+            NumericalError: a product holds NaN or infinity.
+            ValueError: the streams differ in shape.
+        """
+        if reference.shape != inputs.shape:
+            raise ValueError(
+                f"the streams pair token by token: {list(reference.shape)} and {list(inputs.shape)}"
+            )
+        rows = inputs.to(self._sum)
+        with full_precision():
+            self._sum.addmm_((reference.to(self._sum) - rows).T, rows)
+        if not torch.isfinite(self._sum.diagonal()).all():
+            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        self.tokens += rows.shape[0]
+
+    def matrix(self) -> Tensor:
+        """G - H = (2/N)(X - X̃) X̃ᵀ, fp32 [in, in]; not symmetric.
+
+        Raises:
+            NumericalError: no token has been seen.
+        """
+        if self.tokens == 0:
+            raise NumericalError("no calibration token has reached this layer")
+        return self._sum * (2.0 / self.tokens)
+
+
+def propagated_target(
+    weight: Tensor, factor: HessianFactor, drift: Tensor, *, share: float
+) -> Tensor:
+    """(1-β) W + β W*, as W + β W (G - H)(H + λI)⁻¹: W itself where the streams agree.
+
+    λ is the damping the factor was found with. Inputs that never fired keep their weights. Where
+    no damping made H positive definite, W is returned: GPTQ rounds to nearest there.
+
+    Args:
+        weight: W [out, in].
+        factor: of X̃, the inputs that the rounded layer will see.
+        drift: G - H [in, in], in the same normalisation as the factor's Hessian.
+        share: β in [0, 1].
+
+    Returns:
+        The target, fp32 [out, in]; solved in fp64.
+    """
+    if share == 0 or factor.failed:
+        return weight.float()
+    dense = weight.double()
+    pull = dense @ drift.double()
+    pull[:, factor.dead] = 0
+    step: Tensor = torch.linalg.solve(damped(factor), pull, left=False)
+    return dense.add(step, alpha=share).float()

@@ -129,7 +129,8 @@ class TransformAwq(ScalingConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Choose and fold scales block by block, on the inputs of the model as it is."""
-        from compressor.stages.scaling import AwqChooser, scale_model
+        from compressor.stages.scale_search import AwqChooser
+        from compressor.stages.scaling import scale_model
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
         return scale_model(self, AwqChooser(self), checkpoint, calibration.batches, context)

@@ -62,7 +62,8 @@ class TransformSmoothquant(ScalingConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Fold the scales block by block, on the inputs of the model as it is."""
-        from compressor.stages.scaling import SmoothChooser, scale_model
+        from compressor.stages.scale_search import SmoothChooser
+        from compressor.stages.scaling import scale_model
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
         return scale_model(self, SmoothChooser(self), checkpoint, calibration.batches, context)

@@ -34,7 +34,7 @@ from compressor.types import BlockRecord, ModuleMetric, StageResult, TokenBatch
 from compressor.verify import verify_tensors
 from tests.model.conftest import VARIANTS, build, config_of
 
-AWQ = TransformAwq(bits=3, group_size=16, steps=4, tokens=1000)
+AWQ = TransformAwq(bits=3, group_size=16, grid="minmax", steps=4, tokens=1000)
 
 
 def batch(seed: int = 0, rows: int = 3, length: int = 12) -> TokenBatch:

@@ -68,7 +68,7 @@ class TransformAwq(ScalingConfig):
         "Where to scale: `norm_attention` (norm to q, k, v), `value_output` (v to o), `norm_mlp` "
         "(norm to gate and up, or the first matrix), `up_down` (up to down), or `all` that the "
         "family has.",
-        effect="An edge is scaled only where its error falls; one that the family lacks is refused.",
+        effect="Scaled only where that lowers the error; an edge that the family lacks is refused.",
     )
     tokens: int = option(
         4096,

@@ -61,6 +61,16 @@ BUILTIN = (
         "rotate channels so that outliers spread out and weights round better; same function",
     ),
     Method(
+        "transform.awq",
+        "compressor.stages.transform_awq:TransformAwq",
+        "scale inputs that matter up before rounding; folded, so the function stays the same",
+    ),
+    Method(
+        "transform.smoothquant",
+        "compressor.stages.transform_smoothquant:TransformSmoothquant",
+        "move outliers of activations into the weights, for 8-bit activations",
+    ),
+    Method(
         "quantize.rtn",
         "compressor.stages.quantize_rtn:QuantizeRtn",
         "round to nearest on a searched grid; no calibration text, seconds",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import sample_text
+from tests.evaluation.conftest import sample_text, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.errors import UsageError
@@ -170,8 +170,6 @@ def test_a_variant_in_another_precision_is_refused(
 def test_another_vocabulary_is_refused(
     base: TransformersScorer, windows: TokenizedText, cache: BaseCache, tmp_path: Path
 ) -> None:
-    from conftest import tiny_llama
-
     tiny_llama(vocab_size=300).save_pretrained(tmp_path / "other")
     other = TransformersScorer(tmp_path / "other")
     with pytest.raises(UsageError, match="other has 300 logits and the base 258"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, sample_text, tiny_llama
+from tests.evaluation.conftest import byte_tokenizer, sample_text, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, sample_text, tiny_llama
+from tests.evaluation.conftest import VOCAB, sample_text, tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compressor import resources

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
+from tests.evaluation.conftest import tiny_llama
 from transformers import AutoModelForCausalLM
 from transformers.models import cohere, gemma2, gpt2, granite, mixtral, opt, qwen2
 

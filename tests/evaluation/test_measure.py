@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.conftest import sample_text, tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from compressor.errors import UsageError
@@ -24,6 +23,7 @@ from compressor.evaluation.measure import (
 )
 from compressor.evaluation.protocols import TokenizedText, tokenize
 from compressor.evaluation.scoring import TransformersScorer
+from tests.evaluation.conftest import sample_text, tiny_llama
 
 
 @pytest.fixture

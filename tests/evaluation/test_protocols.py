@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.conftest import byte_tokenizer, sample_text, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -23,6 +22,7 @@ from compressor.evaluation.protocols import (
 )
 from compressor.evaluation.suites import EvaluationText
 from compressor.text import Document
+from tests.evaluation.conftest import byte_tokenizer, sample_text, tiny_llama
 
 LENGTH = 48
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.evaluation.conftest import VOCAB, sample_text, tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from compressor import resources
@@ -22,6 +21,7 @@ from compressor.evaluation.run import Settings, evaluate, evaluate_base
 from compressor.evaluation.scoring import TransformersScorer
 from compressor.evaluation.suites import load_text
 from compressor.evaluation.summary import Summary, compare
+from tests.evaluation.conftest import VOCAB, sample_text, tiny_llama
 
 Measured = tuple[Evaluation, BaseCache, Evaluation, Path]
 

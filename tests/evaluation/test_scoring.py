@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.evaluation.conftest import tiny_llama
 from transformers import AutoModelForCausalLM
 from transformers.models import cohere, gemma2, gpt2, granite, mixtral, opt, qwen2
 
@@ -20,6 +19,7 @@ from compressor.evaluation.scoring import (
 )
 from compressor.progress import SilentObserver
 from compressor.types import TokenBatch
+from tests.evaluation.conftest import tiny_llama
 
 SMALL = {
     "vocab_size": 99,

@@ -130,6 +130,7 @@ def main() -> None:
     ]
     print("\n".join(lines))
     if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
         options.results.write_text("\n".join(lines) + "\n")
 
 

@@ -31,6 +31,7 @@ from compressor.errors import (
     CompressorError,
     GateFailed,
     GateInconclusive,
+    RecipeError,
     ResourceError,
     UsageError,
 )
@@ -194,7 +195,6 @@ def cli() -> None:
 @cli.command()
 @recipe_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory of the run.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
 @common
 @click.pass_obj
 def run(
@@ -204,7 +204,6 @@ def run(
     overrides: tuple[str, ...],
     allow_outside: bool,
     out: Path | None,
-    trust_remote_code: bool,
 ) -> None:
     """Run RECIPE on MODEL; the same command again resumes it."""
     loaded = _load(recipe, overrides, allow_outside)
@@ -212,14 +211,7 @@ def run(
     with _working(settings) as observer:
         from compressor.engine import run_recipe
 
-        outcome = run_recipe(
-            loaded,
-            model,
-            folder,
-            observer=observer,
-            command=settings.command,
-            trust_remote_code=trust_remote_code,
-        )
+        outcome = run_recipe(loaded, model, folder, observer=observer, command=settings.command)
     _finish(settings, outcome)
 
 
@@ -363,16 +355,18 @@ def compare(
 def _evaluate_config(options: dict[str, Any]) -> EvaluateConfig:
     from pydantic import ValidationError
 
+    from compressor.diagnose import diagnose
     from compressor.evaluation.config import EvaluateConfig
+    from compressor.source import Location, Source
 
-    given = {name: value for name, value in options.items() if value}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
     given["text"] = dict(_text_option(entry) for entry in options["text"])
     try:
         return EvaluateConfig.model_validate(given)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = "--" + str(first["loc"][0]).replace("_", "-") if first["loc"] else "options"
-        raise UsageError(f"{where}: {first['msg']}") from None
+        typed: dict[Location, str] = {(name,): "--" + name.replace("_", "-") for name in given}
+        source = Source("options", "", given, {}, {}, typed)
+        raise RecipeError(diagnose(error, EvaluateConfig, source, root="evaluate")) from None
 
 
 def _text_option(entry: str) -> tuple[str, str]:
@@ -433,13 +427,20 @@ def show(settings: Settings, name: str) -> None:
 @common
 @click.pass_obj
 def copy(settings: Settings, name: str, destination: Path | None) -> None:
-    """Copy the shipped file called NAME to DESTINATION, to be changed."""
+    """Copy the shipped file called NAME to DESTINATION, to be changed.
+
+    Beside a recipe goes schema.json, by which an editor checks and completes it.
+    """
     source = console.shipped_file(name)
     target = destination or Path(source.name)
     target = target / source.name if target.is_dir() else target
     if target.exists():
         raise UsageError(f"{target} exists already", "name another destination")
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    text = source.read_text(encoding="utf-8")
+    target.write_text(text, encoding="utf-8")
+    rules = target.with_name("schema.json")
+    if f"$schema=./{rules.name}" in text and not rules.exists():
+        rules.write_text(console.as_json(console.json_schema("recipe")) + "\n", encoding="utf-8")
     settings.emit(
         {"path": str(target)}, lambda: f"{target}: edit it, then: compress {target} MODEL"
     )

@@ -49,7 +49,7 @@ def compare_models(
         session = _session(sources[0], config, Path(work), observer)
         for source in sources[1:]:
             _require_same_tokens(session.tokenizer, sources[0], source)
-        names = [BASE, *(f"variant-{index}" for index in range(1, len(models)))]
+        names = [BASE, *models[1:]]
         results = [session.measure(name, s.path) for name, s in zip(names, sources, strict=True)]
     return [
         result.model_copy(update={"variant": model})

@@ -123,10 +123,14 @@ def block_memory(architecture: Architecture, tokens: int, *, reference: bool = F
 
 
 def evaluation_memory(config: EvaluateConfig, base: Architecture) -> int:
-    """Model in fp32 and the logits of one batch in fp32, twice (base and variant), in bytes."""
-    window = config.length or 512
-    logits = config.batch_size * min(window, base.max_positions) * base.vocab
-    return 4 * base.parameters + 8 * logits
+    """Peak memory of measuring a variant, in bytes.
+
+    Scoring goes by blocks, then holds the head in fp32 with the logits of one batch, twice (base
+    and variant). To see that it loads, the model is loaded whole, as stored, if memory holds it.
+    """
+    window = min(config.length or 512, base.max_positions)
+    logits = 2 * 4 * config.batch_size * window * base.vocab
+    return max(base.bytes, 4 * base.vocab * base.hidden + logits)
 
 
 def evaluation_tokens(config: EvaluateConfig) -> int:

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from compressor.calibration import CalibrationSet, build_batches
 from compressor.errors import ModelError, ResourceError, ResumeError
+from compressor.evaluation.probe import Probe
 from compressor.evaluation.results import Evaluation
 from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import BASE, Session
@@ -44,7 +44,8 @@ from compressor.interrupts import Interruptible
 from compressor.journal import Journal
 from compressor.machine import activation_budget
 from compressor.meter import Meter
-from compressor.model.load import ModelSource, load_model, load_tokenizer, read_config, resolve
+from compressor.model.architecture import Architecture
+from compressor.model.load import ModelSource, load_tokenizer, read_config, resolve
 from compressor.plan import Plan, make_plan
 from compressor.progress import Observer, SilentObserver
 from compressor.provenance import combined_sha256, hash_files, packages
@@ -54,11 +55,15 @@ from compressor.report.render import write_report
 from compressor.report.schema import Artifact, FileHash, Report
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
-from compressor.types import BlockRecord
+from compressor.types import BlockRecord, Fallback
 from compressor.variants import Variant, block_record
-from compressor.verify import verify_divergence, verify_export, verify_tensors
+from compressor.verify import unread_tensors, verify_divergence, verify_export, verify_tensors
 
-_PROBE_TOKENS = 256
+_NOT_LOADED_WHOLE = Fallback(
+    module="model",
+    reason="memory does not hold the model whole",
+    action="checked block by block; AutoModelForCausalLM was not tried",
+)
 _NAMES = {"name", "description", "lock"}  # parts of a recipe that decide nothing
 
 
@@ -87,7 +92,6 @@ def run_recipe(
     *,
     observer: Observer | None = None,
     command: str = "",
-    trust_remote_code: bool = False,
 ) -> RunOutcome:
     """Run a recipe on a model, or take up the run that `out` holds where it stopped.
 
@@ -97,15 +101,14 @@ def run_recipe(
         out: directory of the run.
         observer: told of progress.
         command: as typed, for the report.
-        trust_remote_code: run code that comes with the model.
 
     Raises:
         PlanError: the chain cannot work on this model.
         ResumeError: `out` holds a run of something else.
-        ResourceError: disk or memory do not suffice.
+        ResourceError: the disk does not suffice.
         VerificationError: a stage or an export broke a promise.
     """
-    source = resolve(model, trust_remote_code=trust_remote_code)
+    source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
     _require_disk(out, plan.disk_bytes)
     with _exclusive(out):
@@ -148,9 +151,19 @@ def _exclusive(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
-            yield
+            try:
+                yield
+            finally:
+                _remove_if_unused(folder)
     except Timeout:
         raise ResumeError(f"another process is writing {folder}", "wait for it") from None
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """A run that was refused before it wrote anything leaves no folder."""
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
 
 
 def differences(recorded: Recipe, recipe: Recipe, lock: Lock) -> list[str]:
@@ -300,6 +313,11 @@ class _Run:
             observer=self.observer,
         )
 
+    @cached_property
+    def probe(self) -> Probe:
+        """A short text for a look at what a step left."""
+        return Probe(self.session, self.plan.whole_bytes)
+
     # ------------------------------------------------------------------ stages
 
     def _stage(self, index: int, stage: StageConfig) -> None:
@@ -308,10 +326,10 @@ class _Run:
         variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
         event = self.journal.find("stage_done", stage=name)
         variant = variant.finished(event or self._run_stage(variant))
-        if not self.journal.find("stage_verified", stage=name):
-            kl = self._verify(variant)
-            self.journal.append("stage_verified", stage=name, kl_to_parent=kl)
-        self.variants.append(variant)
+        event = self.journal.find("stage_verified", stage=name) or self._verify(variant)
+        surprises = [] if index else self._unread_tensors()
+        surprises += [] if event["loaded_whole"] else [_NOT_LOADED_WHOLE]
+        self.variants.append(variant.with_fallbacks(*surprises))
         if self.recipe.evaluate.every_stage or index + 1 == len(self.recipe.stages):
             self._evaluate(variant)
 
@@ -352,27 +370,34 @@ class _Run:
         shutil.rmtree(context.scratch, ignore_errors=True)
         return event
 
-    def _verify(self, variant: Variant) -> float:
+    def _verify(self, variant: Variant) -> dict[str, Any]:
         """Every promise about tensors, then a reload and a distance to the parent."""
         parent, result = variant.parent, variant.result
         assert parent is not None
         assert result is not None
         verify_tensors(parent.checkpoint, variant.checkpoint, result.changed, result.added)
-        before, after = self._logits(parent.checkpoint), self._logits(variant.checkpoint)
-        return verify_divergence(before, after, variant.id)
+        before = self.probe.streamed(parent.checkpoint)
+        whole = self.probe.whole(variant.checkpoint)
+        after = self.probe.streamed(variant.checkpoint) if whole is None else whole
+        return self.journal.append(
+            "stage_verified",
+            stage=variant.id,
+            kl_to_parent=verify_divergence(before, after, variant.id),
+            loaded_whole=whole is not None,
+        )
 
-    def _logits(self, checkpoint: Path) -> Tensor:
-        """Logits [tokens, vocabulary] of a probe text, from the model as anyone would load it."""
-        # The last token of a window is only predicted: the model may have no position for it.
-        window = self.session.settings.text.windows[0].tokens[:-1][:_PROBE_TOKENS]
-        model = load_model(checkpoint, self.device)
-        with torch.inference_mode():
-            logits: Tensor = model(torch.as_tensor(window)[None].to(self.device)).logits[0]
-        return logits.float().cpu()
+    def _unread_tensors(self) -> list[Fallback]:
+        """What the original holds beyond its architecture; told once, and in the report."""
+        architecture = Architecture.from_config(read_config(self.source.path))
+        found = unread_tensors(self.source.path, architecture)
+        for fallback in found:
+            self.observer.event("fallback", **asdict(fallback))
+        return found
 
     def _evaluate(self, variant: Variant) -> None:
         """Measure a variant against the base."""
-        if not self.journal.find("evaluated", variant=variant.id):
+        done = self.journal.find("evaluated", variant=variant.id)
+        if not done or not self.session.holds(variant.id):
             self.session.measure(variant.id, variant.checkpoint)
             self.journal.append("evaluated", variant=variant.id)
         self.evaluations[variant.id] = self.session.load(variant.id)
@@ -391,22 +416,29 @@ class _Run:
             self.observer.event("export", format=name)
             shutil.rmtree(out, ignore_errors=True)
             self._write_export(config, last, out)
-            difference = verify_export(self._logits(last.checkpoint), self._logits(out), name)
             event = self.journal.append(
                 "exported",
                 format=name,
                 sha256=combined_sha256(hash_files(out)),
-                max_logit_difference=difference,
+                max_logit_difference=self._difference(last.checkpoint, out, name),
             )
+        difference = event["max_logit_difference"]
         self.artifacts.append(
             Artifact(
                 path=out.relative_to(self.folder).as_posix(),
                 format=name,
                 sha256=event["sha256"],
-                reload_ok=True,
-                max_logit_difference=event["max_logit_difference"],
+                reload_ok=difference is not None,
+                max_logit_difference=difference,
             )
         )
+
+    def _difference(self, checkpoint: Path, export: Path, name: str) -> float | None:
+        """Between the logits of the two, loaded whole; None if memory does not hold them."""
+        memory, disk = self.probe.whole(checkpoint), self.probe.whole(export)
+        if memory is None or disk is None:
+            return None
+        return verify_export(memory, disk, name)
 
     def _write_export(self, config: ExportConfig, variant: Variant, out: Path) -> None:
         if config.format == "dense":

@@ -31,11 +31,16 @@ def vector_extensions() -> list[str]:
     return [name for name in known if name in cpu_flags()]
 
 
+def free_memory() -> int:
+    """Bytes that can be had without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def activation_budget() -> int:
     """Bytes of activations to keep in memory: a quarter of what is free now.
 
     The rest is for blocks, Hessians and everybody else.
     """
-    import psutil
-
-    return int(psutil.virtual_memory().available) // 4
+    return free_memory() // 4

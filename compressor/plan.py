@@ -108,6 +108,7 @@ class Plan(Priced):
         context_length: longest window the model accepts, tokens.
         disk_bytes: most that the run's directory will hold, estimated from above.
         peak_bytes: most memory of any step, estimated.
+        whole_bytes: of the largest checkpoint on the way, as stored.
         seconds: of the whole run, estimated.
         rate: operations per second behind `seconds`, and where that number is from.
     """
@@ -123,6 +124,7 @@ class Plan(Priced):
     context_length: int
     disk_bytes: int
     peak_bytes: int
+    whole_bytes: int
     seconds: float
     rate: tuple[float, str]
 
@@ -282,6 +284,7 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         peak_bytes=max(
             evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)
         ),
+        whole_bytes=max(architecture.bytes for architecture in chain),
         seconds=sum(stage.seconds for stage in stages) + scoring / rate[0],
         rate=rate,
     )

@@ -58,6 +58,12 @@ class Variant:
             self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]
         )
 
+    def with_fallbacks(self, *more: Fallback) -> Variant:
+        """With more things done otherwise than asked."""
+        assert self.result is not None
+        fallbacks = (*self.result.fallbacks, *more)
+        return replace(self, result=replace(self.result, fallbacks=fallbacks))
+
     def facts(
         self,
         size: SizeReport,

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader
+from compressor.model.architecture import Architecture
+from compressor.types import Fallback
 
 
 def verify_tensors(
@@ -39,6 +41,15 @@ def verify_tensors(
             f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  "
             + "\n  ".join(problems)
         )
+
+
+def unread_tensors(checkpoint: Path, architecture: Architecture) -> list[Fallback]:
+    """One entry for every tensor on disk that no module of the architecture reads."""
+    read = {name for name, _ in architecture.tensors()}
+    return [
+        Fallback(name, f"no module of {architecture.family} reads it", "kept as it is")
+        for name in sorted(set(CheckpointReader(checkpoint)) - read)
+    ]
 
 
 def _name_problems(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -101,11 +102,16 @@ class Session:
             in_calibration=None if seen is None else {n: n in seen for n in self.text.domains},
         )
 
+    def holds(self, name: str) -> bool:
+        """Whether the results of a variant are on disk."""
+        return all(self._path(name, suffix).is_file() for suffix in ("npz", "json"))
+
     def _path(self, name: str, suffix: str) -> Path:
-        return self.folder / f"{name}.{suffix}"
+        """A file of a variant; its name may be a path as typed, and has then no separators."""
+        return self.folder / f"{quote(name, safe='')}.{suffix}"
 
     def _score(self, name: str, checkpoint: Path, progress: Progress) -> Evaluation:
-        scorer = self._scorer(checkpoint)
+        scorer = self.scorer(checkpoint)
         scores = self._path(name, "npz")
         if name == BASE:
             return evaluate_base(
@@ -115,13 +121,13 @@ class Session:
             scorer,
             self.settings,
             self._base_states(scorer),
-            self._scorer(self.base),
+            self.scorer(self.base),
             variant=name,
             save=scores,
             progress=progress,
         )
 
-    def _scorer(self, checkpoint: Path) -> Scorer:
+    def scorer(self, checkpoint: Path) -> Scorer:
         """Block by block where that is possible; whole for packed and unknown checkpoints."""
         if not can_stream(checkpoint):
             return TransformersScorer(checkpoint, self.device, self.dtype)
@@ -141,7 +147,7 @@ class Session:
         cache = BaseCache.at(self.cache, text, protocol, self.base_sha256)
         shards = range(len(batches(text, cache.batch)))
         if not all(cache.shard(number).is_file() for number in shards):
-            fill(cache, self._scorer(self.base), text)
+            fill(cache, self.scorer(self.base), text)
         return cache
 
     @contextmanager

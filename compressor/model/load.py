@@ -54,9 +54,7 @@ class ModelSource:
     revision: str | None
 
 
-def resolve(
-    model: str, *, config_only: bool = False, trust_remote_code: bool = False
-) -> ModelSource:
+def resolve(model: str, *, config_only: bool = False) -> ModelSource:
     """Find `builtin:<name>`, a local directory, or a Hub id `org/name[@revision]`.
 
     A model of the Hub is downloaded into the Hub's cache, only safetensors, configuration and
@@ -65,7 +63,6 @@ def resolve(
     Args:
         model: what the user wrote.
         config_only: fetch `config.json` alone, which suffices for a plan.
-        trust_remote_code: also fetch the model's own Python files.
 
     Raises:
         ModelError: there is no such model, or it has no safetensors.
@@ -79,15 +76,11 @@ def resolve(
     elif model.startswith((".", "/", "~")):
         raise ModelError(f"there is no directory {model}")
     else:
-        source = _from_hub(model, _CONFIG if config_only else _patterns(trust_remote_code))
+        source = _from_hub(model, _CONFIG if config_only else _FILES)
     read_config(source.path)
     if not config_only:
         weight_files(source.path)
     return source
-
-
-def _patterns(trust_remote_code: bool) -> tuple[str, ...]:
-    return (*_FILES, "*.py") if trust_remote_code else _FILES
 
 
 def _from_hub(model: str, patterns: tuple[str, ...]) -> ModelSource:
@@ -165,8 +158,8 @@ def read_licence(path: Path) -> str | None:
     return str(named) if named else None
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer beside a checkpoint.
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer beside a checkpoint; code that it brings is not run.
 
     Raises:
         ModelError: there is none, or it cannot be read.
@@ -179,7 +172,7 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(f"{path} holds no tokenizer", hint)
     try:
         return transformers.AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=trust_remote_code
+            path, local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} holds no usable tokenizer: {_summary(error)}", hint) from None
@@ -191,10 +184,10 @@ def load_model(
     path: Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    *,
-    trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model in evaluation mode; packed checkpoints arrive dense.
+
+    Code that a model brings is never run: families are those that transformers itself knows.
 
     A packed checkpoint is loaded as anyone loads it, in its own dtype, and unpacked by the
     library; only then is it cast, so that it holds the weights that were measured before packing.
@@ -225,7 +218,7 @@ def load_model(
                 path,
                 dtype="auto" if dtype is None or packed else dtype,
                 local_files_only=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
                 attn_implementation=attention_implementation(config),

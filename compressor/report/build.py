@@ -351,7 +351,7 @@ def _artifact_warnings(report: Report, document: Document) -> Iterator[Statement
             yield state(
                 document,
                 f"reload-{variant.id}",
-                "{label} could not be read back from disk: do not ship it.",
+                "{label} was not read back from disk: memory does not hold it. Load it elsewhere.",
                 label=(pointer("variants", place, "label"), "text"),
             )
 
@@ -380,7 +380,7 @@ def _sampling_warnings(report: Report, document: Document) -> Iterator[Statement
         yield state(
             document,
             "documents-limit",
-            "Only the first {limit} documents of every domain were evaluated.",
+            "Evaluated on a sample: at most {limit} of the documents of every domain.",
             limit=(pointer(*place, "protocol", "documents_limit"), "count"),
         )
     if evaluation.overall.tokens < FEW_TOKENS:

@@ -154,13 +154,16 @@ class Size(Frozen):
 
 
 class Artifact(Frozen):
-    """The deliverable of a variant, after it was read back from disk."""
+    """The deliverable of a variant, after it was read back from disk.
+
+    What memory does not hold whole is not read back: `reload_ok` is false and no difference known.
+    """
 
     path: str
     format: str
     sha256: str
     reload_ok: bool
-    max_logit_difference: float
+    max_logit_difference: float | None
 
 
 class Variant(Frozen):

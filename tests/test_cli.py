@@ -156,6 +156,8 @@ def test_show_and_copy(compress: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "deep").mkdir()
     assert compress("copy", "w4-gptq", "deep").code == 0
     assert (tmp_path / "deep" / "w4-gptq.yaml").is_file()
+    rules = json.loads((tmp_path / "deep" / "schema.json").read_text(encoding="utf-8"))
+    assert rules == compress("schema").json, "the modeline of a recipe points at its schema"
     missed = compress("show", "quickstrat")
     assert (missed.code, "did you mean 'quickstart'" in missed.err) == (2, True)
 
@@ -460,8 +462,11 @@ def test_gates_from_options_and_files(tmp_path: Path) -> None:
 
 
 def test_bad_evaluation_options(compress: Any) -> None:
-    result = compress("eval", "builtin:tiny", "--length", "3")
-    assert (result.code, "--length" in result.err) == (2, True)
+    result = compress("eval", "builtin:tiny", "--length", "3", "--documents", "0")
+    assert result.code == 2
+    assert "--length" in result.err
+    assert "--documents" in result.err
+    assert "greater than or equal to" not in result.err, "the validator's words are not ours"
     result = compress("eval", "builtin:tiny", "--text", "mine.txt")
     assert (result.code, "DOMAIN=FILE" in result.err) == (2, True)
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from compressor import resources
 from compressor.cli import main
+from compressor.evaluation import probe
 from compressor.formats.sizes import measure
 from compressor.journal import Journal
 from compressor.model.load import read_config
@@ -385,7 +386,59 @@ def test_a_deliverable_that_is_not_what_was_verified_is_written_again(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_results_that_are_gone_are_measured_again(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    folder = place.run / "evaluations"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    assert compress(*place.line).code == 0
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert before.keys() == after.keys()
+    scores = f"{STAGE}.npz"
+    assert after[scores] == before[scores]
+
+
+def test_what_is_refused_before_work_leaves_no_folder(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    (place.model / "tokenizer.json").unlink()
+    result = compress(place.recipe, place.model, "-o", "new")
+    assert (result.code, "tokenizer" in result.err) == (2, True)
+    assert not Path("new").exists()
+
+
 # ---------------------------------------------------------------------- what the report says
+
+
+def test_a_model_that_memory_does_not_hold_is_checked_block_by_block(
+    place: Place, compress: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "free_memory", lambda: 1000)
+    whole = report(place.run)
+    assert compress(*place.line[:-1], "streamed").code == 0
+    found = report(Path("streamed"))
+    (fallback,) = found["variants"][-1]["stage"]["fallbacks"]
+    assert "memory does not hold the model whole" in fallback["reason"]
+    assert whole["variants"][-1]["stage"]["fallbacks"] == []
+    artifact = found["variants"][-1]["artifact"]
+    assert (artifact["reload_ok"], artifact["max_logit_difference"]) == (False, None)
+    assert any("was not read back from disk" in warning["text"] for warning in found["warnings"])
+    assert products(Path("streamed")) == products(place.run)
+
+
+def test_a_tensor_that_nothing_reads_is_told_of(
+    place: Place, compress: Callable[..., Result]
+) -> None:
+    shard = place.model / "model.safetensors"
+    with safe_open(shard, "pt") as file:
+        metadata = file.metadata()
+    save_file(load_file(shard) | {"value_head.weight": torch.ones(3)}, shard, metadata=metadata)
+    result = compress(*place.line[:-1], "more")
+    assert (result.code, "value_head.weight" in result.err) == (0, True)
+    (fallback,) = report(Path("more"))["variants"][-1]["stage"]["fallbacks"]
+    assert fallback["module"] == "value_head.weight"
+    assert "no module of Llama reads it" in fallback["reason"]
 
 
 def test_sizes_are_those_of_the_plan(finished: Place) -> None:

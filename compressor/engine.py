@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from compressor.calibration import CalibrationSet, build_batches
-from compressor.errors import ModelError, ResourceError, ResumeError
+from compressor.claim import exclusive, refuse_changes, require_disk
+from compressor.errors import ModelError, ResumeError
 from compressor.evaluation.probe import Probe
 from compressor.evaluation.results import Evaluation
 from compressor.evaluation.scoring import resolve_dtype
@@ -64,7 +62,6 @@ _NOT_LOADED_WHOLE = Fallback(
     reason="memory does not hold the model whole",
     action="checked block by block; AutoModelForCausalLM was not tried",
 )
-_NAMES = {"name", "description", "lock"}  # parts of a recipe that decide nothing
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,8 @@ def run_recipe(
     """
     source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
-    _require_disk(out, plan.disk_bytes)
-    with _exclusive(out):
+    require_disk(out, plan.disk_bytes)
+    with exclusive(out):
         return _Run(recipe, source, plan, out, observer or SilentObserver(), command).execute()
 
 
@@ -131,66 +128,6 @@ def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
     starts = Journal(out / "journal.jsonl").all("run_started")
     command = starts[0]["command"] if starts else ""
     return run_recipe(recipe, recipe.lock.model, out, observer=observer, command=command)
-
-
-def _require_disk(out: Path, needed: int) -> None:
-    """Refuse to start what the disk cannot hold; what a resumed run has written counts as free."""
-    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
-    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    free = shutil.disk_usage(existing).free + written
-    if free < needed:
-        raise ResourceError(
-            f"the run needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB",
-            "choose another folder with -o",
-        )
-
-
-@contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Two processes must not write one run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            try:
-                yield
-            finally:
-                _remove_if_unused(folder)
-    except Timeout:
-        raise ResumeError(f"another process is writing {folder}", "wait for it") from None
-
-
-def _remove_if_unused(folder: Path) -> None:
-    """A run that was refused before it wrote anything leaves no folder."""
-    if [path.name for path in folder.iterdir()] == [".lock"]:
-        (folder / ".lock").unlink()
-        folder.rmdir()
-
-
-def differences(recorded: Recipe, recipe: Recipe, lock: Lock) -> list[str]:
-    """What a run on disk was made of that differs from what is asked for now, one line each."""
-    was, now = (_flat(r.model_dump(mode="json", exclude=_NAMES)) for r in (recorded, recipe))
-    assert recorded.lock is not None
-    was |= _flat({"lock": recorded.lock.model_dump(mode="json")})
-    now |= _flat({"lock": lock.model_dump(mode="json")})
-    return [
-        f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} now"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    ]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping with dotted keys."""
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)  # type: ignore[assignment]
-    else:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, inner in items:
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 class _Run:
@@ -251,10 +188,14 @@ class _Run:
         path = self.folder / "recipe.lock.yaml"
         lock = self._lock()
         if self.recipe.lock:
-            _refuse("the lock file was made of something else", self.recipe, self.recipe, lock)
+            refuse_changes(
+                "the lock file was made of something else", self.recipe, self.recipe, lock
+            )
         if path.exists():
             recorded = load_recipe(path, allow_outside=True)
-            _refuse(f"{self.folder} holds a run of something else", recorded, self.recipe, lock)
+            refuse_changes(
+                f"{self.folder} holds a run of something else", recorded, self.recipe, lock
+            )
             return
         atomic_write_text(self.folder / "recipe.yaml", self.recipe.text())
         atomic_write_text(path, dump_lock(self.recipe, lock, self.folder))
@@ -471,14 +412,6 @@ class _Run:
         report = build_report(build_facts(finished))
         write_report(report, self.folder)
         return report
-
-
-def _refuse(what: str, recorded: Recipe, recipe: Recipe, lock: Lock) -> None:
-    """Raise ResumeError naming every difference, if there is one."""
-    found = differences(recorded, recipe, lock)
-    if found:
-        lines = "".join(f"\n  {line}" for line in found)
-        raise ResumeError(f"{what}:{lines}", "choose another folder with -o, or remove this one")
 
 
 def _is_intact(folder: Path, sha256: str) -> bool:

@@ -17,7 +17,7 @@ WEIGHTS = {"model", "formats"}
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
 BESIDE |= {"stages", "order", "registry"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
-ENGINE |= {"facts", "compare", "engine", "pipeline", "doctor"}
+ENGINE |= {"claim", "facts", "compare", "engine", "pipeline", "doctor"}
 TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)

@@ -1,0 +1,84 @@
+"""A run's directory before work starts: who may write it, whether it fits, what it was made of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from compressor.errors import ResourceError, ResumeError
+from compressor.recipe import Lock, Recipe
+
+_NAMES = {"name", "description", "lock"}  # parts of a recipe that decide nothing
+
+
+def require_disk(out: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold; what a resumed run has written counts as free."""
+    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    free = shutil.disk_usage(existing).free + written
+    if free < needed:
+        raise ResourceError(
+            f"the run needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB",
+            "choose another folder with -o",
+        )
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Two processes must not write one run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            try:
+                yield
+            finally:
+                _remove_if_unused(folder)
+    except Timeout:
+        raise ResumeError(f"another process is writing {folder}", "wait for it") from None
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """A run that was refused before it wrote anything leaves no folder."""
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+
+
+def differences(recorded: Recipe, recipe: Recipe, lock: Lock) -> list[str]:
+    """What a run on disk was made of that differs from what is asked for now, one line each."""
+    was, now = (_flat(r.model_dump(mode="json", exclude=_NAMES)) for r in (recorded, recipe))
+    assert recorded.lock is not None
+    was |= _flat({"lock": recorded.lock.model_dump(mode="json")})
+    now |= _flat({"lock": lock.model_dump(mode="json")})
+    return [
+        f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} now"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one mapping with dotted keys."""
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in items:
+        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def refuse_changes(what: str, recorded: Recipe, recipe: Recipe, lock: Lock) -> None:
+    """Raise ResumeError naming every difference, if there is one."""
+    found = differences(recorded, recipe, lock)
+    if found:
+        lines = "".join(f"\n  {line}" for line in found)
+        raise ResumeError(f"{what}:{lines}", "choose another folder with -o, or remove this one")

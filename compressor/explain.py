@@ -59,9 +59,9 @@ def explain(topic: str) -> Topic:
     if not topic or topic in {"recipe", "stages"}:
         return _overview()
     owners = _owners()
-    if topic in owners:
-        return _describe(topic, owners[topic])
     owner, _, key = topic.rpartition(".")
+    if topic in owners and owner not in owners:
+        return _describe(topic, owners[topic])
     if owner == "stages" and (option := _of_stages(key)):
         return Topic(name=topic, summary="A key of a stage.", options=option)
     if owner in owners and key in owners[owner].model_fields:
@@ -77,6 +77,9 @@ def explain(topic: str) -> Topic:
 def _owners() -> dict[str, type[BaseModel]]:
     """Methods and sections by name, each with the class that reads it."""
     found: dict[str, type[BaseModel]] = {m.name: registry().get(m.name) for m in methods()}
+    for name, method in list(found.items()):
+        for key, field in method.model_fields.items():
+            found |= {f"{name}.{key}": inside for inside in models_in(field.annotation)}
     for name, field in Recipe.model_fields.items():
         if name != "stages" and (inside := models_in(field.annotation)):
             found[name] = inside[0]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
-
-from pydantic import Field
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from compressor.stages.base import ReportProblem, StageConfig, option
+from compressor.stages.overrides import GroupSize, Override, group_of, overridden
 from compressor.types import Symmetry, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture, Matrix, Selection
 
-GroupSize = Literal["channel"] | Annotated[int, Field(ge=16)]
+__all__ = ["GroupSize", "RounderConfig"]
 
 
 class RounderConfig(StageConfig):
@@ -71,6 +70,14 @@ class RounderConfig(StageConfig):
         ge=2,
         le=8,
     )
+    overrides: tuple[Override, ...] = option(
+        (),
+        "Other grids for some of the matrices: a list of entries with a `pattern`, written like "
+        "`targets`, and any of `bits`, `group_size` and `symmetry`. Where several match, the last "
+        "one wins.",
+        effect="A pattern that matches nothing the stage rounds is an error. vLLM and SGLang fuse "
+        "q, k and v, and gate and up, which must then agree.",
+    )
     force: bool = option(
         False,
         "Run a setting that is known to ruin models.",
@@ -81,9 +88,8 @@ class RounderConfig(StageConfig):
     def label(self) -> str:
         """Such as `GPTQ W4 g64`."""
         method = self.method.rpartition(".")[2].upper()
-        group = "channel" if self.group_size == "channel" else f"g{self.group_size}"
-        kind = {"symmetric": "", "full_range": " full range", "asymmetric": " asym"}[self.symmetry]
-        return f"{method} W{self.bits} {group}{kind}"
+        mixed = " with overrides" if self.overrides else ""
+        return f"{method} {grid_label(self.scheme)}{mixed}"
 
     @property
     def scheme(self) -> WeightScheme:
@@ -96,8 +102,7 @@ class RounderConfig(StageConfig):
         return self._scheme(self.embedding_bits)
 
     def _scheme(self, bits: int) -> WeightScheme:
-        group = None if self.group_size == "channel" else self.group_size
-        return WeightScheme(bits, group, self.symmetry)
+        return WeightScheme(bits, group_of(self.group_size), self.symmetry)
 
     def schemes(self, architecture: Architecture) -> dict[str, WeightScheme]:
         """The grid of every matrix that the stage rounds, by name, in model order."""
@@ -114,7 +119,8 @@ class RounderConfig(StageConfig):
                     for matrix in architecture.matrices
                     if matrix.role == role and matrix.name not in ignored
                 }
-        return {m.name: chosen[m.name] for m in architecture.matrices if m.name in chosen}
+        ordered = {m.name: chosen[m.name] for m in architecture.matrices if m.name in chosen}
+        return overridden(ordered, self.overrides, architecture)
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture with a grid on every chosen matrix; each matrix is rounded once."""
@@ -127,12 +133,21 @@ class RounderConfig(StageConfig):
                 problems("ignore", "it covers every target, so that nothing is left to round", "")
             return architecture
         self._check_places(architecture, problems)
+        self._check_overrides(architecture, schemes, problems)
         _check_rounded_once(chosen, problems)
-        self._check_groups(chosen, problems)
+        self._check_groups(chosen, schemes, problems)
         for scheme in dict.fromkeys(schemes.values()):
             names = [name for name, own in schemes.items() if own == scheme]
             architecture = architecture.with_scheme(names, scheme)
         return architecture
+
+    def remarks(self, before: Architecture) -> tuple[str, ...]:
+        """With overrides, how many matrices have which grid."""
+        if not self.overrides:
+            return ()
+        counted = Counter(self.schemes(before).values())
+        grids = (f"{grid_label(scheme)} on {count}" for scheme, count in counted.items())
+        return (f"grids and their numbers of matrices: {', '.join(grids)}",)
 
     def _check_places(self, architecture: Architecture, problems: ReportProblem) -> None:
         """Targets are linear layers of blocks; embedding and head have options of their own."""
@@ -159,22 +174,54 @@ class RounderConfig(StageConfig):
                 "write `embeddings: quantize` as well, or `head: keep`",
             )
 
-    def _check_groups(self, chosen: Sequence[Matrix], problems: ReportProblem) -> None:
-        if self.group_size == "channel":
-            return
-        bad = [matrix for matrix in chosen if matrix.shape[1] % self.group_size]
-        widths = Counter(matrix.shape[1] for matrix in bad)
-        first = {width: next(m.name for m in bad if m.shape[1] == width) for width in widths}
+    def _check_overrides(
+        self,
+        architecture: Architecture,
+        schemes: Mapping[str, WeightScheme],
+        problems: ReportProblem,
+    ) -> None:
+        """Every override must change the grid of a matrix that the stage rounds."""
+        for index, override in enumerate(self.overrides):
+            place = f"overrides.{index}.pattern"
+            matched = override.names(architecture)
+            if not matched:
+                _check_patterns(place, architecture.select((override.pattern,)), problems)
+            elif not matched & schemes.keys():
+                message = f"{override.pattern!r} matches only matrices that the stage leaves alone"
+                problems(place, message, "add them to `targets`, or remove the override")
+
+    def _check_groups(
+        self, chosen: Sequence[Matrix], schemes: Mapping[str, WeightScheme], problems: ReportProblem
+    ) -> None:
+        """Groups must divide the inputs; one problem for every pair of size and width."""
+        bad: dict[tuple[int, int], list[Matrix]] = {}
+        for matrix in chosen:
+            size, width = schemes[matrix.name].group_size, matrix.shape[1]
+            if size is not None and width % size:
+                bad.setdefault((size, width), []).append(matrix)
         common = math.gcd(*(matrix.shape[1] for matrix in chosen))
         works = [str(size) for size in range(16, 257) if common % size == 0]
-        for width, count in widths.items():
-            more = f" (and {count - 1} more of that width)" if count > 1 else ""
+        for (size, width), matrices in bad.items():
+            more = f" (and {len(matrices) - 1} more of that width)" if len(matrices) > 1 else ""
             problems(
-                "group_size",
-                f"groups of {self.group_size} do not divide the {width} inputs of "
-                f"{first[width]}{more}",
+                self._place_of_group(size),
+                f"groups of {size} do not divide the {width} inputs of {matrices[0].name}{more}",
                 f"group sizes that divide every target: {', '.join([*works, 'channel'])}",
             )
+
+    def _place_of_group(self, size: int) -> str:
+        """The option that asks for groups of this size."""
+        for index, override in enumerate(self.overrides):
+            if override.group_size == size != self.group_size:
+                return f"overrides.{index}.group_size"
+        return "group_size"
+
+
+def grid_label(scheme: WeightScheme) -> str:
+    """Such as `W4 g64` or `W3 channel asym`."""
+    group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
+    kind = {"symmetric": "", "full_range": " full range", "asymmetric": " asym"}[scheme.symmetry]
+    return f"W{scheme.bits} {group}{kind}"
 
 
 def _check_patterns(option_name: str, selection: Selection, problems: ReportProblem) -> None:

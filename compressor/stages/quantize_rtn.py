@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -39,13 +40,22 @@ class QuantizeRtn(RounderConfig):
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """Bits per matrix after the stage; refuses 2 bits unless forced."""
-        if self.bits <= 2 and not self.force:
-            problems(
-                "bits",
-                f"{self.bits}-bit round-to-nearest without compensation ruins a model",
-                "use quantize.gptq, 3 bits or more, or write `force: true`",
-            )
+        if not self.force:
+            for place, bits in self._widths():
+                if bits <= 2:
+                    problems(
+                        place,
+                        f"{bits}-bit round-to-nearest without compensation ruins a model",
+                        "use quantize.gptq, 3 bits or more, or write `force: true`",
+                    )
         return super().plan(architecture, problems)
+
+    def _widths(self) -> Iterator[tuple[str, int]]:
+        """Every width that is written, with the option that writes it."""
+        yield "bits", self.bits
+        for index, override in enumerate(self.overrides):
+            if override.bits is not None:
+                yield f"overrides.{index}.bits", override.bits
 
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext

@@ -12,8 +12,9 @@ from typing import get_args
 from compressor import machine, resources
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
-from compressor.formats.sizes import Role, bits_per_weight, packed_bytes
-from compressor.formats.support import Format
+from compressor.formats.capabilities import Container
+from compressor.formats.exchange import matrix_bytes
+from compressor.formats.sizes import PackedSize, Role, bits_per_weight, packed_bytes
 from compressor.model.architecture import Architecture, Matrix
 from compressor.text import shards
 from compressor.types import WeightScheme
@@ -45,12 +46,12 @@ def _bits(matrix: Matrix, scheme: WeightScheme, architecture: Architecture) -> f
     return bits_per_weight(matrix.shape, scheme, _STORED[architecture.dtype])
 
 
-def checkpoint_bytes(architecture: Architecture, form: Format = "pack-quantized") -> int:
-    """Exact bytes of all tensors of a compressed-tensors export, file headers excepted."""
+def checkpoint_bytes(architecture: Architecture, form: Container = "pack-quantized") -> int:
+    """Exact bytes of all tensors of an export, file headers excepted."""
     return sum(role_bytes(architecture, form).values())
 
 
-def role_bytes(architecture: Architecture, form: Format = "pack-quantized") -> dict[Role, int]:
+def role_bytes(architecture: Architecture, form: Container = "pack-quantized") -> dict[Role, int]:
     """The same by what the bytes hold, as `formats.sizes.measure` counts them after the fact."""
     found: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
     others = sum(math.prod(shape) for _, shape in architecture.others)
@@ -60,12 +61,20 @@ def role_bytes(architecture: Architecture, form: Format = "pack-quantized") -> d
         if matrix.scheme is None:
             found[outer or "rest"] += matrix.parameters * architecture.dtype_bytes
             continue
-        size = packed_bytes(matrix.shape, matrix.scheme, _STORED[architecture.dtype], form)
+        size = _matrix_bytes(matrix, matrix.scheme, architecture, form)
         found[outer or "codes"] += size.codes
         found[outer or "scales"] += size.scales
         found[outer or "zero_points"] += size.zero_points
         found[outer or "rest"] += size.shape
     return found
+
+
+def _matrix_bytes(
+    matrix: Matrix, scheme: WeightScheme, architecture: Architecture, form: Container
+) -> PackedSize:
+    if form in ("pack-quantized", "int-quantized"):
+        return packed_bytes(matrix.shape, scheme, _STORED[architecture.dtype], form)
+    return matrix_bytes(matrix.shape, scheme, form)
 
 
 def rounding_flops(

@@ -17,7 +17,6 @@ the journal holds; a run killed at any moment therefore ends with the bytes of o
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,7 +33,7 @@ from compressor.evaluation.results import Evaluation
 from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import BASE, Session
 from compressor.facts import Finished, build_facts
-from compressor.formats import compressed_tensors
+from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_text
 from compressor.formats.codes import CodesReader
 from compressor.formats.files import checkpoint_files
@@ -55,13 +54,20 @@ from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.types import BlockRecord, Fallback
 from compressor.variants import Variant, block_record
-from compressor.verify import unread_tensors, verify_divergence, verify_export, verify_tensors
+from compressor.verify import (
+    unread_tensors,
+    verify_divergence,
+    verify_export,
+    verify_tensors,
+    verify_weights,
+)
 
 _NOT_LOADED_WHOLE = Fallback(
     module="model",
     reason="memory does not hold the model whole",
     action="checked block by block; AutoModelForCausalLM was not tried",
 )
+_DIFFERENCES = ("max_logit_difference", "max_weight_difference")
 
 
 @dataclass(frozen=True)
@@ -350,29 +356,44 @@ class _Run:
 
         It is written whole: what an interrupted run left of it, or somebody changed since, goes.
         """
-        last, name = self.variants[-1], config.format
+        name = config.format
         out = self.folder / "deliverable" / name
         event = self.journal.find("exported", format=name)
         if event is None or not _is_intact(out, event["sha256"]):
             self.observer.event("export", format=name)
             shutil.rmtree(out, ignore_errors=True)
-            self._write_export(config, last, out)
-            event = self.journal.append(
-                "exported",
-                format=name,
-                sha256=combined_sha256(hash_files(out)),
-                max_logit_difference=self._difference(last.checkpoint, out, name),
-            )
-        difference = event["max_logit_difference"]
+            exporter, source = exporters.exporter(name), self._export_source(config)
+            exporter.write(source, out)
+            sha256 = combined_sha256(hash_files(out))
+            differences = self._read_back(exporter, source, out)
+            event = self.journal.append("exported", format=name, sha256=sha256, **differences)
+        differences = {key: event.get(key) for key in _DIFFERENCES}
         self.artifacts.append(
             Artifact(
                 path=out.relative_to(self.folder).as_posix(),
                 format=name,
                 sha256=event["sha256"],
-                reload_ok=difference is not None,
-                max_logit_difference=difference,
+                reload_ok=any(value is not None for value in differences.values()),
+                **differences,
             )
         )
+
+    def _export_source(self, config: ExportConfig) -> exporters.Source:
+        return exporters.Source(
+            self.variants[-1].checkpoint,
+            CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
+            self.plan.stages[-1].parameters,
+            config.container,
+        )
+
+    def _read_back(
+        self, exporter: exporters.Exporter, source: exporters.Source, out: Path
+    ) -> dict[str, float | None]:
+        """Compare an export with memory: by its weights where only another program loads it."""
+        if exporter.read is None:
+            return {_DIFFERENCES[0]: self._difference(source.checkpoint, out, out.name)}
+        found = verify_weights(exporter.read(out), source.checkpoint, source.codes, out.name)
+        return {_DIFFERENCES[1]: found}
 
     def _difference(self, checkpoint: Path, export: Path, name: str) -> float | None:
         """Between the logits of the two, loaded whole; None if memory does not hold them."""
@@ -380,19 +401,6 @@ class _Run:
         if memory is None or disk is None:
             return None
         return verify_export(memory, disk, name)
-
-    def _write_export(self, config: ExportConfig, variant: Variant, out: Path) -> None:
-        if config.format == "dense":
-            for path in checkpoint_files(variant.checkpoint):
-                _link(path, out / path.relative_to(variant.checkpoint))
-            return
-        compressed_tensors.export(
-            variant.checkpoint,
-            CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
-            out,
-            logical_parameters=self.plan.stages[-1].parameters,
-            form=config.form,
-        )
 
     def _report(self) -> Report:
         finished = Finished(
@@ -426,13 +434,3 @@ def _signature(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of every file of a checkpoint."""
     stats = {path.name: path.stat() for path in checkpoint_files(folder)}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the file system has no links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

@@ -27,8 +27,9 @@ from compressor.cost import (
 )
 from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
+from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
-from compressor.formats.support import Target, engine_problems, export_problems
+from compressor.formats.support import Target, engine_problems
 from compressor.model.architecture import Architecture, Matrix
 from compressor.order import order_problems
 from compressor.recipe import ExportConfig, Recipe
@@ -36,6 +37,7 @@ from compressor.source import Location
 from compressor.stages.base import ReportProblem, StageConfig
 from compressor.types import Problem
 
+_PACKED = ("compressed-tensors", "gptq", "awq")  # formats for quantized weights only
 _KINDS = {"head": "head", "embed": "embedding", "router": "router"}
 # Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: four
 # captures, each of which ends at its input, together about one and a half. In the parent, which
@@ -193,18 +195,16 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
     """Deliverables that a format cannot hold or an engine would not load."""
     found = []
     for index, export in enumerate(recipe.export):
-        if export.format == "dense":
-            continue
         targets = [_target(matrix) for matrix in final.matrices if matrix.role != "position"]
-        if all(target.scheme is None for target in targets):
+        if export.format in _PACKED and all(target.scheme is None for target in targets):
             message = f"nothing is quantized, so there is nothing to pack as {export.format}"
             hint = "add a quantize stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
-        for message in _summary(export_problems(targets, export.form)):
+        for message in _summary(container_problems(targets, export.container, final.model_type)):
             hint = "change the stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
         for engine in export.engines:
-            for message in _summary(engine_problems(engine, targets, export.form)):
+            for message in _summary(engine_problems(engine, targets, export.container)):
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
     return found
@@ -327,7 +327,7 @@ def _runs_parent(stage: StageConfig) -> bool:
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
-    size = final.bytes if export.format == "dense" else checkpoint_bytes(final, export.form)
+    size = final.bytes if export.format == "dense" else checkpoint_bytes(final, export.container)
     return ExportPlan(format=export.format, tensor_bytes=size, ratio=base.bytes / size)
 
 

@@ -36,13 +36,14 @@ from compressor.diagnose import diagnose, nearest
 from compressor.errors import RecipeError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
+from compressor.formats.capabilities import Container
 from compressor.registry import registry
 from compressor.source import Location, Source, read_source, read_text
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-ExportFormat = Literal["compressed-tensors", "dense"]
-EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang"]
+ExportFormat = Literal["compressed-tensors", "gptq", "awq", "dense"]
+EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
 
 PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.source")
 """Keys that may name a file; `*` stands for any key."""
@@ -61,7 +62,8 @@ class ExportConfig(Section):
 
     format: ExportFormat = Field(
         description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
-        "Transformers; `dense` is the same model with ordinary weights, for any program.",
+        "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `dense` is "
+        "the same model with ordinary weights, for any program.",
     )
     form: Literal["pack-quantized", "int-quantized"] = Field(
         default="pack-quantized",
@@ -69,9 +71,15 @@ class ExportConfig(Section):
         "(8 bits by channel only).",
     )
     engines: tuple[EngineName, ...] = Field(
-        default=("transformers",),
-        description="Programs that must load the result; the plan refuses what one of them cannot.",
+        default=(),
+        description="Programs that must load the result; the plan refuses what one of them cannot. "
+        "See compress ls engines.",
     )
+
+    @property
+    def container(self) -> Container:
+        """What lies on disk: the layout, for formats with several."""
+        return self.form if self.format == "compressed-tensors" else self.format
 
 
 class Lock(Section):

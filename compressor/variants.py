@@ -84,7 +84,7 @@ class Variant:
                 kv_bytes_per_token=kv_bytes_per_token,
             ),
             artifact=artifact,
-            load_snippets=load_snippets(artifact.path) if artifact else {},
+            load_snippets=load_snippets(artifact.path, artifact.format) if artifact else {},
         )
 
     def _stage_facts(self) -> StageFacts | None:

@@ -6,7 +6,7 @@ Each failure is one sentence naming the tensor and the rule; all of them are rep
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +16,8 @@ from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.types import Fallback
+
+_HALF_SCALE = 2.0**-10  # rounding a scale to fp16 moves a weight by 2^-11 of itself
 
 
 def verify_tensors(
@@ -126,3 +128,48 @@ def verify_export(memory: Tensor, disk: Tensor, name: str, tolerance: float = 0.
             f"{difference:.3g} (allowed: {tolerance:g})"
         )
     return difference
+
+
+def verify_weights(
+    stored: Iterable[tuple[str, Tensor]], checkpoint: Path, rounded: Collection[str], name: str
+) -> float:
+    """Compare the dense weights that an export holds with the checkpoint it was made from.
+
+    Matrices with codes may differ by what fp16 does to a scale; everything else is identical.
+
+    Args:
+        stored: every tensor of the checkpoint, by its name there, as read from the export.
+        checkpoint: dense.
+        rounded: modules (matrices without `.weight`) that have codes.
+        name: for the message.
+
+    Returns:
+        The largest difference, relative to the largest weight of its matrix; 0 when identical.
+
+    Raises:
+        VerificationError: a tensor is missing, is there twice, or differs by more.
+    """
+    dense, left, worst = CheckpointReader(checkpoint), set(CheckpointReader(checkpoint)), 0.0
+    for tensor, value in stored:
+        if tensor not in left:
+            raise VerificationError(f"{name}: {tensor} is not in the checkpoint, or is there twice")
+        left.remove(tensor)
+        difference = _relative_difference(value, dense[tensor])
+        allowed = _HALF_SCALE if tensor.removesuffix(".weight") in rounded else 0.0
+        if not difference <= allowed:
+            raise VerificationError(
+                f"{name}: read back from disk, {tensor} differs from memory by {difference:.3g} "
+                f"of its largest value (allowed: {allowed:.3g})"
+            )
+        worst = max(worst, difference)
+    if left:
+        raise VerificationError(f"{name}: {min(left)} is missing")
+    return worst
+
+
+def _relative_difference(stored: Tensor, dense: Tensor) -> float:
+    if stored.shape != dense.shape:
+        return math.inf
+    largest = float(dense.float().abs().max())
+    difference = float((stored.float() - dense.float()).abs().max())
+    return difference / largest if largest else difference

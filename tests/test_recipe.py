@@ -115,10 +115,10 @@ BROKEN = {
     "negative seed": ("seed: -1\nstages:\n  - method: quantize.rtn\n", 1, 7, "at least 0"),
     "bad name": ("name: a b\nstages:\n  - method: quantize.rtn\n", 1, 7, "name"),
     "unknown export": (
-        "stages:\n  - method: quantize.rtn\nexport:\n  - format: gguf\n",
+        "stages:\n  - method: quantize.rtn\nexport:\n  - format: onnx\n",
         4,
         13,
-        "'compressed-tensors' or 'dense', not 'gguf'",
+        "'awq' or 'dense', not 'onnx'",
     ),
     "export a word": (
         "stages:\n  - method: quantize.rtn\nexport: dense\n",

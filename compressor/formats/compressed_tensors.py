@@ -13,7 +13,7 @@ memory after the first forward pass: the export saves disk and bandwidth, not me
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,26 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from torch import Tensor
 
 from compressor.errors import ModelError, VerificationError
+from compressor.formats.exporters import Source
 from compressor.formats.headers import read_json
-from compressor.formats.shards import CheckpointReader, CheckpointWriter
+from compressor.formats.shards import SHARD_BYTES, CheckpointReader, CheckpointWriter, plan_shards
 from compressor.formats.support import Format, Kind, Target, export_problems, needs_dequantize
 from compressor.types import QTensor, WeightScheme
 
-SHARD_BYTES = 2 << 30  # of dense weights; bounds memory whatever the source's shards are
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
 _HEADS = ("lm_head", "embed_out")
 _ROUTERS = ("gate", "router")
+
+
+def write(source: Source, out: Path) -> None:
+    """Write a compressed-tensors checkpoint; see `export`."""
+    export(
+        source.checkpoint,
+        source.codes,
+        out,
+        logical_parameters=source.logical_parameters,
+        form=source.container,  # type: ignore[arg-type]
+    )
 
 
 def export(
@@ -68,7 +79,7 @@ def export(
     reader, writer = CheckpointReader(checkpoint), CheckpointWriter(out)
     config = read_json(checkpoint / "config.json")
     schemes = _check(reader, codes, config, form)
-    for number, names in enumerate(_plan_shards(reader, shard_bytes), start=1):
+    for number, names in enumerate(plan_shards(reader, shard_bytes), start=1):
         shard = f"model-{number:05d}.safetensors"
         if not writer.has_shard(shard):
             writer.write_shard(shard, _compress_shard(reader, codes, names, form))
@@ -86,14 +97,15 @@ def _check(
     unknown = [module for module in codes if f"{module}.weight" not in reader]
     if unknown:
         raise ModelError(f"{reader.folder} has no matrix {unknown[0]}.weight to hold its codes")
-    schemes = {module: _scheme(codes, module) for module in codes}
+    schemes = {module: scheme_of(codes, module) for module in codes}
     problems = export_problems(targets(reader, schemes, config), form)
     if problems:
         raise ModelError(problems[0])
     return schemes
 
 
-def _scheme(codes: Mapping[str, QTensor], module: str) -> WeightScheme:
+def scheme_of(codes: Mapping[str, QTensor], module: str) -> WeightScheme:
+    """The grid of a module; codes that are on disk stay there."""
     lazily = getattr(codes, "scheme", None)  # a CodesReader knows it without reading codes
     scheme: WeightScheme = lazily(module) if lazily else codes[module].scheme
     return scheme
@@ -125,20 +137,6 @@ def matrix_kind(module: str, config: Mapping[str, Any]) -> Kind:
     if leaf in _ROUTERS:
         return "router"
     return "conv1d" if config.get("model_type") == "gpt2" else "linear"
-
-
-def _plan_shards(reader: CheckpointReader, limit: int) -> Iterator[list[str]]:
-    """Cut the names, in order, where the dense bytes would pass the limit."""
-    names: list[str] = []
-    size = 0
-    for name in reader.names():
-        nbytes = reader.info(name).nbytes
-        if names and size + nbytes > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += nbytes
-    yield names
 
 
 def _compress_shard(

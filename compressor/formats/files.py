@@ -24,6 +24,7 @@ PARENT_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_BESIDE = ("quantize_config.json",)  # of GPTQ, for programs that do not read config.json
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -46,12 +47,17 @@ def parent_files(folder: Path) -> list[Path]:
 def checkpoint_files(folder: Path) -> list[Path]:
     """Every file needed to load the checkpoint: weights, index, configuration, tokenizer.
 
+    Of a GGUF deliverable that is the file itself.
+
     Raises:
         ModelError: the weights are missing or damaged.
     """
+    if whole := sorted(folder.glob("*.gguf")):
+        return whole
     weights = {info.file for info in read_folder(folder).values()}
     index = [folder / INDEX] if folder / SINGLE not in weights else []
-    return sorted([*weights, *index, folder / "config.json", *parent_files(folder)])
+    extra = [folder / name for name in _BESIDE if (folder / name).is_file()]
+    return sorted([*weights, *index, folder / "config.json", *extra, *parent_files(folder)])
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -27,6 +27,7 @@ from compressor.formats.atomic import (
 from compressor.formats.files import copy_parent_files
 from compressor.formats.headers import INDEX, TensorInfo, read_folder, read_header
 
+SHARD_BYTES = 2 << 30  # of dense weights; bounds memory whatever the source's shards are
 _CHUNK = 1 << 20
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -217,3 +218,17 @@ class CheckpointReader(Mapping[str, Tensor]):
 def read_tensors(folder: Path) -> CheckpointReader:
     """Open a checkpoint for lazy reading; see `CheckpointReader`."""
     return CheckpointReader(folder)
+
+
+def plan_shards(reader: CheckpointReader, limit: int) -> Iterator[list[str]]:
+    """Cut the names, in order, where the dense bytes would pass the limit."""
+    names: list[str] = []
+    size = 0
+    for name in reader.names():
+        nbytes = reader.info(name).nbytes
+        if names and size + nbytes > limit:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes
+    yield names

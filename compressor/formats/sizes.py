@@ -35,11 +35,14 @@ _SUFFIX_ROLES: Mapping[str, Role] = {
     "weight_packed": "codes",
     "weight_scale": "scales",
     "weight_zero_point": "zero_points",
+    "qweight": "codes",  # of GPTQ and AWQ, as are the next two
+    "scales": "scales",
+    "qzeros": "zero_points",
 }
 
 
 class PackedSize(BaseModel):
-    """Bytes on disk of one exported matrix."""
+    """Bytes on disk of one exported matrix; `shape` is what says how it is laid out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -133,7 +136,7 @@ def measure(folder: Path, logical_parameters: int) -> SizeReport:
     """Weigh a checkpoint from its headers.
 
     Args:
-        folder: dense or compressed-tensors checkpoint.
+        folder: dense, compressed-tensors, GPTQ or AWQ checkpoint.
         logical_parameters: weights of the base model, ties once.
 
     Raises:
@@ -176,12 +179,13 @@ def _linear_bits(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float
         if _EMBEDDINGS.search(name) or _HEAD.search(name):
             continue
         module, _, leaf = name.rpartition(".")
-        if leaf in ("weight_scale", "weight_zero_point"):
+        if leaf in ("weight_scale", "weight_zero_point", "scales", "qzeros"):
             stored_bits += 8 * info.nbytes
         elif count := _weights(name, info, tensors):
             dense = info.dtype in FLOATING
             elements += count
-            code_bits += count * (DTYPE_BITS[info.dtype] if dense else _code_bits(module, groups))
+            bits = 32 * info.elements // count if leaf == "qweight" else _code_bits(module, groups)
+            code_bits += count * (DTYPE_BITS[info.dtype] if dense else bits)
             stored_bits += 8 * info.nbytes
     return (code_bits / elements, stored_bits / elements) if elements else (0.0, 0.0)
 
@@ -193,6 +197,10 @@ def _weights(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> 
         with shape.file.open("rb") as stream:
             stream.seek(shape.begin)
             return math.prod(struct.unpack("<2q", stream.read(_SHAPE_BYTES)))
+    if name.endswith(".qweight"):
+        indices = tensors.get(name.removesuffix("qweight") + "g_idx")
+        scales = tensors[name.removesuffix("qweight") + "scales"]
+        return (indices.elements if indices else info.shape[0]) * scales.shape[1]
     # Fused experts are three-dimensional parameters without the suffix `.weight`.
     is_matrix = len(info.shape) == 3 or (len(info.shape) == 2 and name.endswith(".weight"))
     return info.elements if is_matrix else 0

@@ -1,6 +1,7 @@
-"""What loads a compressed-tensors export: facts as data, so that the plan refuses before work.
+"""What can be exported, and what loads it: rules on data, so that the plan refuses before work.
 
-Measured with transformers 5.23 and compressed-tensors 0.20 by reloading tiny models
+Compressed-tensors, measured with transformers 5.23 and compressed-tensors 0.20 by reloading tiny
+models
 (`tests/formats/test_compressed_tensors.py` repeats it):
 
 - Symmetric and full-range codes of 2 to 8 bits, by group or channel, mixed freely: load as is.
@@ -11,15 +12,18 @@ Measured with transformers 5.23 and compressed-tensors 0.20 by reloading tiny mo
 - Experts of a mixture: packed per expert under their names on disk, symmetric, one scheme for
   all; once anything is quantized, dense experts do not load, nor do int-quantized ones.
 - GPT-2's Conv1D stores [in, out], so groups along the last dimension run over outputs: refused.
+
+The other containers have their rules in `exchange`; what engines load is in `capabilities`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from compressor.types import Symmetry, WeightScheme
+from compressor.formats.capabilities import ENGINES, Container, Limits
+from compressor.types import WeightScheme
 
 Format = Literal["pack-quantized", "int-quantized"]
 Kind = Literal["linear", "head", "embedding", "expert", "router", "conv1d"]
@@ -43,32 +47,6 @@ class Target:
     scheme: WeightScheme | None
 
 
-@dataclass(frozen=True)
-class Engine:
-    """What an engine loads of the two formats; see reference tables of the engines' documents.
-
-    Attributes:
-        packed_bits: code widths of pack-quantized.
-        symmetries: of pack-quantized.
-        multiple: both dimensions of a packed matrix must be multiples of this.
-        embeddings: whether quantized embeddings load.
-        mixed_fused: whether q, k, v (or gate, up) may differ in scheme.
-    """
-
-    packed_bits: frozenset[int]
-    symmetries: frozenset[Symmetry]
-    multiple: int = 1
-    embeddings: bool = False
-    mixed_fused: bool = False
-
-
-_ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
-ENGINES: Mapping[str, Engine] = {
-    "transformers": Engine(frozenset(range(2, 9)), _ALL, embeddings=True, mixed_fused=True),
-    "vllm": Engine(frozenset(range(2, 9)), _ALL),
-    "vllm-cpu": Engine(frozenset((4,)), _ALL, multiple=32),
-    "sglang": Engine(frozenset((4, 8)), frozenset(("symmetric", "full_range"))),
-}
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -137,29 +115,34 @@ def _expert_problems(targets: Sequence[Target], form: Format) -> Iterable[str]:
         yield "transformers cannot load int-quantized experts; use pack-quantized"
 
 
-def engine_problems(engine: str, targets: Sequence[Target], form: Format) -> list[str]:
+def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> list[str]:
     """Why `engine` (a key of `ENGINES`) would not load this export; one sentence per rule."""
-    limits = ENGINES[engine]
+    loads = ENGINES[engine].containers
+    if form not in loads:
+        return [f"{engine} does not load {form}; it loads {', '.join(loads)}"]
+    limits = loads[form]
     problems = [] if limits.mixed_fused else [f"{engine}: {s}" for s in _fused_problems(targets)]
     for target in targets:
         if target.scheme is not None:
-            problems += [f"{engine}: {s}" for s in _engine_matrix_problems(limits, target, form)]
+            problems += [f"{engine}: {s}" for s in _limit_problems(limits, target, target.scheme)]
     return problems
 
 
-def _engine_matrix_problems(limits: Engine, target: Target, form: Format) -> Iterable[str]:
-    assert target.scheme is not None
+def _limit_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Iterable[str]:
     if target.kind == "embedding" and not limits.embeddings:
         yield f"{target.name} is a quantized embedding, which it does not load"
-    if form == "int-quantized":
-        return
-    if target.scheme.bits not in limits.packed_bits:
-        widths = ", ".join(str(bits) for bits in sorted(limits.packed_bits))
-        yield f"{target.name} has {target.scheme.bits}-bit codes; it loads {widths}"
-    if target.scheme.symmetry not in limits.symmetries:
-        yield f"{target.name} is {target.scheme.symmetry}, which it does not load"
+    if scheme.bits not in limits.bits:
+        widths = ", ".join(str(bits) for bits in sorted(limits.bits))
+        yield f"{target.name} has {scheme.bits}-bit codes; it loads {widths}"
+    if scheme.symmetry not in limits.symmetries:
+        yield f"{target.name} is {scheme.symmetry}, which it does not load"
     if any(size % limits.multiple for size in target.shape):
         yield f"{target.name} is {list(target.shape)}; sizes must be multiples of {limits.multiple}"
+    if scheme.group_size is not None and scheme.group_size % limits.group_multiple:
+        yield (
+            f"{target.name} has groups of {scheme.group_size}; "
+            f"they must be multiples of {limits.group_multiple}"
+        )
 
 
 def _fused_problems(targets: Sequence[Target]) -> Iterable[str]:

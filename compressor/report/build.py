@@ -287,15 +287,23 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
         if variant.artifact is None or not variant.artifact.reload_ok:
             continue
         artifact = ("variants", place, "artifact")
+        logits = variant.artifact.max_logit_difference is not None
+        found = "max_logit_difference" if logits else "max_weight_difference"
         yield state(
             document,
             f"reload-{variant.id}",
-            "{label} was read back from disk as {format}; its logits differ from those in memory "
-            "by at most {difference}.",
+            "{label} was read back from disk as {format}; " + _READ_BACK[logits],
             label=(pointer("variants", place, "label"), "text"),
             format=(pointer(*artifact, "format"), "text"),
-            difference=(pointer(*artifact, "max_logit_difference"), "number"),
+            difference=(pointer(*artifact, found), "number"),
         )
+
+
+_READ_BACK = {
+    True: "its logits differ from those in memory by at most {difference}.",
+    False: "no engine loaded it here, but the weights it holds differ from those in memory by at "
+    "most {difference} of the largest in their matrix.",
+}
 
 
 def _warnings(report: Report, document: Document) -> Iterator[Statement]:

@@ -164,6 +164,11 @@ class Artifact(Frozen):
     sha256: str
     reload_ok: bool
     max_logit_difference: float | None
+    max_weight_difference: float | None = Field(
+        default=None,
+        description="for formats that Transformers does not load: of the dense weights that the "
+        "file holds to those in memory, relative to the largest weight of the matrix",
+    )
 
 
 class Variant(Frozen):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -11,18 +13,23 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 """
 
-_ENGINES = {
-    "vLLM": "vllm serve {path}",
-    "SGLang": "python -m sglang.launch_server --model-path {path}",
+_VLLM = "vllm serve {path}"
+_SGLANG = "python -m sglang.launch_server --model-path {path}"
+_SERVED = {"Transformers": _TRANSFORMERS, "vLLM": _VLLM}
+_GPTQMODEL = {"Transformers": "# pip install gptqmodel optimum\n" + _TRANSFORMERS, "vLLM": _VLLM}
+_FORMATS: Mapping[str, Mapping[str, str]] = {
+    "compressed-tensors": _SERVED,
+    "dense": {**_SERVED, "SGLang": _SGLANG},
+    "gptq": _GPTQMODEL,
+    "awq": _GPTQMODEL,
 }
 
 
-def load_snippets(path: str, engines: tuple[str, ...] = ("vLLM",)) -> dict[str, str]:
+def load_snippets(path: str, form: str = "compressed-tensors") -> dict[str, str]:
     """How to load the checkpoint at `path` (a folder or a Hub id), by library.
 
     Args:
         path: what stands in the code.
-        engines: serving engines that read the format, among vLLM and SGLang.
+        form: of the deliverable, such as `gptq`.
     """
-    found = {"Transformers": _TRANSFORMERS.format(path=path)}
-    return found | {name: _ENGINES[name].format(path=path) for name in engines}
+    return {name: code.format(path=path) for name, code in _FORMATS[form].items()}

@@ -1,0 +1,119 @@
+"""Which engine loads which container, and within what limits: the table, and nothing else.
+
+A container is what lies on disk: a layout of compressed-tensors (`pack-quantized`,
+`int-quantized`), `gptq`, `awq`, `gguf`, or `dense`. `evidence` says where a row is from: `run`
+means that a test loads such a file in that engine; `documents`, that its documents say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from compressor.types import Symmetry
+
+Container = Literal["dense", "pack-quantized", "int-quantized", "gptq", "awq", "gguf"]
+
+_ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
+_SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
+_ANY = frozenset(range(2, 9))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine loads of one container.
+
+    Attributes:
+        bits: widths of codes.
+        symmetries: of the grid.
+        multiple: both dimensions of a quantized matrix must be multiples of this.
+        group_multiple: group sizes must be multiples of this; a scale per channel always loads.
+        embeddings: whether quantized embeddings load.
+        mixed_fused: whether q, k, v (or gate, up) may differ in scheme.
+        evidence: `run` or `documents`.
+        needs: what has to be installed beside the engine.
+    """
+
+    bits: frozenset[int] = _ANY
+    symmetries: frozenset[Symmetry] = _ALL
+    multiple: int = 1
+    group_multiple: int = 1
+    embeddings: bool = False
+    mixed_fused: bool = False
+    evidence: Literal["run", "documents"] = "documents"
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program that loads checkpoints.
+
+    Attributes:
+        title: its name as its authors write it.
+        version: that the row was written for.
+        containers: what it loads.
+    """
+
+    title: str
+    version: str
+    containers: Mapping[Container, Limits]
+
+
+_ROUND = Limits(embeddings=True, mixed_fused=True, evidence="run")
+_DENSE = Limits(embeddings=True, mixed_fused=True)
+_GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
+_FOUR = frozenset((4,))
+_GPTQMODEL = "gptqmodel and optimum"
+
+ENGINES: Mapping[str, Engine] = {
+    "transformers": Engine(
+        "Transformers",
+        "5.23",
+        {
+            "dense": _ROUND,
+            "pack-quantized": _ROUND,
+            "int-quantized": _ROUND,
+            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, needs=_GPTQMODEL),
+            "awq": Limits(_FOUR, multiple=8, mixed_fused=True, needs="gptqmodel"),
+        },
+    ),
+    "vllm": Engine(
+        "vLLM",
+        "0.32 on GPU",
+        {
+            "dense": _DENSE,
+            "pack-quantized": Limits(),
+            "int-quantized": Limits(),
+            "gptq": Limits(_GPTQ_WIDTHS, multiple=32),
+            "awq": Limits(_FOUR, multiple=8),
+        },
+    ),
+    "vllm-cpu": Engine(
+        "vLLM",
+        "0.32 on x86 CPU",
+        {
+            "dense": _DENSE,
+            "pack-quantized": Limits(_FOUR, multiple=32, group_multiple=2),
+            "int-quantized": Limits(),
+            "gptq": Limits(_FOUR, multiple=32),
+            "awq": Limits(_FOUR, multiple=32),
+        },
+    ),
+    "sglang": Engine(
+        "SGLang",
+        "0.5 on GPU",
+        {
+            "dense": _DENSE,
+            "pack-quantized": Limits(frozenset((4, 8)), _SYMMETRIC),
+            "int-quantized": Limits(),
+            "gptq": Limits(_GPTQ_WIDTHS, _SYMMETRIC, multiple=32),
+            "awq": Limits(_FOUR, multiple=8),
+        },
+    ),
+    "llama.cpp": Engine(
+        "llama.cpp",
+        "b11434",
+        {"gguf": Limits(embeddings=True, mixed_fused=True, evidence="run")},
+    ),
+}

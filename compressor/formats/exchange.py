@@ -1,0 +1,137 @@
+"""What GPTQ, AWQ and GGUF can hold of our grids, and its bytes by formula. No torch.
+
+- *GPTQ* (AutoGPTQ's layout, `quant_method: gptq`): 2, 3, 4, 8 bits, packed along the input, with
+  packed zero-points along the output, so both dimensions must fill 32-bit words. Linear layers.
+- *AWQ* (`version: gemm`): 4 bits, packed along the output in words of eight; one grid for all.
+- *GGUF*: blocks of 32 inputs with an fp16 scale, so any group that 32 divides is repeated block
+  by block, which is exact, and costs more bits than larger groups would need. Codes of 2, 3 and 4
+  bits go into Q4_0 (symmetric) or Q4_1; 5 into Q5_0 or Q5_1; 6 to 8, symmetric, into Q8_0.
+
+Scales are fp16 in all three. A bf16 scale is an fp16 number between 2^-17 and 65504; exporters
+check every scale, and refuse one that fp16 would change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+from compressor.formats.capabilities import Container
+from compressor.formats.sizes import PackedSize
+from compressor.formats.support import Target, export_problems
+from compressor.types import WeightScheme
+
+GGUF_BLOCK = 32  # inputs
+GPTQ_BITS = (2, 3, 4, 8)
+GGUF_FAMILIES: Mapping[str, str] = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3",
+}  # fmt: skip
+"""`model_type` -> llama.cpp's architecture, of the families whose tensors we can name."""
+
+GgufType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+GGUF_BLOCK_BYTES: Mapping[GgufType, int] = {
+    "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34,
+}  # fmt: skip
+_SYMMETRIC_TYPES: Mapping[int, GgufType] = {
+    2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0",
+}  # fmt: skip
+_ASYMMETRIC_TYPES: Mapping[int, GgufType] = {2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 5: "Q5_1"}
+
+
+def gguf_type(scheme: WeightScheme) -> GgufType | None:
+    """The block type that holds codes of this scheme exactly; None when there is none."""
+    asymmetric = scheme.symmetry == "asymmetric"
+    return (_ASYMMETRIC_TYPES if asymmetric else _SYMMETRIC_TYPES).get(scheme.bits)
+
+
+def container_problems(
+    targets: Sequence[Target], container: Container, model_type: str = ""
+) -> list[str]:
+    """Why these matrices cannot be exported to `container`; one sentence per broken rule.
+
+    Args:
+        targets: every matrix of the model.
+        container: other than `dense`, which holds anything.
+        model_type: of the configuration.
+    """
+    if container in ("pack-quantized", "int-quantized"):
+        return export_problems(targets, container)
+    if container == "dense":
+        return []
+    quantized = [(target, target.scheme) for target in targets if target.scheme is not None]
+    rule = _RULES[container]
+    problems = [sentence for target, scheme in quantized for sentence in rule(target, scheme)]
+    if container == "awq" and len(schemes := {scheme for _, scheme in quantized}) > 1:
+        problems.append(f"AWQ has one grid for all matrices, and here there are {len(schemes)}")
+    if container == "gguf" and model_type not in GGUF_FAMILIES:
+        known = ", ".join(GGUF_FAMILIES)
+        problems.append(f"GGUF export names the tensors of {known}, not of {model_type or '?'}")
+    return problems
+
+
+def _linear_only(target: Target, name: str) -> Iterable[str]:
+    if target.kind not in ("linear", "head"):
+        yield f"{target.name} is an {target.kind}; {name} holds linear layers"
+
+
+def _grouped(target: Target, scheme: WeightScheme) -> Iterable[str]:
+    if scheme.group_size is not None and target.shape[1] % scheme.group_size:
+        yield f"{target.name} has {target.shape[1]} inputs, not a multiple of {scheme.group_size}"
+
+
+def _gptq_problems(target: Target, scheme: WeightScheme) -> Iterable[str]:
+    yield from _linear_only(target, "GPTQ")
+    yield from _grouped(target, scheme)
+    if scheme.bits not in GPTQ_BITS:
+        yield f"{target.name} has {scheme.bits}-bit codes; GPTQ packs 2, 3, 4 and 8"
+    elif any(size * scheme.bits % 32 for size in target.shape):
+        shape = list(target.shape)
+        yield f"{target.name} is {shape}; rows of {scheme.bits}-bit codes must fill 32-bit words"
+
+
+def _awq_problems(target: Target, scheme: WeightScheme) -> Iterable[str]:
+    yield from _linear_only(target, "AWQ")
+    yield from _grouped(target, scheme)
+    if scheme.bits != 4:
+        yield f"{target.name} has {scheme.bits}-bit codes; AWQ packs 4"
+    if target.shape[0] % 8:
+        yield f"{target.name} has {target.shape[0]} outputs; AWQ packs eight to a word"
+
+
+def _gguf_problems(target: Target, scheme: WeightScheme) -> Iterable[str]:
+    if target.kind in ("expert", "router", "conv1d"):
+        yield f"{target.name} is an {target.kind}, which GGUF export does not write quantized"
+    yield from _grouped(target, scheme)
+    if gguf_type(scheme) is None:
+        yield f"{target.name} is {scheme.bits}-bit {scheme.symmetry}; no block of GGUF holds it"
+    if (scheme.group_size or target.shape[1]) % GGUF_BLOCK:
+        size = scheme.group_size or f"{target.shape[1]} inputs (one per channel)"
+        yield f"{target.name} has groups of {size}; blocks of GGUF have {GGUF_BLOCK} inputs"
+
+
+_RULES: Mapping[str, Callable[[Target, WeightScheme], Iterable[str]]] = {
+    "gptq": _gptq_problems,
+    "awq": _awq_problems,
+    "gguf": _gguf_problems,
+}
+
+
+def matrix_bytes(shape: tuple[int, int], scheme: WeightScheme, container: Container) -> PackedSize:
+    """Exact bytes of one matrix in `gptq`, `awq` or `gguf`.
+
+    GPTQ stores zero-points also where they are all alike, and the group of every input.
+    """
+    (out, in_features), groups = shape, scheme.groups(shape[1])
+    if container == "gguf":
+        kind = gguf_type(scheme)
+        if kind is None:
+            raise ValueError(f"no block type of GGUF holds {scheme}")
+        blocks = math.prod(shape) // GGUF_BLOCK
+        minimum = 2 * blocks if kind in ("Q4_1", "Q5_1") else 0
+        codes = blocks * GGUF_BLOCK_BYTES[kind] - 2 * blocks - minimum
+        return PackedSize(codes=codes, scales=2 * blocks, zero_points=minimum, shape=0)
+    zeros = groups * out * scheme.bits // 8
+    indices = 4 * in_features if container == "gptq" else 0
+    codes = out * in_features * scheme.bits // 8
+    return PackedSize(codes=codes, scales=2 * groups * out, zero_points=zeros, shape=indices)

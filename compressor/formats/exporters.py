@@ -1,0 +1,77 @@
+"""One seam for every deliverable: the format's name -> who writes it and who reads it back.
+
+A writer packs the codes that a rounder left; nothing is rounded twice. A reader gives back, from
+the written files alone, the dense tensors by their Hugging Face names, so that the engine can
+compare each with the checkpoint the export was made from. Formats that transformers loads by
+itself have no reader here: they are loaded whole, and their logits compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from torch import Tensor
+
+from compressor.formats.capabilities import Container
+from compressor.types import QTensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a deliverable is made from.
+
+    Attributes:
+        checkpoint: dense; its quantized matrices equal `QTensor.dequantize()`.
+        codes: module name (matrix on disk without `.weight`) to codes.
+        logical_parameters: weights of the model, ties once.
+        container: what to write; the layout, for formats with several.
+    """
+
+    checkpoint: Path
+    codes: Mapping[str, QTensor]
+    logical_parameters: int
+    container: Container
+
+
+Writer = Callable[[Source, Path], None]
+Reader = Callable[[Path], Iterator[tuple[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """How a format is written, and read back.
+
+    Attributes:
+        write: fill a folder that does not exist yet.
+        read: every tensor of the dense checkpoint from that folder, one at a time; None when
+            transformers loads it.
+    """
+
+    write: Writer
+    read: Reader | None
+
+
+_MODULES: Mapping[str, str] = {
+    "dense": "compressor.formats.dense",
+    "compressed-tensors": "compressor.formats.compressed_tensors",
+    "gptq": "compressor.formats.gptq",
+    "awq": "compressor.formats.awq",
+}
+
+
+def exporter(name: str) -> Exporter:
+    """The exporter of a format, its library loaded only now.
+
+    Raises:
+        ResourceError: the format needs a package that is not installed.
+    """
+    module = import_module(_MODULES[name])
+    return Exporter(module.write, getattr(module, "read", None))
+
+
+def names() -> tuple[str, ...]:
+    """Every format there is."""
+    return tuple(_MODULES)

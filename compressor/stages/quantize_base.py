@@ -92,6 +92,11 @@ class RounderConfig(StageConfig):
         return f"{method} {grid_label(self.scheme)}{mixed}"
 
     @property
+    def width_multiple(self) -> int:
+        """Groups must divide the inputs of matrices."""
+        return 1 if self.group_size == "channel" else self.group_size
+
+    @property
     def scheme(self) -> WeightScheme:
         """The grid of the targeted linear layers."""
         return self._scheme(self.bits)

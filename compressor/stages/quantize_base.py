@@ -93,8 +93,9 @@ class RounderConfig(StageConfig):
 
     @property
     def width_multiple(self) -> int:
-        """Groups must divide the inputs of matrices."""
-        return 1 if self.group_size == "channel" else self.group_size
+        """Groups, also those of overrides, must divide the inputs of matrices."""
+        sizes = [self.group_size, *(override.group_size for override in self.overrides)]
+        return math.lcm(*(size for size in sizes if isinstance(size, int)))
 
     @property
     def scheme(self) -> WeightScheme:

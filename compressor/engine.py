@@ -322,7 +322,15 @@ class _Run:
         parent, result = variant.parent, variant.result
         assert parent is not None
         assert result is not None
-        verify_tensors(parent.checkpoint, variant.checkpoint, result.changed, result.added)
+        verify_tensors(
+            parent.checkpoint,
+            variant.checkpoint,
+            result.changed,
+            result.added,
+            removed=result.removed,
+            resized=result.resized,
+            renamed=result.renamed,
+        )
         before = self.probe.streamed(parent.checkpoint)
         whole = self.probe.whole(variant.checkpoint)
         after = self.probe.streamed(variant.checkpoint) if whole is None else whole

@@ -48,7 +48,6 @@ def build_facts(done: Finished) -> Facts:
     """Everything the report states, measured or recorded; nothing is worked out later."""
     sizes = _sizes(done)
     last = done.variants[-1].id
-    kv_bytes = Architecture.from_config(read_config(done.source.path)).kv_bytes_per_token
     return Facts(
         run=_run(done),
         env=environment(done.session.device),
@@ -64,7 +63,7 @@ def build_facts(done: Finished) -> Facts:
             variant.facts(
                 sizes[variant.id],
                 sizes[BASE].bytes_on_disk,
-                kv_bytes,
+                Architecture.from_config(read_config(variant.checkpoint)).kv_bytes_per_token,
                 done.artifacts[0] if variant.id == last and done.artifacts else None,
             )
             for variant in done.variants

@@ -124,6 +124,12 @@ class Recipe(Section):
 
     _source: Source | None = PrivateAttr(None)
 
+    @field_validator("stages")
+    @classmethod
+    def _settled(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        """Options that depend on later stages get their values, so that a lock file has them."""
+        return tuple(stage.before(stages[index + 1 :]) for index, stage in enumerate(stages))
+
     @field_validator("export")
     @classmethod
     def _one_of_each(cls, exports: tuple[ExportConfig, ...]) -> tuple[ExportConfig, ...]:

@@ -56,6 +56,21 @@ class Method:
 
 BUILTIN = (
     Method(
+        "prune.depth",
+        "compressor.stages.prune_depth:PruneDepth",
+        "remove whole decoder blocks, those whose absence moves the outputs least",
+    ),
+    Method(
+        "prune.width",
+        "compressor.stages.prune_width:PruneWidth",
+        "remove heads and channels by a score (wanda, flap, magnitude, taylor); the baselines",
+    ),
+    Method(
+        "prune.obs",
+        "compressor.stages.prune_obs:PruneObs",
+        "remove heads and channels and refit the others by least squares; no training",
+    ),
+    Method(
         "transform.rotate",
         "compressor.stages.transform_rotate:TransformRotate",
         "rotate channels so that outliers spread out and weights round better; same function",

@@ -121,6 +121,11 @@ class StageResult:
         checkpoint: directory of a plain, loadable Hugging Face checkpoint.
         changed: names on disk of every tensor the stage was meant to change.
         added: names on disk of every tensor that the parent does not have.
+        removed: names on disk of every tensor of the parent that is gone.
+        resized: names of tensors that are smaller than the parent's; unless they are in `changed`
+            too, they are made of the parent's rows or columns, in order.
+        renamed: by name here, the parent's name of every tensor that moved (blocks move up when
+            earlier ones go). All other fields but `removed` use the name here.
         metrics: one entry per matrix.
         fallbacks: everything that was done otherwise than asked.
         notes: facts for the report, by name (for example the mean layer loss).
@@ -132,6 +137,9 @@ class StageResult:
     fallbacks: tuple[Fallback, ...] = ()
     notes: dict[str, float] = field(default_factory=dict)
     added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

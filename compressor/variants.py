@@ -53,6 +53,9 @@ class Variant:
             fallbacks=tuple(Fallback(**fallback) for fallback in facts["fallbacks"]),
             notes=facts["notes"],
             added=tuple(facts["added"]),
+            removed=tuple(facts.get("removed", ())),
+            resized=tuple(facts.get("resized", ())),
+            renamed=facts.get("renamed", {}),
         )
         return replace(
             self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]

@@ -6,8 +6,9 @@ Each failure is one sentence naming the tensor and the rule; all of them are rep
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -21,21 +22,38 @@ _HALF_SCALE = 2.0**-10  # rounding a scale to fp16 moves a weight by 2^-11 of it
 
 
 def verify_tensors(
-    parent: Path, child: Path, changed: Collection[str], added: Collection[str] = ()
+    parent: Path,
+    child: Path,
+    changed: Collection[str],
+    added: Collection[str] = (),
+    *,
+    removed: Collection[str] = (),
+    resized: Collection[str] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Compare a stage's checkpoint with its parent, tensor by tensor.
 
     Every tensor in `changed` must differ from the parent's, every tensor in `added` must be new,
-    every other one must be identical to the byte, and none may hold a NaN or an infinity or be
-    all zero unless the parent's is.
+    every tensor in `removed` must be gone, and every tensor in `resized` must be smaller; unless it
+    is in `changed` too, it must be made of the parent's rows or columns in their order. Every
+    other tensor must be identical to the byte, under the parent's name that `renamed` has for it
+    or else under its own. None may hold a NaN or an infinity or be all zero unless the parent's
+    is.
 
     Raises:
         VerificationError: with every rule that is broken.
     """
     before, after = CheckpointReader(parent), CheckpointReader(child)
-    problems = [*_name_problems(set(before), set(after), set(changed), set(added))]
-    for name in sorted(set(before) & set(after)):
-        problems += _tensor_problems(name, before[name], after[name], name in changed)
+    origin = {name: renamed.get(name, name) for name in after if name not in set(added)}
+    problems = [*_name_problems(set(before), set(after), set(added), set(removed), origin)]
+    for name in sorted({*changed, *resized} - set(origin)):
+        problems.append(f"{name} was to be changed, but the parent has no such tensor")
+    for name in sorted(name for name in origin if origin[name] in before):
+        pair = before[origin[name]], after[name]
+        if name in resized:
+            problems += _cut_problems(name, *pair, name in changed)
+        else:
+            problems += _tensor_problems(name, *pair, name in changed)
     for name in sorted(set(added) & set(after)):
         problems += _value_problems(name, after[name])
     if problems:
@@ -55,16 +73,24 @@ def unread_tensors(checkpoint: Path, architecture: Architecture) -> list[Fallbac
 
 
 def _name_problems(
-    before: set[str], after: set[str], changed: set[str], added: set[str]
+    before: set[str],
+    after: set[str],
+    added: set[str],
+    removed: set[str],
+    origin: Mapping[str, str],
 ) -> Iterator[str]:
-    for name in sorted((before | added) - after):
+    used = set(origin.values())
+    for name in sorted((before - removed - used) | (added - after)):
         yield f"{name} is missing"
-    for name in sorted(after - before - added):
-        yield f"{name} is new"
+    for name, source in sorted(origin.items()):
+        if source not in before:
+            yield f"{name} is new"
     for name in sorted(added & before):
         yield f"{name} was to be added, but the parent has it already"
-    for name in sorted(changed - before):
-        yield f"{name} was to be changed, but the parent has no such tensor"
+    for name in sorted(removed & used):
+        yield f"{name} was to be removed, but it is there"
+    if len(used) < len(origin):
+        yield "two tensors are made of the same one of the parent"
 
 
 def _tensor_problems(name: str, before: Tensor, after: Tensor, changed: bool) -> Iterator[str]:
@@ -79,6 +105,31 @@ def _tensor_problems(name: str, before: Tensor, after: Tensor, changed: bool) ->
         yield f"{name} was not to be changed, but differs from the parent's"
     if changed:
         yield from _value_problems(name, after, may_be_zero=not before.any())
+
+
+def _cut_problems(name: str, before: Tensor, after: Tensor, changed: bool) -> Iterator[str]:
+    """What is wrong with a tensor that was to become smaller in exactly one dimension."""
+    sizes = list(zip(before.shape, after.shape, strict=False))
+    cut = [place for place, (old, new) in enumerate(sizes) if new != old]
+    smaller = before.ndim == after.ndim and all(new <= old for old, new in sizes)
+    if before.dtype != after.dtype or not smaller or len(cut) != 1:
+        kinds = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (before, after))
+        yield f"{name} was to become smaller in one dimension, but went from {' to '.join(kinds)}"
+        return
+    yield from _value_problems(name, after, may_be_zero=changed or not before.any())
+    if not changed and not _is_subsequence(*(_lines(tensor, cut[0]) for tensor in (after, before))):
+        yield f"{name} was to be cut, but holds what the parent does not have"
+
+
+def _lines(tensor: Tensor, dimension: int) -> list[bytes]:
+    """Bytes of every row (or column) in order."""
+    lines = tensor.movedim(dimension, 0).contiguous()
+    return [line.reshape(-1).view(torch.uint8).numpy().tobytes() for line in lines]
+
+
+def _is_subsequence(part: list[bytes], whole: list[bytes]) -> bool:
+    rest = iter(whole)
+    return all(line in rest for line in part)
 
 
 def _value_problems(name: str, after: Tensor, *, may_be_zero: bool = False) -> Iterator[str]:

@@ -127,6 +127,11 @@ class BlockWalk:
             with torch.no_grad():
                 yield self._skeleton.finish(hidden, batch.mask)
 
+    def finish(self, batch: int, hidden: Tensor) -> Tensor:
+        """What would enter the head, [batch, length, width], for other outputs of the blocks."""
+        with torch.no_grad():
+            return self._skeleton.finish(hidden, self.batches[batch].mask)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] as the model computes them, for hidden states [..., width]."""
         head = self._skeleton.head
@@ -383,6 +388,16 @@ class Block:
         with torch.no_grad():
             for batch in range(len(self._walk.batches)):
                 self._outputs.append(self.run(batch))
+
+    @property
+    def outputs(self) -> ActivationStore:
+        """What left it, [batch, length, hidden] per batch, as far as batches were run."""
+        return self._outputs
+
+    def valid(self, batch: int, hidden: Tensor) -> Tensor:
+        """Rows [valid tokens, hidden] of hidden states [batch, length, hidden], without padding."""
+        valid, _ = self._walk._valid(self._walk.batches[batch])
+        return hidden.to(self._walk.device).reshape(-1, hidden.shape[-1])[valid]
 
     def save_outputs(self) -> None:
         """Put the outputs on disk, so that a walk can start at the next block.

@@ -9,10 +9,10 @@ option means one field here or in the stage's own file: the recipe loader, the J
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
@@ -68,6 +68,20 @@ class StageConfig(BaseModel, ABC):
     def calibration_need(self) -> Need | None:
         """Why the stage reads calibration text, or None when it reads none."""
         return None
+
+    @property
+    def width_multiple(self) -> int:
+        """What the stage needs the widths of its model to be a multiple of."""
+        return 1
+
+    def before(self, later: Sequence[StageConfig]) -> Self:
+        """The stage with every option settled that depends on the stages after it.
+
+        Args:
+            later: the stages that follow, in order.
+        """
+        del later
+        return self
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture this stage leaves. Pure: reads no file, loads no weight.

@@ -92,6 +92,12 @@ class RounderConfig(StageConfig):
         return f"{method} {grid_label(self.scheme)}{mixed}"
 
     @property
+    def width_multiple(self) -> int:
+        """Groups, also those of overrides, must divide the inputs of matrices."""
+        sizes = [self.group_size, *(override.group_size for override in self.overrides)]
+        return math.lcm(*(size for size in sizes if isinstance(size, int)))
+
+    @property
     def scheme(self) -> WeightScheme:
         """The grid of the targeted linear layers."""
         return self._scheme(self.bits)

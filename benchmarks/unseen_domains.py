@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -153,7 +154,7 @@ def main() -> None:
         for stage, text, bits in keys:
             key = f"{stage}/{text}/{bits}"
             if key not in cells:
-                name = key.replace("/", "~").replace(":", "~")
+                name = re.sub(r"[^\w.-]", "~", key)  # the session quotes what is not plain
                 found = bench.cell(stage_of(stage, bits), sets[text], name)
                 cells[key] = {"key": key, **found}
                 with path.open("a") as file:

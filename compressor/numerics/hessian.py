@@ -20,8 +20,22 @@ _BLOCK = 256
 @contextmanager
 def full_precision() -> Iterator[None]:
     """fp32 products in fp32, whatever the process has allowed (TF32, bf16); restored at exit."""
+    with exact_products(torch.float32):
+        yield
+
+
+@contextmanager
+def exact_products(inputs: torch.dtype) -> Iterator[None]:
+    """fp32 sums of products that the fastest units form without rounding; restored at exit.
+
+    Numbers that came as bf16 stay what they are when a unit takes its factors as bf16 (AMX,
+    AVX512-BF16, tensor cores), and it adds their products in fp32. Others need all of fp32.
+
+    Args:
+        inputs: dtype that the numbers came in, before they were widened to fp32.
+    """
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision("medium" if inputs == torch.bfloat16 else "highest")
     try:
         yield
     finally:
@@ -48,7 +62,7 @@ class HessianAccumulator:
         """
         rows = inputs.to(self._sum)
         width = self._sum.shape[0]
-        with full_precision():
+        with exact_products(inputs.dtype):
             # Only blocks on and above the diagonal: the rest mirrors them.
             for start in range(0, width, _BLOCK):
                 stop = min(start + _BLOCK, width)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.errors import NumericalError
 from compressor.numerics.gptq import HessianFactor, damped
-from compressor.numerics.hessian import full_precision
+from compressor.numerics.hessian import exact_products
 
 
 class DriftAccumulator:
@@ -46,7 +46,9 @@ class DriftAccumulator:
                 f"the streams pair token by token: {list(reference.shape)} and {list(inputs.shape)}"
             )
         rows = inputs.to(self._sum)
-        with full_precision():
+        # Where the streams are bf16 and close, so is their difference, exactly; where they lie
+        # further apart than a factor of two, it is rounded to bf16 on the way.
+        with exact_products(torch.promote_types(reference.dtype, inputs.dtype)):
             self._sum.addmm_((reference.to(self._sum) - rows).T, rows)
         if not torch.isfinite(self._sum.diagonal()).all():
             raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
+
+_PRECISION = "bits of an activation while calibration text ran"
 
 
 class QuantizeGptq(RounderConfig):
@@ -100,6 +103,15 @@ class QuantizeGptq(RounderConfig):
         "about 0.5 harms.",
         source="GPTQ `--true-sequential`",
     )
+    precision: Literal["auto", "float32"] = option(
+        "auto",
+        "Precision in which calibration text runs through the blocks: `auto`, the model's own "
+        "where the processor has units for it (bf16 with AMX or AVX512-BF16, bf16 and fp16 on a "
+        "GPU), else fp32.",
+        effect="With AMX a third of the time and half the memory for activations. Hessians are "
+        "summed and matrices solved in fp32 or fp64 either way; the report says which it was.",
+        source="LOG.md, calibration in the model's own precision",
+    )
     on_failure: Literal["rtn", "stop"] = option(
         "rtn",
         "What happens to a matrix whose Hessian cannot be factorised even with full damping: "
@@ -115,11 +127,17 @@ class QuantizeGptq(RounderConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Round every target on inputs that passed through the blocks rounded before it."""
+        import torch
+
+        from compressor.model.precision import working_dtype
         from compressor.stages.rounding import round_model
         from compressor.stages.solving import compensated
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
-        return round_model(
+        own = self.precision == "auto"
+        dtype = working_dtype(checkpoint, context.device) if own else torch.float32
+        context = replace(context, dtype=dtype)
+        result = round_model(
             self,
             compensated(self),
             checkpoint,
@@ -128,3 +146,4 @@ class QuantizeGptq(RounderConfig):
             sublayers=self.sequential == "sublayer",
             reference=self.propagate > 0,
         )
+        return replace(result, notes={**result.notes, _PRECISION: 8.0 * context.dtype.itemsize})

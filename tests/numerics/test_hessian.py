@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +12,7 @@ from compressor.numerics import hessian as hessian_module
 from compressor.numerics.hessian import (
     DiagonalAccumulator,
     HessianAccumulator,
+    exact_products,
     full_precision,
     relative_loss,
     row_losses,
@@ -92,18 +96,27 @@ def test_statistics_of_nothing_are_refused(kind: type) -> None:
         kind(8).diagonal()
 
 
-def test_full_precision_restores_what_it_found() -> None:
+@pytest.mark.parametrize(
+    ("context", "inside"),
+    [
+        (full_precision, "highest"),
+        (lambda: exact_products(torch.bfloat16), "medium"),
+        (lambda: exact_products(torch.float16), "highest"),
+        (lambda: exact_products(torch.float32), "highest"),
+    ],
+)
+def test_precision_is_restored(context: Callable[[], Any], inside: str) -> None:
     def fail_inside() -> None:
-        with full_precision():
-            assert torch.get_float32_matmul_precision() == "highest"
+        with context():
+            assert torch.get_float32_matmul_precision() == inside
             raise RuntimeError("inside")
 
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("high")
     try:
         with pytest.raises(RuntimeError, match="inside"):
             fail_inside()
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision(before)
 

@@ -53,6 +53,19 @@ def error(weight: Tensor, target: Tensor, original: Tensor, rounded: Tensor) -> 
     return float((wanted - got).square().sum() / wanted.square().sum())
 
 
+def test_drift_of_bf16_streams_is_summed_in_fp32() -> None:
+    """Differences come out exactly where the streams are close, which is nearly everywhere."""
+    original, rounded = (stream.bfloat16() for stream in streams(2048, 300, 0.05))
+    drift, same = DriftAccumulator(300), DriftAccumulator(300)
+    for x, y in zip(original.split(256), rounded.split(256), strict=True):
+        drift.add(x, y)
+        same.add(y, y)
+    x, y = original.double(), rounded.double()
+    expected = 2 / 2048 * (x - y).T @ y
+    assert (drift.matrix() - expected).norm() < 1e-3 * expected.norm()
+    assert not same.matrix().any()
+
+
 @pytest.mark.parametrize("damping", [1e-4, 1e-2, 1.0])
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_target_is_the_ridge_solution(damping: float, share: float) -> None:

@@ -15,7 +15,7 @@ ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
-BESIDE |= {"stages", "order", "registry"}
+BESIDE |= {"stages", "order", "registry", "decoding", "training"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
 ENGINE |= {"claim", "facts", "compare", "engine", "pipeline", "doctor"}
 TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
@@ -23,6 +23,9 @@ TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itse
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)
 NEVER = {("model", "formats"), ("formats", "model"), ("evaluation", "stages")}
 NEVER |= {("evaluation", "report"), ("calibration", "stages"), ("report", "stages")}
+# A draft is decoded with, and trained, by whoever has a target; stages are only one such.
+NEVER |= {("decoding", name) for name in ("stages", "report", "training", "evaluation")}
+NEVER |= {("training", name) for name in ("stages", "report", "evaluation")}
 
 # What the command line reads before it knows whether it will need torch.
 LIGHT = ("cli", "console", "errors", "types", "resources", "registry", "recipe", "source")

@@ -58,6 +58,9 @@ class StageConfig(BaseModel, ABC):
     source: ClassVar[str] = ""
     """Paper or reference of the method, shown by `compress explain`."""
 
+    beside: ClassVar[bool] = False
+    """Whether the stage leaves the checkpoint as it is and makes something beside it: a draft."""
+
     method: str
 
     @property

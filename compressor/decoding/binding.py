@@ -8,6 +8,7 @@ and its dense twin have the same one.
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,9 @@ from compressor.provenance import file_sha256
 
 FILE = "draft.json"
 Kind = Literal["standalone", "eagle3"]
+
+# What compressed-tensors keeps beside weights that it has unpacked: `weight_scale`, `input_scale`.
+_OF_PACKING = re.compile(r"\.(weight|input|output)_\w+$")
 
 
 class Binding(BaseModel):
@@ -43,13 +47,15 @@ class Binding(BaseModel):
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256 of names, shapes and values of all parameters, cast to fp32.
+    """SHA-256 of names, shapes and values of all weights, cast to fp32.
 
     Args:
         model: as `load_model` gives it, in a precision that holds the checkpoint's values exactly.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if _OF_PACKING.search(name):
+            continue
         value = parameter.detach().to(device="cpu", dtype=torch.float32).contiguous()
         digest.update(f"{name} {list(value.shape)}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())

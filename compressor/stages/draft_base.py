@@ -78,6 +78,18 @@ class DraftConfig(StageConfig):
         4, "Prompts of each evaluation domain on which the draft is measured.", ge=1
     )
     new_tokens: int = option(64, "Tokens that each of them is continued by.", ge=4)
+    tree_nodes: int = option(
+        0,
+        "Also measure a tree of so many proposals for each pass; 0 measures chains only.",
+        effect="A tree accepts more and costs more to verify: worth it where passes over many "
+        "tokens are cheap.",
+        source="EAGLE-2, arXiv:2406.16858, verifies 60",
+        ge=0,
+        le=64,
+    )
+    tree_width: int = option(
+        4, "Nodes of that tree expanded at each level, and children of each.", ge=1, le=16
+    )
     seed: int = option(0, "Of text and training.", ge=0)
 
     def calibration_need(self) -> Need:
@@ -96,6 +108,24 @@ class DraftConfig(StageConfig):
         if self.length > longest:
             problems("length", f"the model reads at most {longest} tokens", "lower `length`")
         return architecture
+
+    def flops(self, architecture: Architecture) -> float:
+        """Operations of writing and reading the text and of training, estimated.
+
+        Two for each parameter and token forward, four more backward; a token is written with a
+        pass of its own.
+        """
+        text = 2 * architecture.parameters * self.tokens * (1 + self.generated)
+        return text + 6 * self.parameters(architecture) * self.steps * self.batch_size * self.length
+
+    def memory(self, architecture: Architecture) -> int:
+        """Bytes at the peak: target and draft in fp32, its gradients and moments, one batch."""
+        logits = 4 * self.batch_size * self.length * architecture.vocab
+        return 4 * architecture.parameters + 16 * self.parameters(architecture) + 4 * logits
+
+    @abstractmethod
+    def parameters(self, architecture: Architecture) -> int:
+        """Of the draft for a target."""
 
     def schedule(self) -> Schedule:
         """Length and rates of training."""

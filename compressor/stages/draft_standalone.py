@@ -60,6 +60,11 @@ class DraftStandalone(DraftConfig):
             problems("layers", message, f"at most {architecture.layers - 1}")
         return super().plan(architecture, problems)
 
+    def parameters(self, architecture: Architecture) -> int:
+        """Everything but the blocks that are left out."""
+        block = sum(matrix.parameters for matrix in architecture.block(0))
+        return architecture.parameters - block * (architecture.layers - self.layers)
+
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:

@@ -186,5 +186,6 @@ def test_a_draft_replaces_nothing_and_says_when_it_does_not_pay() -> None:
     assert "the same in 7 of 8" in claims["lossless-4-draft.standalone"]
     paying = build_report(changed(drafts=(example.draft(1.4),)))
     assert not [w for w in paying.warnings if w.id.startswith(("no-speed-up", "lookup"))]
+    strange = example.draft(1.4).model_copy(update={"target": "nobody"})
     with pytest.raises(ValidationError, match="drafts of unknown variants"):
-        changed(drafts=(example.draft(1.4).model_copy(update={"target": "nobody"}),))
+        Facts.model_validate(changed(drafts=(strange,)).model_dump())

@@ -7,6 +7,7 @@ The engine is the only writer of a run's directory:
     journal.jsonl       what is done, one line an event
     stages/NN-method/   the checkpoint and codes that each stage leaves
     deliverable/FORMAT/ what engines load
+    deliverable/draft/  the first draft model; others carry the name of their stage
     evaluations/        token scores and results of every variant
     report.json, report.html, README.md, figures/
     scratch/            activations and hidden states; gone when the run is done
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 
+from compressor import drafts
 from compressor.calibration import CalibrationSet, build_batches
 from compressor.claim import exclusive, refuse_changes, require_disk
 from compressor.errors import ModelError, ResumeError
@@ -49,7 +51,7 @@ from compressor.provenance import combined_sha256, hash_files, packages
 from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
 from compressor.report.render import write_report
-from compressor.report.schema import Artifact, FileHash, Report
+from compressor.report.schema import Artifact, Draft, FileHash, Report
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.types import BlockRecord, Fallback
@@ -160,6 +162,7 @@ class _Run:
         self.variants = [Variant(BASE, source.path)]
         self.artifacts: list[Artifact] = []
         self.evaluations: dict[str, Evaluation] = {}
+        self.drafts: list[Draft] = []
 
     def execute(self) -> RunOutcome:
         """Do what is left to do."""
@@ -177,7 +180,10 @@ class _Run:
     def _steps(self) -> RunOutcome:
         self._evaluate(self.variants[0])
         for index, stage in enumerate(self.recipe.stages):
-            self._stage(index, stage)
+            if stage.beside:
+                self._draft(index, stage)
+            else:
+                self._stage(index, stage)
         self._require_unchanged_model()
         for export in self.recipe.export:
             self._export(export)
@@ -277,8 +283,23 @@ class _Run:
         surprises = [] if index else self._unread_tensors()
         surprises += [] if event["loaded_whole"] else [_NOT_LOADED_WHOLE]
         self.variants.append(variant.with_fallbacks(*surprises))
-        if self.recipe.evaluate.every_stage or index + 1 == len(self.recipe.stages):
+        last = max(i for i, stage in enumerate(self.recipe.stages) if not stage.beside)
+        if self.recipe.evaluate.every_stage or index == last:
             self._evaluate(variant)
+
+    def _draft(self, index: int, stage: StageConfig) -> None:
+        """Make a draft for the last variant, measure it, put it beside the deliverables."""
+        name = f"{index + 1:02d}-{stage.method}"
+        variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
+        event = self.journal.find("stage_done", stage=name)
+        variant = variant.finished(event or self._run_stage(variant))
+        if not self.journal.find("draft_measured", stage=name):
+            drafts.measure(variant, self.session)
+            self.journal.append("draft_measured", stage=name)
+        measurement = drafts.load(variant, self.session)
+        out = self.folder / "deliverable" / ("draft" if not self.drafts else name)
+        drafts.deliver(variant, measurement, out)
+        self.drafts.append(drafts.facts(variant, measurement, out, self.folder))
 
     def _run_stage(self, variant: Variant) -> dict[str, Any]:
         stage, parent = variant.stage, variant.parent
@@ -424,6 +445,7 @@ class _Run:
             evaluations=self.evaluations,
             session=self.session,
             calibration=self.calibration,
+            drafts=tuple(self.drafts),
         )
         report = build_report(build_facts(finished))
         write_report(report, self.folder)

@@ -20,7 +20,7 @@ from compressor.model.load import ModelSource, read_licence
 from compressor.plan import Plan
 from compressor.provenance import environment, file_sha256
 from compressor.recipe import Recipe
-from compressor.report.schema import Artifact, Base, Facts, FileHash, Reproduce, Run
+from compressor.report.schema import Artifact, Base, Draft, Facts, FileHash, Reproduce, Run
 from compressor.variants import Variant
 
 _PACKED = "compressed-tensors"
@@ -42,6 +42,7 @@ class Finished:
     evaluations: dict[str, Evaluation]
     session: Session
     calibration: CalibrationSet | None
+    drafts: tuple[Draft, ...] = ()
 
 
 def build_facts(done: Finished) -> Facts:
@@ -68,6 +69,7 @@ def build_facts(done: Finished) -> Facts:
             )
             for variant in done.variants
         ),
+        drafts=done.drafts,
         evaluations=done.evaluations,
         parent_deltas={
             variant.id: done.session.delta(variant.parent.id, variant.id)
@@ -125,7 +127,12 @@ def _sizes(done: Finished) -> dict[str, SizeReport]:
     base = measure(done.source.path, done.plan.parameters)
     sizes = {BASE: base}
     other_files = sum(path.stat().st_size for path in parent_files(done.source.path))
-    for variant, planned in zip(done.variants[1:], done.plan.stages, strict=True):
+    changing = [
+        planned
+        for planned, stage in zip(done.plan.stages, done.recipe.stages, strict=True)
+        if not stage.beside
+    ]
+    for variant, planned in zip(done.variants[1:], changing, strict=True):
         sizes[variant.id] = SizeReport(
             bytes_on_disk=planned.packed_bytes + other_files,
             tensor_bytes=planned.packed_bytes,

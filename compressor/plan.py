@@ -300,7 +300,9 @@ def _stage_plan(
     sequential = getattr(stage, "sequential", "block")
     passes = _PASSES[sequential] + (_PARENT_PASSES[sequential] if reference else 0.0)
     tokens = tokens if reads_text else 0
-    flops = rounding_flops(changed, after, tokens, passes, reference=reference)
+    flops = stage.flops(before) or rounding_flops(
+        changed, after, tokens, passes, reference=reference
+    )
     nominal, linear = linear_bits(after)
     packed = checkpoint_bytes(after)
     return StagePlan(
@@ -314,7 +316,7 @@ def _stage_plan(
         packed_bytes=packed,
         by_role=role_bytes(after),
         disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
-        peak_bytes=block_memory(after, tokens, reference=reference),
+        peak_bytes=stage.memory(before) or block_memory(after, tokens, reference=reference),
         flops=flops,
         seconds=flops / rate,
         remarks=stage.remarks(before),

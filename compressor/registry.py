@@ -95,6 +95,11 @@ BUILTIN = (
         "compressor.stages.quantize_gptq:QuantizeGptq",
         "round column by column, each error compensated in the columns that follow",
     ),
+    Method(
+        "draft.standalone",
+        "compressor.stages.draft_standalone:DraftStandalone",
+        "a few blocks of the target, distilled; a plain model that any engine takes as a draft",
+    ),
 )
 
 

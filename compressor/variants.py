@@ -79,7 +79,7 @@ class Variant:
             id=self.id,
             label=self.stage.label if self.stage else self.id,
             parent=self.parent.id if self.parent else None,
-            stage=self._stage_facts(),
+            stage=self.stage_facts(),
             size=Size(
                 **size.model_dump(exclude={"by_role", "logical_parameters"}),
                 by_role=RoleBytes(**size.by_role),
@@ -90,7 +90,8 @@ class Variant:
             load_snippets=load_snippets(artifact.path, artifact.format) if artifact else {},
         )
 
-    def _stage_facts(self) -> StageFacts | None:
+    def stage_facts(self) -> StageFacts | None:
+        """What the stage did; None for the base."""
         if self.stage is None or self.result is None:
             return None
         return StageFacts(

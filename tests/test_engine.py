@@ -44,6 +44,7 @@ export:
 """
 STAGE = "01-quantize.gptq"
 EVALUATION = ("documents=1", "length=64", "resamples=100", "noise_floor=false")
+SMALL_DRAFT = ("tokens=256", "length=32", "prompt=8", "steps=2", "prompts=1", "new_tokens=6")
 SMALL = [word for entry in EVALUATION for word in ("--set", f"evaluate.{entry}")]
 
 
@@ -551,11 +552,16 @@ def test_every_shipped_recipe_runs(
     name: str, tmp_path: Path, compress: Callable[..., Result]
 ) -> None:
     options = [*SMALL, "--set", "evaluate.suite=quick"]
-    if load_recipe(name).calibration is not None:
+    recipe = load_recipe(name)
+    if recipe.calibration is not None:
         options += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
+    for index, stage in enumerate(recipe.stages):
+        small = SMALL_DRAFT if stage.beside else ()
+        options += [word for entry in small for word in ("--set", f"stages.{index}.{entry}")]
     result = compress(name, "builtin:tiny", "-o", tmp_path / "run", "-q", *options)
     found = report(tmp_path / "run")
     assert result.code == CODES[found["verdict"]]
     assert result.code in ((0,) if name == "quickstart" else (0, 4, 5))
     assert found["variants"][-1]["artifact"]["max_logit_difference"] == 0
-    assert len(found["variants"]) == 1 + len(load_recipe(name).stages)
+    assert len(found["variants"]) == 1 + sum(not stage.beside for stage in recipe.stages)
+    assert len(found["drafts"]) == sum(stage.beside for stage in recipe.stages)

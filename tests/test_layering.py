@@ -15,14 +15,17 @@ ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
-BESIDE |= {"stages", "order", "registry"}
+BESIDE |= {"stages", "order", "registry", "decoding", "training"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
-ENGINE |= {"claim", "facts", "compare", "engine", "pipeline", "doctor"}
+ENGINE |= {"claim", "facts", "compare", "engine", "pipeline", "doctor", "drafts"}
 TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)
 NEVER = {("model", "formats"), ("formats", "model"), ("evaluation", "stages")}
 NEVER |= {("evaluation", "report"), ("calibration", "stages"), ("report", "stages")}
+# A draft is decoded with, and trained, by whoever has a target; stages are only one such.
+NEVER |= {("decoding", name) for name in ("stages", "report", "training", "evaluation")}
+NEVER |= {("training", name) for name in ("stages", "report", "evaluation")}
 
 # What the command line reads before it knows whether it will need torch.
 LIGHT = ("cli", "console", "errors", "types", "resources", "registry", "recipe", "source")
@@ -119,7 +122,7 @@ def test_light_modules_import_nothing_heavy_at_the_top(name: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "stages").glob("*.py")), ids=lambda p: p.stem)
 def test_stages_import_torch_when_they_run(path: Path) -> None:
-    if path.stem in {"base", "quantize_base"} or path.stem.startswith("quantize_"):
+    if path.stem in {"base", "quantize_base"} or path.stem.startswith(("quantize_", "draft_")):
         roots = {m.split(".")[0] for m in imports(path.read_text("utf-8"), top_only=True)}
         assert not roots & HEAVY
 

@@ -85,6 +85,7 @@ def _tables(report: Report) -> dict[str, object]:
         "divergence": tables.divergence_table(report),
         "stages": tables.stage_table(report),
         "notes": tables.notes_table(report),
+        "drafts": tables.draft_tables(report),
         "worst_tokens": tables.worst_token_table(report),
         "fallbacks": tables.fallback_table(report),
         "contamination": tables.contamination_table(report),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from compressor.decoding.results import DraftMeasurement
 from compressor.evaluation.results import (
     Contamination,
     Divergence,
@@ -20,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.0.0"
+SCHEMA_VERSION = "1.1.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -185,6 +186,21 @@ class Variant(Frozen):
     )
 
 
+class Draft(Frozen):
+    """A model that speculates for a variant: it stands beside it and replaces nothing."""
+
+    id: str
+    label: str
+    target: str = Field(description="the variant that it speculates for")
+    stage: StageFacts
+    path: str
+    bytes_on_disk: int
+    target_sha256: str = Field(description="of the target's weights as they compute")
+    trained_tokens: int
+    measurement: DraftMeasurement
+    worthwhile: bool = Field(description="whether it was measurably faster than plain decoding")
+
+
 class Reproduce(Frozen):
     """What gives the same bytes again."""
 
@@ -210,6 +226,7 @@ class Facts(Frozen):
     noise_floor: Divergence | None = None
     contamination: tuple[Contamination, ...] = ()
     gates: tuple[GateVerdict, ...] = ()
+    drafts: tuple[Draft, ...] = ()
     judged: str | None = Field(
         default=None,
         description="variant the gates speak of; the last one that was compared when null",
@@ -234,6 +251,9 @@ class Facts(Frozen):
         for place, variant in enumerate(self.variants[1:], start=1):
             if variant.stage is None or variant.parent not in ids[:place]:
                 raise ValueError(f"variant {variant.id!r} needs a stage and an earlier parent")
+        strangers = sorted({draft.target for draft in self.drafts} - set(ids))
+        if strangers:
+            raise ValueError(f"drafts of unknown variants: {strangers}")
         named = {*self.evaluations, *self.parent_deltas, *([self.judged] if self.judged else [])}
         unknown = sorted(named - set(ids))
         if unknown:

@@ -9,7 +9,7 @@ from typing import Any
 from compressor.evaluation.results import Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
-from compressor.report.schema import Attribution, Report, Variant
+from compressor.report.schema import Attribution, Draft, Report, Variant
 
 NONE = "–"
 
@@ -303,6 +303,93 @@ def notes_table(report: Report) -> Table | None:
     return Table("notes", caption, header, tuple(rows), frozenset({0, 1})) if rows else None
 
 
+def draft_tables(report: Report) -> list[Table]:
+    """Speed and acceptance of every draft."""
+    if not report.drafts:
+        return []
+    return [draft_speeds(report), *(_draft_acceptance(draft) for draft in report.drafts)]
+
+
+def draft_speeds(report: Report) -> Table:
+    """What every draft costs and gains, by batch size; no rows without a draft."""
+    rows = (
+        (
+            draft.label,
+            numbers.size(draft.bytes_on_disk),
+            str(speed.batch),
+            str(speed.drafted),
+            numbers.number(1 + sum(draft.measurement.greedy.by_position[: speed.drafted])),
+            numbers.number(speed.draft_cost),
+            numbers.number(speed.verify_costs[speed.drafted - 1]),
+            numbers.ratio(speed.predicted),
+            numbers.ratio(speed.measured),
+            _or_none(speed.tree, numbers.ratio),
+            numbers.ratio(speed.untrained),
+            numbers.ratio(speed.lookup),
+            _or_none(speed.assisted, numbers.ratio),
+        )
+        for draft in report.drafts
+        for speed in draft.measurement.speeds
+    )
+    return Table(
+        "drafts",
+        "Greedy decoding with a draft against plain decoding, wall-clock on this machine. γ: "
+        "tokens drafted before each pass, the best by prediction. τ: tokens per pass, the "
+        "target's own included. c: a draft step, v: a pass over γ + 1 tokens, both in plain "
+        "steps. Predicted: τ at γ / (γ c + v). Lookup: n-grams copied from the text. Assisted: "
+        "transformers with the same draft.",
+        (
+            "draft",
+            "on disk",
+            "batch",
+            "γ",
+            "τ",
+            "c",
+            "v",
+            "predicted",
+            "measured",
+            "tree",
+            "untrained",
+            "lookup",
+            "assisted",
+        ),
+        tuple(rows),
+    )
+
+
+def _draft_acceptance(draft: Draft) -> Table:
+    found = draft.measurement
+    rows = [
+        (name, kind, acceptance)
+        for name, domain in found.domains.items()
+        for kind, acceptance in (("greedy", domain.greedy), ("sampled", domain.sampled))
+    ]
+    rows += [
+        ("all domains", "greedy", found.greedy),
+        ("all domains", "sampled", found.sampled),
+        ("untrained draft", "greedy", found.untrained),
+        ("prompt lookup", "greedy", found.lookup),
+    ]
+    places = len(found.greedy.by_position)
+    return Table(
+        f"acceptance-{draft.id}",
+        f"{draft.label}: share of blocks in which the first tokens were all accepted, by their "
+        "number. Sampled: temperature 1. Prompt lookup counts only blocks in which it proposed.",
+        ("text", "decoding", "blocks", "τ", *(str(place) for place in range(1, places + 1))),
+        tuple(
+            (
+                name,
+                kind,
+                numbers.count(acceptance.blocks),
+                numbers.number(acceptance.length),
+                *(numbers.share(share) for share in acceptance.by_position),
+            )
+            for name, kind, acceptance in rows
+        ),
+        frozenset({0, 1}),
+    )
+
+
 def worst_token_table(report: Report) -> Table | None:
     """The tokens on which the headline variant left the base furthest."""
     evaluation = report.evaluations.get(report.headline)
@@ -349,7 +436,8 @@ def visible(text: str) -> str:
 
 def fallback_table(report: Report) -> Table | None:
     """Everything that was done otherwise than asked."""
-    rows = [(labels_of(report)[f.variant], f.module, f.reason, f.action) for f in report.fallbacks]
+    labels = labels_of(report) | {draft.id: draft.label for draft in report.drafts}
+    rows = [(labels[f.variant], f.module, f.reason, f.action) for f in report.fallbacks]
     return (
         Table(
             "fallbacks",

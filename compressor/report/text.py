@@ -23,6 +23,7 @@ def to_text(report: Report) -> str:
         tables.size_table(report),
         tables.quality_table(report).without(*DROPPED),
         *_domains(report),
+        tables.draft_speeds(report),
     ]
     parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
     if report.warnings:

@@ -58,6 +58,9 @@ class StageConfig(BaseModel, ABC):
     source: ClassVar[str] = ""
     """Paper or reference of the method, shown by `compress explain`."""
 
+    beside: ClassVar[bool] = False
+    """Whether the stage leaves the checkpoint as it is and makes something beside it: a draft."""
+
     method: str
 
     @property
@@ -97,6 +100,16 @@ class StageConfig(BaseModel, ABC):
         """The matrices of `after` that the stage writes anew; those `plan` altered, by default."""
         kept = set(before.matrices)
         return tuple(matrix for matrix in after.matrices if matrix not in kept)
+
+    def flops(self, architecture: Architecture) -> float:
+        """Operations of the stage; 0 leaves the estimate of a calibrated rounder."""
+        del architecture
+        return 0.0
+
+    def memory(self, architecture: Architecture) -> int:
+        """Bytes at the stage's peak; 0 leaves the estimate of a walk block by block."""
+        del architecture
+        return 0
 
     def remarks(self, before: Architecture) -> tuple[str, ...]:
         """Sentences that a user should read in the plan, such as what the stage costs in bytes."""

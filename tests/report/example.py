@@ -6,6 +6,12 @@ import hashlib
 import math
 import random
 
+from compressor.decoding.results import (
+    Acceptance,
+    DraftDomain,
+    DraftMeasurement,
+    DraftSpeed,
+)
 from compressor.evaluation.results import (
     Contamination,
     Divergence,
@@ -21,6 +27,7 @@ from compressor.report.build import build_report
 from compressor.report.schema import (
     Artifact,
     Base,
+    Draft,
     Environment,
     Facts,
     FileHash,
@@ -411,3 +418,45 @@ def gates() -> tuple[GateVerdict, ...]:
 
 def report() -> Report:
     return build_report(facts())
+
+
+def draft(measured: float) -> Draft:
+    """A draft for the last variant, of a given measured speed-up at batch 1."""
+    acceptance = Acceptance(by_position=(0.5, 0.2, 0.05), length=1.75, blocks=120)
+    speed = DraftSpeed(
+        batch=1,
+        plain_tokens_per_second=31.5,
+        draft_cost=0.24,
+        verify_costs=(1.05, 1.1, 1.2),
+        drafted=2,
+        predicted=1.07,
+        measured=measured,
+        untrained=0.8,
+        lookup=1.1,
+        assisted=0.95,
+    )
+    return Draft(
+        id="4-draft.standalone",
+        label="Draft, 1 block",
+        target=variants()[-1].id,
+        stage=StageFacts(
+            method="draft.standalone", params={"drafted": 3}, seconds=100.0, peak_bytes=10**9
+        ),
+        path="deliverable/draft",
+        bytes_on_disk=61_000_000,
+        target_sha256=digest("target"),
+        trained_tokens=300_000,
+        measurement=DraftMeasurement(
+            domains={name: DraftDomain(greedy=acceptance, sampled=acceptance) for name in DOMAINS},
+            greedy=acceptance,
+            sampled=acceptance,
+            untrained=acceptance,
+            lookup=acceptance,
+            tree_length=None,
+            speeds=(speed, speed.model_copy(update={"batch": 4, "assisted": None})),
+            prompts=8,
+            identical=7,
+            largest_margin=0.0002,
+        ),
+        worthwhile=measured >= 1.05,
+    )

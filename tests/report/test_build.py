@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from compressor.errors import VerificationError
 from compressor.evaluation.results import Estimate
@@ -174,20 +175,17 @@ def test_the_run_may_name_the_judged_variant() -> None:
     assert any("Depth 28 takes 257 MB" in claim.text for claim in report.claims)
 
 
-def test_a_draft_adds_bytes_and_replaces_nothing() -> None:
-    base, pruned, last = example.variants()
-    assert last.stage is not None
-    draft = last.model_copy(
-        update={
-            "id": "draft",
-            "stage": last.stage.model_copy(update={"method": "draft.eagle3"}),
-        }
-    )
-    facts = changed(
-        variants=(base, pruned, draft),
-        evaluations={k: v for k, v in example.facts().evaluations.items() if k != LAST},
-    )
-    report = build_report(facts)
-    assert report.headline == "1-prune-depth"
-    assert report.attribution[1].bytes_saved == -draft.size.bytes_on_disk
-    assert report.attribution[1].delta_to_parent is None
+def test_a_draft_replaces_nothing_and_says_when_it_does_not_pay() -> None:
+    report = build_report(changed(drafts=(example.draft(0.9),)))
+    assert report.headline == LAST
+    warnings = {warning.id: warning.text for warning in report.warnings}
+    assert "do not deploy: 0.90× of plain decoding" in warnings["no-speed-up-4-draft.standalone"]
+    assert "prompt lookup" in warnings["lookup-4-draft.standalone"]
+    claims = {claim.id: claim.text for claim in report.claims}
+    assert "of 3 tokens drafted the target takes 1.75" in claims["draft-4-draft.standalone"]
+    assert "the same in 7 of 8" in claims["lossless-4-draft.standalone"]
+    paying = build_report(changed(drafts=(example.draft(1.4),)))
+    assert not [w for w in paying.warnings if w.id.startswith(("no-speed-up", "lookup"))]
+    strange = example.draft(1.4).model_copy(update={"target": "nobody"})
+    with pytest.raises(ValidationError, match="drafts of unknown variants"):
+        Facts.model_validate(changed(drafts=(strange,)).model_dump())

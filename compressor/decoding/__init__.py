@@ -1,0 +1,1 @@
+"""Decoding with and without a draft, and what it is worth on this machine."""

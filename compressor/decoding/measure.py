@@ -1,0 +1,307 @@
+"""Acceptance, costs and speed of a draft on this machine, beside what needs no draft.
+
+Speed-up = τ / (γ c + v): tokens per pass of the target over the time of a pass and of the γ steps
+of the draft before it, in units of a plain step. Everything is measured in the same run, the ways
+of decoding taking turns prompt by prompt, so that a busy machine is busy for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from compressor.decoding.cached import CachedModel
+from compressor.decoding.decode import Decoded, Limits, decode, first_difference, margin
+from compressor.decoding.proposals import Chain, Draft, ModelDraft, PromptLookup, Shape, Tree
+from compressor.decoding.results import Acceptance, DraftDomain, DraftMeasurement, DraftSpeed
+from compressor.model.quiet import quiet
+from compressor.numerics.speculative import (
+    Sampling,
+    acceptance_length,
+    accepted_by_position,
+    best_drafted,
+)
+from compressor.progress import Observer
+
+Prompts = Sequence[Sequence[int]]
+
+_CONTEXT = 64  # tokens in the cache when a pass is timed
+_ROUNDS = 7
+BATCHES = (1, 4)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured.
+
+    Attributes:
+        drafted: largest γ.
+        new_tokens: by which every prompt is continued; nothing ends a row earlier.
+        tree: tried beside chains; None leaves it out.
+        timed: prompts whose decoding is timed.
+        seed: of sampling.
+    """
+
+    drafted: int
+    new_tokens: int
+    tree: Tree | None
+    timed: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Costs:
+    draft: float
+    verify: tuple[float, ...]
+
+
+def measure_draft(
+    target: CachedModel,
+    draft: Draft,
+    untrained: Draft,
+    prompts: Mapping[str, Prompts],
+    protocol: Protocol,
+    observer: Observer,
+) -> DraftMeasurement:
+    """Measure a draft.
+
+    Args:
+        target: returns the features that the draft reads.
+        draft, untrained: after and before training.
+        prompts: by domain.
+        protocol: what is measured.
+        observer: progress.
+    """
+    return _Measuring(target, draft, untrained, prompts, protocol, observer).run()
+
+
+class _Measuring:
+    def __init__(
+        self,
+        target: CachedModel,
+        draft: Draft,
+        untrained: Draft,
+        prompts: Mapping[str, Prompts],
+        protocol: Protocol,
+        observer: Observer,
+    ) -> None:
+        self.target, self.draft, self.untrained = target, draft, untrained
+        self.prompts, self.protocol, self.observer = prompts, protocol, observer
+        self.chain = Chain(protocol.drafted)
+        self.limits = Limits(protocol.new_tokens)
+        self.everything = [prompt for rows in prompts.values() for prompt in rows]
+
+    def run(self) -> DraftMeasurement:
+        """Acceptance first, then costs, then wall-clock time at the best γ."""
+        with self.observer.task("measure draft", len(self.prompts) + 3 + len(BATCHES)) as task:
+            domains, blocks = {}, _Blocks()
+            for name, rows in self.prompts.items():
+                domains[name] = self._domain(rows, blocks)
+                task.advance()
+            untrained = self._runs(self.untrained, self.chain, self.everything)
+            task.advance()
+            lookup = self._runs(PromptLookup(), self.chain, self.everything)
+            task.advance()
+            tree = self._tree_length()
+            task.advance()
+            greedy = _acceptance(blocks.greedy, self.protocol.drafted)
+            speeds, compared = [], []
+            for batch in BATCHES:
+                speed, pairs = self._speed(batch, greedy)
+                speeds.append(speed)
+                compared += pairs
+                task.advance()
+        margins = self._margins(compared)
+        return DraftMeasurement(
+            domains=domains,
+            greedy=greedy,
+            sampled=_acceptance(blocks.sampled, self.protocol.drafted),
+            untrained=_acceptance(untrained, self.protocol.drafted),
+            lookup=_acceptance(lookup, self.protocol.drafted),
+            tree_length=tree,
+            speeds=tuple(speeds),
+            prompts=len(compared),
+            identical=len(compared) - len(margins),
+            largest_margin=max(margins, default=0.0),
+        )
+
+    # ------------------------------------------------------------------ acceptance
+
+    def _domain(self, rows: Prompts, blocks: _Blocks) -> DraftDomain:
+        greedy = self._runs(self.draft, self.chain, rows)
+        sampled = self._runs(self.draft, self.chain, rows, Sampling(1.0))
+        blocks.greedy += greedy
+        blocks.sampled += sampled
+        drafted = self.protocol.drafted
+        return DraftDomain(
+            greedy=_acceptance(greedy, drafted), sampled=_acceptance(sampled, drafted)
+        )
+
+    def _runs(
+        self,
+        draft: Draft,
+        shape: Shape,
+        rows: Prompts,
+        sampling: Sampling = Sampling(),  # noqa: B008 — frozen
+    ) -> list[tuple[int, int]]:
+        """(proposed, accepted) of every block but those that a row's end cut short."""
+        found = self._decode(rows, draft, shape, sampling)
+        return [(block.proposed, block.accepted) for row in found.blocks for block in row[:-1]]
+
+    def _decode(
+        self,
+        rows: Prompts,
+        draft: Draft | None,
+        shape: Shape,
+        sampling: Sampling = Sampling(),  # noqa: B008 — frozen
+    ) -> Decoded:
+        return decode(
+            self.target, rows, self.limits, draft=draft, shape=shape, sampling=sampling,
+            seed=self.protocol.seed,
+        )  # fmt: skip
+
+    def _tree_length(self) -> float | None:
+        if self.protocol.tree is None:
+            return None
+        runs = self._runs(self.draft, self.protocol.tree, self.everything)
+        return 1 + sum(accepted for _, accepted in runs) / max(1, len(runs))
+
+    # ------------------------------------------------------------------ speed
+
+    def _speed(
+        self, batch: int, greedy: Acceptance
+    ) -> tuple[DraftSpeed, list[tuple[Sequence[int], tuple[int, ...], tuple[int, ...]]]]:
+        """Speed at a batch size, and what plain and speculative decoding gave for each prompt."""
+        groups = _groups(self._timed(), batch)
+        costs = self._costs(groups[0])
+        drafted, predicted = best_drafted(greedy.by_position, costs.draft, costs.verify)
+        ways = self._ways(drafted, batch)
+        seconds = dict.fromkeys(ways, 0.0)
+        compared = []
+        for rows in groups:
+            results = {}
+            for name, way in ways.items():
+                began = time.perf_counter()
+                results[name] = way(rows)
+                seconds[name] += time.perf_counter() - began
+            pairs = zip(rows, results["plain"], results["measured"], strict=True)
+            compared += list(pairs)
+        tokens = sum(len(rows) for rows in groups) * self.protocol.new_tokens
+        gains = {name: seconds["plain"] / taken for name, taken in seconds.items()}
+        del gains["plain"]
+        return DraftSpeed(
+            batch=batch,
+            plain_tokens_per_second=tokens / seconds["plain"],
+            draft_cost=costs.draft,
+            verify_costs=costs.verify,
+            drafted=drafted,
+            predicted=predicted,
+            **gains,
+        ), compared
+
+    def _timed(self) -> list[Sequence[int]]:
+        """Prompts of all domains in turn."""
+        most = max(len(rows) for rows in self.prompts.values())
+        turns = [rows[i] for i in range(most) for rows in self.prompts.values() if i < len(rows)]
+        return turns[: self.protocol.timed]
+
+    def _ways(
+        self, drafted: int, batch: int
+    ) -> dict[str, Callable[[Prompts], Sequence[tuple[int, ...]]]]:
+        """Ways of decoding, by the name of their field; each gives the new tokens."""
+        chain, tree = Chain(drafted), self.protocol.tree
+        ways: dict[str, Callable[[Prompts], Sequence[tuple[int, ...]]]] = {
+            "plain": lambda rows: self._decode(rows, None, chain).tokens,
+            "measured": lambda rows: self._decode(rows, self.draft, chain).tokens,
+            "untrained": lambda rows: self._decode(rows, self.untrained, chain).tokens,
+            "lookup": lambda rows: self._decode(rows, PromptLookup(), self.chain).tokens,
+        }
+        if tree is not None:
+            ways["tree"] = lambda rows: self._decode(rows, self.draft, tree).tokens
+        if isinstance(self.draft, ModelDraft) and batch == 1:
+            assistant = self.draft.model.model
+            ways["assisted"] = lambda rows: [self._assisted(assistant, rows[0], drafted)]
+        return ways
+
+    def _assisted(self, assistant: Any, prompt: Sequence[int], drafted: int) -> tuple[int, ...]:
+        """transformers' own loop with the same draft and the same γ."""
+        ids = torch.tensor([list(prompt)], device=self.target.device)
+        settings = assistant.generation_config
+        settings.num_assistant_tokens = drafted
+        settings.num_assistant_tokens_schedule = "constant"
+        settings.assistant_confidence_threshold = 0.0
+        with torch.inference_mode(), quiet():
+            found = self.target.model.generate(
+                ids, attention_mask=torch.ones_like(ids), assistant_model=assistant,
+                max_new_tokens=self.protocol.new_tokens, do_sample=False, eos_token_id=None,
+                pad_token_id=0,
+            )  # fmt: skip
+        return tuple(found[0, len(prompt) :].tolist())
+
+    def _costs(self, rows: Prompts) -> _Costs:
+        """c from decoding itself, v from timed passes."""
+        verify = self._pass_seconds(len(rows))
+        plain, found = (self._decode(rows, way, self.chain) for way in (None, self.draft))
+        step = plain.timing.verify / plain.timing.passes
+        drafted = sum(block.proposed for block in max(found.blocks, key=len))
+        return _Costs(
+            found.timing.draft / drafted / step,
+            tuple(seconds / verify[0] for seconds in verify[1:]),
+        )
+
+    @torch.inference_mode()
+    def _pass_seconds(self, rows: int) -> list[float]:
+        """Median time of a pass over 1 … γ + 1 tokens behind a short context."""
+        target, most = self.target, self.protocol.drafted + 1
+        target.start(rows)
+        context = min(_CONTEXT, target.longest - most)
+        ids = torch.arange(context + most) % target.vocab
+        target.forward(ids[:context].expand(rows, -1))
+        target.commit([range(context)] * rows)
+        taken: list[list[float]] = [[] for _ in range(most)]
+        for _ in range(_ROUNDS):
+            for count in range(most):
+                began = time.perf_counter()
+                target.forward(ids[context : context + count + 1].expand(rows, -1))
+                taken[count].append(time.perf_counter() - began)
+                target.commit([[]] * rows)
+        return [median(times) for times in taken]
+
+    # ------------------------------------------------------------------ losslessness
+
+    def _margins(
+        self, compared: Sequence[tuple[Sequence[int], tuple[int, ...], tuple[int, ...]]]
+    ) -> list[float]:
+        """How near to a tie the target was wherever a draft changed the text."""
+        found = []
+        for prompt, plain, drafted in compared:
+            place = first_difference(plain, drafted)
+            if place is not None:
+                found.append(margin(self.target, [*prompt, *plain[:place]]))
+        return found
+
+
+class _Blocks:
+    """Blocks of all domains."""
+
+    def __init__(self) -> None:
+        self.greedy: list[tuple[int, int]] = []
+        self.sampled: list[tuple[int, int]] = []
+
+
+def _acceptance(runs: Sequence[tuple[int, int]], drafted: int) -> Acceptance:
+    by_position = accepted_by_position(runs, drafted)
+    return Acceptance(
+        by_position=tuple(by_position), length=acceptance_length(by_position), blocks=len(runs)
+    )
+
+
+def _groups(rows: Prompts, batch: int) -> list[Prompts]:
+    """Full batches; a last one that is not full is left out unless it is the only one."""
+    groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    return [group for group in groups if len(group) == batch] or groups[:1]

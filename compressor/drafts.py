@@ -1,0 +1,129 @@
+"""Drafts of a run: measured against their target, delivered beside it, told in the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from compressor.decoding.binding import read_binding, tokenizer_sha256
+from compressor.decoding.cached import CachedModel
+from compressor.decoding.measure import Protocol, measure_draft
+from compressor.decoding.prompts import as_prompt
+from compressor.decoding.proposals import Tree
+from compressor.decoding.results import DraftMeasurement
+from compressor.evaluation.session import Session
+from compressor.formats.atomic import atomic_write_bytes, atomic_write_json
+from compressor.model.load import load_model
+from compressor.report.schema import Draft
+from compressor.stages.draft_base import DraftConfig
+from compressor.variants import Variant
+
+_GENERATION = "generation_config.json"
+_PROMPT_TOKENS = 32
+_TIMED = 8  # prompts whose decoding is timed
+
+
+def measure(variant: Variant, session: Session) -> DraftMeasurement:
+    """Decode evaluation text with a draft and without; the result is stored at once.
+
+    Args:
+        variant: the finished draft stage; its parent is the target.
+        session: whose text and precision are used.
+
+    Raises:
+        ModelError: the draft belongs to another target.
+    """
+    stage, parent = variant.stage, variant.parent
+    assert isinstance(stage, DraftConfig)
+    assert parent is not None
+    model = load_model(parent.checkpoint, session.device, session.dtype)
+    draft = stage.load(variant.checkpoint, model, tokenizer_sha256(parent.checkpoint))
+    measurement = measure_draft(
+        CachedModel(model, draft.layers),
+        draft,
+        stage.untrained(model),
+        _prompts(session, stage.prompts),
+        Protocol(stage.drafted, stage.new_tokens, _tree(stage), _TIMED, stage.seed),
+        session.observer,
+    )
+    atomic_write_json(_path(variant, session), measurement.model_dump(mode="json"))
+    return measurement
+
+
+def load(variant: Variant, session: Session) -> DraftMeasurement:
+    """What `measure` stored."""
+    return DraftMeasurement.model_validate_json(_path(variant, session).read_bytes())
+
+
+def _path(variant: Variant, session: Session) -> Path:
+    return session.folder / f"{variant.id}.json"
+
+
+def _tree(stage: DraftConfig) -> Tree | None:
+    return Tree(stage.drafted, stage.tree_width, stage.tree_nodes) if stage.tree_nodes else None
+
+
+def _prompts(session: Session, count: int) -> dict[str, list[list[int]]]:
+    """The beginnings of the first documents of every evaluation domain."""
+    tokenizer = session.tokenizer
+    return {
+        domain: [
+            as_prompt(tokenizer, _beginning(tokenizer, document.text))
+            for document in documents[:count]
+        ]
+        for domain, documents in session.text.domains.items()
+    }
+
+
+def _beginning(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, truncation=True, max_length=_PROMPT_TOKENS)["input_ids"])
+
+
+def deliver(variant: Variant, measurement: DraftMeasurement, out: Path) -> None:
+    """Copy a draft to where it is deployed from, with the best number of tokens to draft.
+
+    Args:
+        variant: the draft stage.
+        measurement: of this draft.
+        out: folder, written anew.
+    """
+    for path in sorted(variant.checkpoint.iterdir()):
+        if path.is_file():
+            atomic_write_bytes(out / path.name, path.read_bytes())
+    path = out / _GENERATION
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    settings |= {
+        "num_assistant_tokens": measurement.speeds[0].drafted,
+        "num_assistant_tokens_schedule": "constant",
+        "assistant_confidence_threshold": 0.0,
+    }
+    atomic_write_json(path, settings)
+
+
+def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Path) -> Draft:
+    """The draft's place in the report.
+
+    Args:
+        variant: the draft stage.
+        measurement: of this draft.
+        out: where it was delivered.
+        folder: of the run.
+    """
+    stage, parent, done = variant.stage, variant.parent, variant.stage_facts()
+    assert stage is not None
+    assert parent is not None
+    assert done is not None
+    binding = read_binding(out)
+    return Draft(
+        id=variant.id,
+        label=stage.label,
+        target=parent.id,
+        stage=done,
+        path=out.relative_to(folder).as_posix(),
+        bytes_on_disk=sum(path.stat().st_size for path in out.iterdir()),
+        target_sha256=binding.target_sha256,
+        trained_tokens=binding.trained_tokens,
+        measurement=measurement,
+        worthwhile=measurement.worthwhile,
+    )

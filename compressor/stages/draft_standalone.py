@@ -1,0 +1,95 @@
+"""`draft.standalone`: a small model of the target's class that any engine loads as a draft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from compressor.stages.base import ReportProblem, option
+from compressor.stages.draft_base import DraftConfig
+
+if TYPE_CHECKING:
+    from compressor.calibration import CalibrationSet
+    from compressor.model.architecture import Architecture
+    from compressor.stages.context import StageContext
+    from compressor.types import StageResult
+
+
+class DraftStandalone(DraftConfig):
+    """Copy some blocks of the target into a small model and distil it on the target's text.
+
+    The result is a plain checkpoint with the target's tokenizer: transformers takes it as
+    `assistant_model`, vLLM, SGLang and llama.cpp as a draft model. It computes the whole
+    vocabulary for every drafted token, which on small targets leaves little to gain.
+    """
+
+    source: ClassVar[str] = (
+        "Leviathan et al. 2022, arXiv:2211.17192; distillation: Zhou et al. 2023, DistillSpec, "
+        "arXiv:2310.08461"
+    )
+
+    method: Literal["draft.standalone"] = "draft.standalone"
+    layers: int = option(
+        1,
+        "Blocks of the draft.",
+        effect="More guess better and take longer; latency goes with depth.",
+        source="Decoding speculative decoding, arXiv:2402.01528",
+        ge=1,
+    )
+    blocks: Literal["ends", "first", "even"] = option(
+        "first",
+        "Which blocks of the target it starts from: the first ones and the last, the first ones, "
+        "or evenly spread.",
+    )
+    train_embeddings: bool = option(
+        False,
+        "Also train the embedding and the head.",
+        effect="Many more parameters on little text; slower steps.",
+    )
+
+    @property
+    def label(self) -> str:
+        """Such as `Draft, 1 block`."""
+        return f"Draft, {self.layers} block{'s' if self.layers > 1 else ''}"
+
+    def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
+        """The same architecture; refuses a draft as deep as its target."""
+        if self.layers >= architecture.layers:
+            message = f"a draft of {self.layers} blocks is no faster than its target of "
+            message += f"{architecture.layers}"
+            problems("layers", message, f"at most {architecture.layers - 1}")
+        return super().plan(architecture, problems)
+
+    def parameters(self, architecture: Architecture) -> int:
+        """Everything but the blocks that are left out."""
+        block = sum(matrix.parameters for matrix in architecture.block(0))
+        return architecture.parameters - block * (architecture.layers - self.layers)
+
+    def run(
+        self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
+    ) -> StageResult:
+        """Write text, read it with the target, train, save."""
+        from compressor.stages.drafting import distil_standalone
+
+        assert calibration is not None
+        return distil_standalone(self, checkpoint, calibration, context)
+
+    def untrained(self, target: Any) -> Any:
+        """The copied blocks as they are in the target."""
+        from compressor.decoding.cached import CachedModel
+        from compressor.decoding.proposals import ModelDraft
+        from compressor.decoding.standalone import chosen_blocks, standalone
+
+        blocks = chosen_blocks(self.blocks, self.layers, target.config.num_hidden_layers)
+        return ModelDraft(CachedModel(standalone(target, blocks)))
+
+    def load(self, folder: Path, target: Any, tokenizer_sha256: str | None) -> Any:
+        """The distilled model."""
+        from compressor.decoding.binding import require_target
+        from compressor.decoding.cached import CachedModel
+        from compressor.decoding.proposals import ModelDraft
+        from compressor.model.load import load_model
+
+        require_target(folder, target, tokenizer_sha256)
+        parameter = next(target.parameters())
+        return ModelDraft(CachedModel(load_model(folder, parameter.device, parameter.dtype)))

@@ -1,0 +1,185 @@
+"""A training loop that is bounded in steps, seeded, and can be killed at any moment.
+
+What a step sees depends on its number alone, so a run taken up from its last checkpoint ends in
+the same state as one that was never interrupted. A time box ends training at a checkpoint; the
+steps that were done are reported, never hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressor.errors import NumericalError, ResumeError
+from compressor.formats.atomic import replacing
+from compressor.progress import Observer
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FLOOR = 0.1  # of the peak learning rate, at the end of the cosine
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: updates in all.
+        learning_rate: at its peak; a linear rise, then a cosine down to a tenth.
+        warmup: share of the steps in which it rises.
+        clip: largest norm of the gradient.
+        betas, weight_decay: of AdamW.
+        seconds: stop at the first checkpoint after so long; None never does.
+        every: steps between checkpoints.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: float = 0.05
+    clip: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    seconds: float | None = None
+    every: int = 50
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return self.learning_rate * (step + 1) / rise
+        done = (step - rise) / max(1, self.steps - rise)
+        return self.learning_rate * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How training went.
+
+    Attributes:
+        steps: updates that were made.
+        seconds: over all attempts.
+        losses: of every step.
+    """
+
+    steps: int
+    seconds: float
+    losses: tuple[float, ...]
+
+    def mean_loss(self, steps: slice = slice(-20, None)) -> float:
+        """Over some steps, the last ones by default; 0 without any."""
+        kept = self.losses[steps]
+        return sum(kept) / len(kept) if kept else 0.0
+
+
+def fit(
+    parameters: Mapping[str, Tensor],
+    loss: Callable[[int], Tensor],
+    schedule: Schedule,
+    folder: Path,
+    observer: Observer,
+    label: str = "train",
+) -> Fit:
+    """Minimise `loss` over `parameters` in place.
+
+    Args:
+        parameters: by name, leaf tensors in fp32.
+        loss: of a step's own data, a scalar; a function of the step's number and the parameters.
+        schedule: length and rates.
+        folder: for the checkpoint that an interrupted run goes on from.
+        observer: told of every step.
+        label: of the progress.
+
+    Raises:
+        NumericalError: a loss is not finite.
+        ResumeError: the checkpoint belongs to other parameters.
+    """
+    optimizer = torch.optim.AdamW(
+        parameters.values(), betas=schedule.betas, weight_decay=schedule.weight_decay
+    )
+    path = folder / "training.safetensors"
+    losses, before = _resumed(path, parameters, optimizer)
+    began = time.monotonic()
+    with observer.task(label, schedule.steps) as task:
+        task.advance(len(losses))
+        for step in range(len(losses), schedule.steps):
+            seconds = before + time.monotonic() - began
+            if step % schedule.every == 0 and len(losses):
+                _save(path, parameters, optimizer, losses, seconds)
+                if schedule.seconds is not None and seconds > schedule.seconds:
+                    break
+            losses.append(_update(parameters, optimizer, loss, schedule, step))
+            task.advance()
+    return Fit(len(losses), before + time.monotonic() - began, tuple(losses))
+
+
+def _update(
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[int], Tensor],
+    schedule: Schedule,
+    step: int,
+) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = schedule.rate(step)
+    optimizer.zero_grad(set_to_none=True)
+    value = loss(step)
+    if not bool(torch.isfinite(value)):
+        raise NumericalError(
+            f"the loss of training step {step} is {value.item()}", "lower `learning_rate`"
+        )
+    value.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+    optimizer.step()
+    return float(value.detach())
+
+
+def _save(
+    path: Path,
+    parameters: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    losses: list[float],
+    seconds: float,
+) -> None:
+    """Weights and both moments in one file, with the losses, whose number is the step."""
+    tensors = {
+        f"weight.{name}": tensor.detach().contiguous() for name, tensor in parameters.items()
+    }
+    for name, tensor in parameters.items():
+        for moment in _MOMENTS:
+            tensors[f"{moment}.{name}"] = optimizer.state[tensor][moment].contiguous()
+    facts = {"losses": json.dumps(losses), "seconds": json.dumps(seconds)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, facts)
+
+
+def _resumed(
+    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[list[float], float]:
+    """Put a checkpoint into place; the losses so far and the seconds they took."""
+    if not path.is_file():
+        return [], 0.0
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+        losses, seconds = json.loads(facts["losses"]), json.loads(facts["seconds"])
+        expected = {f"{kind}.{name}" for name in parameters for kind in ("weight", *_MOMENTS)}
+        if set(file.keys()) != expected:
+            raise ResumeError(f"{path} holds the training of other parameters", "remove it")
+        for name, parameter in parameters.items():
+            with torch.no_grad():
+                parameter.copy_(file.get_tensor(f"weight.{name}"))
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(len(losses))),
+                **{
+                    moment: file.get_tensor(f"{moment}.{name}").to(parameter.device)
+                    for moment in _MOMENTS
+                },
+            }
+    return losses, seconds

@@ -1,0 +1,68 @@
+"""Losses against their formulas, and gradients against finite differences and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from compressor.numerics.distillation import Loss, divergence, forward_kl, total_variation
+
+ALL: list[Loss] = ["kl", "tv", "ce", "lk_hybrid"]
+
+
+def example(rows: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits, teacher = torch.randn(2, rows, 7, generator=generator)
+    return logits, (2 * teacher).softmax(-1)
+
+
+def test_values_are_the_formulas() -> None:
+    logits, teacher = example()
+    q, mask = logits.softmax(-1), torch.ones(4, dtype=torch.bool)
+    kl = sum(
+        float(p * math.log(p / r)) for row, other in zip(teacher, q, strict=True)
+        for p, r in zip(row, other, strict=True)
+    ) / 4  # fmt: skip
+    tv = float((teacher - q).abs().sum(-1).mean()) / 2
+    top = teacher.argmax(-1)
+    ce = -float(q[torch.arange(4), top].log().mean())
+    weight = math.exp(-3 * (1 - tv))
+    wanted = {"kl": kl, "tv": tv, "ce": ce, "lk_hybrid": weight * kl + (1 - weight) * tv}
+    for kind in ALL:
+        assert float(divergence(kind, logits, teacher, mask)) == pytest.approx(wanted[kind], 1e-5)
+
+
+def test_the_gradient_of_kl_is_q_minus_p() -> None:
+    logits, teacher = example()
+    logits.requires_grad_()
+    forward_kl(logits, teacher).sum().backward()
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - teacher)
+
+
+def test_the_gradient_of_tv_is_that_of_the_formula() -> None:
+    """d TV / d z_v = q_v (A - [q_v < p_v]) with A = Σ_{q<p} q, from d min(p, q)."""
+    logits, teacher = example()
+    logits.requires_grad_()
+    total_variation(logits, teacher).sum().backward()
+    q = logits.detach().softmax(-1)
+    below = (q < teacher).float()
+    mass = (q * below).sum(-1, keepdim=True)
+    torch.testing.assert_close(logits.grad, q * (mass - below))
+
+
+@pytest.mark.parametrize("kind", ["kl", "tv", "lk_hybrid"])
+def test_a_perfect_student_has_no_loss(kind: Loss) -> None:
+    _, teacher = example()
+    mask = torch.ones(4, dtype=torch.bool)
+    assert float(divergence(kind, teacher.log(), teacher, mask)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_masked_positions_do_not_count(kind: Loss) -> None:
+    logits, teacher = example()
+    mask = torch.tensor([True, False, True, False])
+    alone = divergence(kind, logits[mask], teacher[mask], torch.ones(2, dtype=torch.bool))
+    assert torch.equal(divergence(kind, logits, teacher, mask), alone)
+    assert float(divergence(kind, logits, teacher, torch.zeros(4, dtype=torch.bool))) == 0

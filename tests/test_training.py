@@ -1,0 +1,93 @@
+"""The loop: rates, identical state after an interruption, a time box, a broken loss."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.errors import NumericalError, ResumeError
+from compressor.progress import SilentObserver
+from compressor.training import Schedule, fit
+
+SCHEDULE = Schedule(steps=30, learning_rate=0.05, every=7)
+
+
+def problem() -> tuple[dict[str, Tensor], object]:
+    """A least-squares problem whose data depends on the step."""
+    weights = {
+        "a": torch.zeros(3, requires_grad=True),
+        "b": torch.zeros(1, requires_grad=True),
+    }
+
+    def loss(step: int) -> Tensor:
+        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+        y = x @ torch.tensor([1.0, -2.0, 0.5]) + 0.3
+        error = x @ weights["a"] + weights["b"] - y
+        return (error * error).mean()
+
+    return weights, loss
+
+
+class Killed(Exception):
+    pass
+
+
+def train(folder: Path, stop: int | None = None, schedule: Schedule = SCHEDULE):  # type: ignore[no-untyped-def]
+    weights, loss = problem()
+
+    def watched(step: int) -> Tensor:
+        if step == stop:
+            raise Killed
+        return loss(step)  # type: ignore[operator,no-any-return]
+
+    return weights, fit(weights, watched, schedule, folder, SilentObserver())
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    weights, done = train(tmp_path, schedule=Schedule(steps=400, learning_rate=0.05))
+    assert done.steps == 400
+    assert done.mean_loss() < 1e-3 < done.losses[0]
+    torch.testing.assert_close(
+        weights["a"].detach(), torch.tensor([1.0, -2.0, 0.5]), atol=0.03, rtol=0
+    )
+
+
+@pytest.mark.parametrize("stop", [3, 7, 8, 20])
+def test_an_interrupted_run_ends_in_the_same_state(tmp_path: Path, stop: int) -> None:
+    whole, through = train(tmp_path / "whole")
+    with pytest.raises(Killed):
+        train(tmp_path / "cut", stop)
+    resumed, after = train(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert after.losses == through.losses
+
+
+def test_a_time_box_ends_at_a_checkpoint(tmp_path: Path) -> None:
+    _, done = train(tmp_path, schedule=Schedule(steps=30, learning_rate=0.05, every=7, seconds=0))
+    assert done.steps == 7
+
+
+def test_the_rate_rises_and_falls_as_a_cosine() -> None:
+    schedule = Schedule(steps=100, learning_rate=2.0, warmup=0.1)
+    assert schedule.rate(0) == pytest.approx(0.2)
+    assert schedule.rate(9) == schedule.rate(10) == pytest.approx(2.0)
+    assert schedule.rate(55) == pytest.approx(2 * (0.1 + 0.9 * (1 + math.cos(math.pi / 2)) / 2))
+    assert schedule.rate(99) == pytest.approx(0.2, rel=0.01)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    weights, _ = problem()
+    with pytest.raises(NumericalError, match="step 0"):
+        fit(weights, lambda _: weights["a"].sum() * math.nan, SCHEDULE, tmp_path, SilentObserver())
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(tmp_path, 8)
+    other = {"c": torch.zeros(1, requires_grad=True)}
+    with pytest.raises(ResumeError, match="other parameters"):
+        fit(other, lambda _: other["c"].sum(), SCHEDULE, tmp_path, SilentObserver())

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint types real browser clean
+.PHONY: quickstart test lint types real engines browser clean
 
 quickstart: $(VENV)/ready
 	$(BIN)/compress recipes/quickstart.yaml builtin:tiny -o out/quickstart
@@ -26,6 +26,12 @@ types: $(VENV)/ready
 real: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pytest -m real
+
+# Our files in the engines they are made for; each is built or installed once, below cache/.
+engines: export OMP_NUM_THREADS = 1
+engines: $(VENV)/ready
+	$(BIN)/python tools/engines/build_llama_cpp.py
+	$(BIN)/python -m pytest -m engines
 
 # The report is opened in a real browser by the tests; without one those tests say so.
 browser:

@@ -398,7 +398,7 @@ def report(settings: Settings, folder: Path, form: str) -> None:
 
 # ---------------------------------------------------------------------- what there is
 
-_KINDS = ("methods", "recipes", "suites", "mixes", "models")
+_KINDS = ("methods", "recipes", "suites", "mixes", "models", "formats", "engines")
 
 
 @cli.command()

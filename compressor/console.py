@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compressor.engine import RunOutcome
     from compressor.evaluation.results import Estimate, Evaluation, GateVerdict
     from compressor.explain import Topic
+    from compressor.formats.capabilities import Container, Engine
     from compressor.plan import Plan
 
 _WIDTH = 96
@@ -175,6 +176,14 @@ def listing(kind: str) -> list[Row]:
         from compressor.registry import methods
 
         return [Row(method.name, method.summary) for method in methods()]
+    if kind == "engines":
+        from compressor.formats.capabilities import ENGINES
+
+        return [Row(name, _engine(engine)) for name, engine in ENGINES.items()]
+    if kind == "formats":
+        from compressor.formats.capabilities import CONTAINERS
+
+        return [Row(name, f"{what}; {_loaded_by(name)}") for name, what in CONTAINERS.items()]
     if kind == "models":
         from compressor.model.families import FAMILIES
 
@@ -183,6 +192,21 @@ def listing(kind: str) -> list[Row]:
         hub = Row("org/name[@revision]", f"from the Hub, of these families: {names}")
         return [tiny, hub, Row("./directory", "a local Hugging Face checkpoint of those families")]
     return [Row(path.stem, _description(path)) for path in sorted(_folder(kind).glob("*.yaml"))]
+
+
+def _engine(engine: Engine) -> str:
+    """What an engine loads; `*` marks what our own tests ran there."""
+    loads = (
+        f"{name}{'*' if limits.evidence == 'run' else ''}: {limits}"
+        for name, limits in engine.containers.items()
+    )
+    return f"{engine.title} {engine.version}. {'; '.join(loads)}"
+
+
+def _loaded_by(container: Container) -> str:
+    from compressor.formats.capabilities import ENGINES
+
+    return f"loads in {', '.join(n for n, e in ENGINES.items() if container in e.containers)}"
 
 
 def _folder(kind: str) -> Path:

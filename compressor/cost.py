@@ -55,7 +55,7 @@ def role_bytes(architecture: Architecture, form: Container = "pack-quantized") -
     """The same by what the bytes hold, as `formats.sizes.measure` counts them after the fact."""
     found: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
     others = sum(math.prod(shape) for _, shape in architecture.others)
-    found["rest"] += others * architecture.dtype_bytes
+    found["rest"] += others * (4 if form == "gguf" else architecture.dtype_bytes)
     for matrix in architecture.matrices:
         outer = _OUTER.get(matrix.role)
         if matrix.scheme is None:

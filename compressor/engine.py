@@ -115,6 +115,8 @@ def run_recipe(
     """
     source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
+    for export in recipe.export:  # no stage changes what is checked here, say the tokenizer
+        exporters.exporter(export.format).check(source.path)
     require_disk(out, plan.disk_bytes)
     with exclusive(out):
         return _Run(recipe, source, plan, out, observer or SilentObserver(), command).execute()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -203,6 +204,9 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
         for message in _summary(container_problems(targets, export.container, final.model_type)):
             hint = "change the stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
+        if export.format == "gguf" and find_spec("gguf") is None:
+            message = "GGUF export needs the package gguf, which is not installed"
+            found.append(recipe.problem(("export", index, "format"), message, "pip install gguf"))
         for engine in export.engines:
             for message in _summary(engine_problems(engine, targets, export.container)):
                 hint = f"change the stage, or take {engine} out of `engines`"

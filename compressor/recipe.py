@@ -42,7 +42,7 @@ from compressor.source import Location, Source, read_source, read_text
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-ExportFormat = Literal["compressed-tensors", "gptq", "awq", "dense"]
+ExportFormat = Literal["compressed-tensors", "gptq", "awq", "gguf", "dense"]
 EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
 
 PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.source")
@@ -62,8 +62,8 @@ class ExportConfig(Section):
 
     format: ExportFormat = Field(
         description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
-        "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `dense` is "
-        "the same model with ordinary weights, for any program.",
+        "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `gguf` is "
+        "one file for llama.cpp; `dense` is the same model with ordinary weights, for any program.",
     )
     form: Literal["pack-quantized", "int-quantized"] = Field(
         default="pack-quantized",

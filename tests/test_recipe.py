@@ -118,7 +118,7 @@ BROKEN = {
         "stages:\n  - method: quantize.rtn\nexport:\n  - format: onnx\n",
         4,
         13,
-        "'awq' or 'dense', not 'onnx'",
+        "'gguf' or 'dense', not 'onnx'",
     ),
     "export a word": (
         "stages:\n  - method: quantize.rtn\nexport: dense\n",

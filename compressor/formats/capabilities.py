@@ -7,7 +7,7 @@ means that a test loads such a file in that engine; `documents`, that its docume
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,18 @@ class Limits:
     evidence: Literal["run", "documents"] = "documents"
     needs: str = ""
 
+    def __str__(self) -> str:
+        """For people: `2, 3, 4, 8 bits, sizes in multiples of 32 (needs gptqmodel)`."""
+        bits = "any width" if self.bits == _ANY else f"{_listed(self.bits)} bits"
+        words = [bits] + (["symmetric only"] if self.symmetries == _SYMMETRIC else [])
+        words += [f"sizes in multiples of {self.multiple}"] if self.multiple > 1 else []
+        words += ["also embeddings"] if self.embeddings else []
+        return ", ".join(words) + (f" (needs {self.needs})" if self.needs else "")
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
 
 @dataclass(frozen=True)
 class Engine:
@@ -59,6 +71,16 @@ class Engine:
     version: str
     containers: Mapping[Container, Limits]
 
+
+CONTAINERS: Mapping[Container, str] = {
+    "dense": "ordinary weights, for any program (format dense)",
+    "pack-quantized": "codes of 2 to 8 bits packed into words (format compressed-tensors)",
+    "int-quantized": "8-bit codes by channel, one byte each (compressed-tensors, form "
+    "int-quantized)",
+    "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
+    "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
+    "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
+}
 
 _ROUND = Limits(embeddings=True, mixed_fused=True, evidence="run")
 _DENSE = Limits(embeddings=True, mixed_fused=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compressor.errors import ResourceError
 from compressor.formats.capabilities import Container
 from compressor.types import QTensor
 
@@ -48,10 +49,13 @@ class Exporter:
         write: fill a folder that does not exist yet.
         read: every tensor of the dense checkpoint from that folder, one at a time; None when
             transformers loads it.
+        check: refuse, before any work, a model whose files beside the weights the format cannot
+            express.
     """
 
     write: Writer
     read: Reader | None
+    check: Callable[[Path], None]
 
 
 _MODULES: Mapping[str, str] = {
@@ -59,7 +63,10 @@ _MODULES: Mapping[str, str] = {
     "compressed-tensors": "compressor.formats.compressed_tensors",
     "gptq": "compressor.formats.gptq",
     "awq": "compressor.formats.awq",
+    "gguf": "compressor.formats.gguf",
 }
+
+_PACKAGES: Mapping[str, str] = {"gguf": "gguf"}  # extras of this package
 
 
 def exporter(name: str) -> Exporter:
@@ -68,8 +75,20 @@ def exporter(name: str) -> Exporter:
     Raises:
         ResourceError: the format needs a package that is not installed.
     """
-    module = import_module(_MODULES[name])
-    return Exporter(module.write, getattr(module, "read", None))
+    try:
+        module = import_module(_MODULES[name])
+    except ImportError as error:
+        package = _PACKAGES.get(name)
+        if package is None or error.name != package:
+            raise
+        raise ResourceError(
+            f"{name} export needs the package {package}", f"pip install {package}"
+        ) from None
+    return Exporter(module.write, getattr(module, "read", None), getattr(module, "check", _accept))
+
+
+def _accept(_: Path) -> None:
+    """Most formats copy what stands beside the weights as it is."""
 
 
 def names() -> tuple[str, ...]:

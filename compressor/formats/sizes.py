@@ -136,12 +136,16 @@ def measure(folder: Path, logical_parameters: int) -> SizeReport:
     """Weigh a checkpoint from its headers.
 
     Args:
-        folder: dense, compressed-tensors, GPTQ or AWQ checkpoint.
+        folder: dense, compressed-tensors, GPTQ or AWQ checkpoint, or one with a GGUF file.
         logical_parameters: weights of the base model, ties once.
 
     Raises:
         ModelError: the weights are missing or damaged.
     """
+    if whole := sorted(folder.glob("*.gguf")):
+        from compressor.formats.gguf_sizes import measure_gguf
+
+        return measure_gguf(whole[0], logical_parameters)
     tensors = read_folder(folder)
     by_role: Counter[Role] = Counter(
         {"codes": 0, "scales": 0, "zero_points": 0, "embeddings": 0, "head": 0, "rest": 0}

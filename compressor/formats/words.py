@@ -114,7 +114,8 @@ def schemes(source: Source) -> dict[str, WeightScheme]:
     if unknown:
         raise ModelError(f"{reader.folder} has no matrix {unknown[0]}.weight to hold its codes")
     found = {module: scheme_of(source.codes, module) for module in source.codes}
-    problems = container_problems(targets(reader, found, config), source.container)
+    model_type = str(config.get("model_type"))
+    problems = container_problems(targets(reader, found, config), source.container, model_type)
     if problems:
         raise ModelError(problems[0])
     return found

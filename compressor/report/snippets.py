@@ -22,6 +22,7 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
     "dense": {**_SERVED, "SGLang": _SGLANG},
     "gptq": _GPTQMODEL,
     "awq": _GPTQMODEL,
+    "gguf": {"llama.cpp": "llama-server -m {path}/model.gguf"},
 }
 
 

@@ -1,0 +1,182 @@
+"""GGUF files in llama.cpp itself: text, tokens, perplexity, divergence, its own converter.
+
+`tools/engines/build_llama_cpp.py` builds the tools once; about five minutes on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf as library
+import numpy as np
+import pytest
+import torch
+
+from compressor.compare import compare_models
+from compressor.evaluation.config import EvaluateConfig
+from compressor.formats import gguf
+from compressor.formats.exporters import Source
+from compressor.model.load import load_model, load_tokenizer
+from compressor.progress import SilentObserver
+from compressor.resources import builtin_model
+from compressor.text import evaluation_documents
+from compressor.types import WeightScheme
+from tests.formats.helpers import quantize_checkpoint
+from tools.engines import build_llama_cpp
+
+pytestmark = pytest.mark.engines
+
+BUILT = build_llama_cpp.ENGINES / "llama.cpp"
+TEXT = "The history of  the 1234 größte 3.14 — don't!\n\tx = f(y)  # 中文\n"
+PROMPTS = ("The history of the", "def main():\n", "It is a truth universally")
+LENGTH = 256
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _built() -> None:
+    build_llama_cpp.build(BUILT, jobs=1)
+
+
+def llama(tool: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    """Run a tool on one thread; its numbers are on either stream."""
+    command = [BUILT / "bin" / f"llama-{tool}", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def complete(model: Path, prompt: str, tokens: int) -> str:
+    options = ("--temp", 0, "-t", 1, "-no-cnv", "--no-warmup", "-e", "-fa", "off")
+    done = llama("completion", "-m", model, "-p", prompt, "-n", tokens, *options)
+    return done.stdout.rstrip("\n")  # it ends with empty lines of its own
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Path:
+    return builtin_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prose of the evaluation split, about 6 000 tokens."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    documents = [document.text for document in evaluation_documents("prose")]
+    path.write_text("\n\n".join(documents)[:24_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def dense(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("dense")
+    gguf.write(Source(tiny, {}, 1, "gguf"), out)
+    return out / gguf.FILE
+
+
+def rounded(tiny: Path, folder: Path, scheme: WeightScheme) -> tuple[Path, Path]:
+    """A dense checkpoint of rounded weights and the GGUF of its codes."""
+    checkpoint, codes = quantize_checkpoint(
+        tiny, folder / "d", lambda module: scheme if ".layers." in module else None
+    )
+    gguf.write(Source(checkpoint, codes, 1, "gguf"), folder / "out")
+    return checkpoint, folder / "out" / gguf.FILE
+
+
+@pytest.fixture(scope="module")
+def four_bits(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return rounded(tiny, tmp_path_factory.mktemp("w4"), WeightScheme(4, 64))
+
+
+def test_tokens_are_those_of_transformers(tiny: Path, dense: Path) -> None:
+    done = llama("tokenize", "-m", dense, "-p", TEXT, "--ids", "--no-escape")
+    ids = json.loads(done.stdout.strip().splitlines()[-1])
+    assert ids == load_tokenizer(tiny)(TEXT).input_ids
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [WeightScheme(4, 64), WeightScheme(4, 32, "asymmetric"), WeightScheme(8, None)],
+    ids=str,
+)
+def test_greedy_text_is_that_of_the_dense_weights(
+    tiny: Path, tmp_path: Path, scheme: WeightScheme
+) -> None:
+    checkpoint, file = rounded(tiny, tmp_path, scheme)
+    tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint, dtype=torch.float32)
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0]
+        assert complete(file, prompt, 16) == tokenizer.decode(ids).rstrip("\n"), prompt
+
+
+def number(pattern: str, done: subprocess.CompletedProcess[str]) -> float:
+    found = re.search(pattern, done.stdout + done.stderr)
+    assert found, (done.stdout + done.stderr)[-2000:]
+    return float(found[1])
+
+
+def test_perplexity_and_divergence_are_ours(
+    tiny: Path, dense: Path, four_bits: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
+    """llama.cpp rounds activations to 8 bits, and stored logits to 16: 0.2 and 2 per cent."""
+    checkpoint, file = four_bits
+    config = EvaluateConfig.model_validate(
+        {"text": {"prose": str(text)}, "protocol": "llama.cpp", "length": LENGTH}
+    )
+    base, ours = compare_models([str(tiny), str(checkpoint)], config, SilentObserver())
+    common = ("-f", text, "-c", LENGTH, "-b", LENGTH, "-t", 1, "--no-warmup")
+    logits = tmp_path / "base.kld"
+    llama("perplexity", "-m", dense, *common, "--kl-divergence-base", logits)
+    done = llama(
+        "perplexity", "-m", file, *common, "--kl-divergence-base", logits, "--kl-divergence"
+    )
+    assert base.overall.perplexity is not None
+    assert ours.overall.perplexity is not None
+    assert ours.overall.divergence is not None
+    found = {
+        name: number(rf"Mean\s+{pattern}\s*:\s*([\d.]+)", done)
+        for name, pattern in (("base", r"PPL\(base\)"), ("ours", r"PPL\(Q\)"), ("kl", "KLD"))
+    }
+    assert found["base"] == pytest.approx(base.overall.perplexity.value, rel=0.002)
+    assert found["ours"] == pytest.approx(ours.overall.perplexity.value, rel=0.002)
+    assert found["kl"] == pytest.approx(ours.overall.divergence.mean.value, rel=0.02)
+
+
+def test_its_converter_writes_the_same_tensors_and_keys(
+    tiny: Path, dense: Path, tmp_path: Path
+) -> None:
+    source, theirs = BUILT / "source", tmp_path / "theirs.gguf"
+    (tmp_path / "sentencepiece.py").write_text("SentencePieceProcessor = None\n")  # only imported
+    arguments = [str(tiny), "--outfile", str(theirs), "--outtype", "bf16"]
+    # It knows tokenizers by a hash of what they do to one text; ours is not in its list.
+    script = f"""
+import runpy, sys
+from conversion import base
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
+sys.argv[1:] = {arguments!r}
+runpy.run_path({str(source / "convert_hf_to_gguf.py")!r}, run_name="__main__")
+"""
+    paths = os.pathsep.join(map(str, (source, source / "gguf-py", tmp_path)))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    mine, other = library.GGUFReader(dense), library.GGUFReader(theirs)
+    tensors = {t.name: t for t in other.tensors}
+    assert {t.name for t in mine.tensors} == set(tensors)
+    for tensor in mine.tensors:
+        assert np.array_equal(tensor.data, tensors[tensor.name].data), tensor.name
+    values = {key: field.contents() for key, field in mine.fields.items()}
+    for key, field in other.fields.items():
+        if not key.startswith(("GGUF.", "general.")):
+            assert values[key] == field.contents(), key

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compressor.stages.base import ReportProblem, StageConfig, option
 from compressor.stages.overrides import GroupSize, Override, group_of, overridden
-from compressor.types import Symmetry, WeightScheme
-        self._check_activations(chosen, problems)
+from compressor.types import ACTIVATIONS, ActivationScheme, Symmetry, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture, Matrix, Selection

@@ -176,7 +176,9 @@ def test_engines_multiply_int8_by_int8(tmp_path: Path, engine: str) -> None:
     export = f"export: [{{format: compressed-tensors, engines: [{engine}]}}]\n"
     assert plan(tmp_path, W8A8 + export)
     w4a8 = W8A8.replace("bits: 8, group_size: channel", "bits: 4, group_size: 64")
-    assert "8-bit weights by channel" in refused(tmp_path, w4a8 + export)
+    assert "no kernel in this layout" in refused(tmp_path, w4a8 + export)
+    bytewise = export.replace("engines", "form: int-quantized, engines")
+    assert "8-bit weights by channel" in refused(tmp_path, w4a8 + bytewise)
     assert plan(tmp_path, w4a8)
     asymmetric = W8A8.replace("int8}", "int8, symmetry: asymmetric}")
     assert "asymmetric" in refused(tmp_path, asymmetric + export)

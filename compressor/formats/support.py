@@ -164,7 +164,7 @@ def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> 
     found = {_container(target, form): target for target in reversed(quantized)}
     if unknown := set(found or {form}) - {*loads, "auto"}:
         return [f"{engine} does not load {min(unknown)}; it loads {', '.join(loads)}"]
-    problems = []
+    problems: list[str] = []
     if not all(loads[container].mixed_fused for container in found):
         problems += _fused_problems(targets)
     for target in quantized:
@@ -204,7 +204,10 @@ def _input_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Ite
     if inputs is None:
         return
     if inputs.name not in limits.inputs:
-        yield f"{target.name} sees inputs rounded to {inputs.name}, for which it has no kernel here"
+        yield (
+            f"{target.name} sees inputs rounded to {inputs.name}, for which it has no kernel in "
+            "this layout"
+        )
     elif limits.inputs_by_channel and not _by_channel(scheme):
         yield (
             f"{target.name} has {scheme.bits}-bit weights and inputs rounded to {inputs.name}; "

@@ -80,7 +80,7 @@ class Engine:
 CONTAINERS: Mapping[Container, str] = {
     "dense": "ordinary weights, for any program (format dense)",
     "pack-quantized": "codes of 2 to 8 bits packed into words (format compressed-tensors)",
-    "int-quantized": "one byte a code: 8 bits by channel, or any beside rounded inputs (same format)",
+    "int-quantized": "one byte a code: 8 bits by channel, or beside rounded inputs (same format)",
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
     "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",

@@ -15,6 +15,7 @@ from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
 from compressor.formats.exchange import matrix_bytes
 from compressor.formats.sizes import PackedSize, Role, bits_per_weight, packed_bytes
+from compressor.formats.support import format_of
 from compressor.model.architecture import Architecture, Matrix
 from compressor.text import shards
 from compressor.types import WeightScheme
@@ -46,12 +47,12 @@ def _bits(matrix: Matrix, scheme: WeightScheme, architecture: Architecture) -> f
     return bits_per_weight(matrix.shape, scheme, _STORED[architecture.dtype])
 
 
-def checkpoint_bytes(architecture: Architecture, form: Container = "pack-quantized") -> int:
+def checkpoint_bytes(architecture: Architecture, form: Container = "auto") -> int:
     """Exact bytes of all tensors of an export, file headers excepted."""
     return sum(role_bytes(architecture, form).values())
 
 
-def role_bytes(architecture: Architecture, form: Container = "pack-quantized") -> dict[Role, int]:
+def role_bytes(architecture: Architecture, form: Container = "auto") -> dict[Role, int]:
     """The same by what the bytes hold, as `formats.sizes.measure` counts them after the fact."""
     found: dict[Role, int] = dict.fromkeys(get_args(Role), 0)
     others = sum(math.prod(shape) for _, shape in architecture.others)
@@ -72,8 +73,9 @@ def role_bytes(architecture: Architecture, form: Container = "pack-quantized") -
 def _matrix_bytes(
     matrix: Matrix, scheme: WeightScheme, architecture: Architecture, form: Container
 ) -> PackedSize:
-    if form in ("pack-quantized", "int-quantized"):
-        return packed_bytes(matrix.shape, scheme, _STORED[architecture.dtype], form)
+    if form in ("auto", "pack-quantized", "int-quantized"):
+        layout = format_of(scheme, matrix.activations, form)
+        return packed_bytes(matrix.shape, scheme, _STORED[architecture.dtype], layout)
     return matrix_bytes(matrix.shape, scheme, form)
 
 

@@ -410,11 +410,13 @@ class _Run:
         )
 
     def _export_source(self, config: ExportConfig) -> exporters.Source:
+        checkpoint = self.variants[-1].checkpoint
         return exporters.Source(
-            self.variants[-1].checkpoint,
+            checkpoint,
             CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
             self.plan.stages[-1].parameters,
             config.container,
+            Architecture.from_config(read_config(checkpoint)).activations,
         )
 
     def _read_back(

@@ -196,6 +196,9 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
     """Deliverables that a format cannot hold or an engine would not load."""
     found = []
     for index, export in enumerate(recipe.export):
+        if export.format != "compressed-tensors" and final.activations:
+            found.append(_forgotten_inputs(recipe, index, final))
+            continue
         targets = [_target(matrix) for matrix in final.matrices if matrix.role != "position"]
         if export.format in _PACKED and all(target.scheme is None for target in targets):
             message = f"nothing is quantized, so there is nothing to pack as {export.format}"
@@ -214,6 +217,17 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
     return found
 
 
+def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Problem:
+    """A format that holds weights only would be served otherwise than it was measured."""
+    name, scheme = next(iter(final.activations.items()))
+    message = (
+        f"{recipe.export[index].format} cannot say that inputs are rounded ({name}, to "
+        f"{scheme.name}), so that it would not give what is measured"
+    )
+    hint = "export compressed-tensors, or write `activations: none`"
+    return recipe.problem(("export", index, "format"), message, hint)
+
+
 def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
     """The first few of many sentences of one kind; a model has hundreds of matrices."""
     kept = list(sentences[:most])
@@ -228,7 +242,7 @@ def _target(matrix: Matrix) -> Target:
         kind = "expert"
     if matrix.transposed_on_disk:
         kind = "conv1d"
-    return Target(matrix.name, matrix.shape, kind, matrix.scheme)  # type: ignore[arg-type]
+    return Target(matrix.name, matrix.shape, kind, matrix.scheme, matrix.activations)  # type: ignore[arg-type]
 
 
 def _texts(recipe: Recipe) -> list[Problem]:

@@ -65,10 +65,11 @@ class ExportConfig(Section):
         "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `gguf` is "
         "one file for llama.cpp; `dense` is the same model with ordinary weights, for any program.",
     )
-    form: Literal["pack-quantized", "int-quantized"] = Field(
-        default="pack-quantized",
+    form: Literal["auto", "pack-quantized", "int-quantized"] = Field(
+        default="auto",
         description="Layout of compressed-tensors: codes packed into words, or one byte a code "
-        "(8 bits by channel only).",
+        "(8 bits by channel, or any width beside rounded inputs). `auto` packs, except for 8-bit "
+        "weights beside rounded inputs, which kernels read as bytes.",
     )
     engines: tuple[EngineName, ...] = Field(
         default=(),

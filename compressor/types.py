@@ -5,6 +5,7 @@ Torch is imported for annotations only, so that the command line starts without 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -55,6 +56,33 @@ class WeightScheme:
     def groups(self, in_features: int) -> int:
         """Number of groups along an input dimension that the group size divides."""
         return 1 if self.group_size is None else in_features // self.group_size
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How the inputs of a matrix are rounded while the model runs.
+
+    Every token has one scale, which its own largest magnitude decides ("dynamic"), and no
+    zero-point; nothing is calibrated and nothing stored.
+
+    Attributes:
+        number: what the inputs become: integers or floating-point numbers.
+        bits: width of one of them.
+    """
+
+    number: Literal["int", "float"]
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """As recipes write it, such as `int8`."""
+        return f"{'int' if self.number == 'int' else 'fp'}{self.bits}"
+
+
+ACTIVATIONS: Mapping[str, ActivationScheme] = {
+    scheme.name: scheme for scheme in (ActivationScheme("int", 8),)
+}
+"""Every rounding of inputs that exists, by its name in recipes."""
 
 
 @dataclass(frozen=True)

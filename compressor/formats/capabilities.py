@@ -1,8 +1,9 @@
 """Which engine loads which container, and within what limits: the table, and nothing else.
 
 A container is what lies on disk: a layout of compressed-tensors (`pack-quantized`,
-`int-quantized`), `gptq`, `awq`, `gguf`, or `dense`. `evidence` says where a row is from: `run`
-means that a test loads such a file in that engine; `documents`, that its documents say so.
+`int-quantized`, or `auto`, where the scheme of each matrix decides), `gptq`, `awq`, `gguf`, or
+`dense`. `evidence` says where a row is from: `run` means that a test loads such a file in that
+engine; `documents`, that its documents say so.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from compressor.types import Symmetry
+from compressor.types import ACTIVATIONS, Symmetry
 
-Container = Literal["dense", "pack-quantized", "int-quantized", "gptq", "awq", "gguf"]
+Container = Literal["dense", "auto", "pack-quantized", "int-quantized", "gptq", "awq", "gguf"]
 
 _ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
 _SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
@@ -31,6 +32,8 @@ class Limits:
         group_multiple: group sizes must be multiples of this; a scale per channel always loads.
         embeddings: whether quantized embeddings load.
         mixed_fused: whether q, k, v (or gate, up) may differ in scheme.
+        inputs: roundings of inputs that it computes with, by name.
+        inputs_by_channel: whether weights must then be symmetric, of 8 bits, by channel.
         evidence: `run` or `documents`.
         needs: what has to be installed beside the engine.
     """
@@ -41,6 +44,8 @@ class Limits:
     group_multiple: int = 1
     embeddings: bool = False
     mixed_fused: bool = False
+    inputs: frozenset[str] = frozenset()
+    inputs_by_channel: bool = True
     evidence: Literal["run", "documents"] = "documents"
     needs: str = ""
 
@@ -75,14 +80,20 @@ class Engine:
 CONTAINERS: Mapping[Container, str] = {
     "dense": "ordinary weights, for any program (format dense)",
     "pack-quantized": "codes of 2 to 8 bits packed into words (format compressed-tensors)",
-    "int-quantized": "8-bit codes by channel, one byte each (compressed-tensors, form "
-    "int-quantized)",
+    "int-quantized": "one byte a code: 8 bits by channel, or beside rounded inputs (same format)",
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
     "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
 }
 
-_ROUND = Limits(embeddings=True, mixed_fused=True, evidence="run")
+_ROUND = Limits(
+    embeddings=True,
+    mixed_fused=True,
+    inputs=frozenset(ACTIVATIONS),
+    inputs_by_channel=False,
+    evidence="run",
+)
+_BYTES = Limits(inputs=frozenset(("int8",)))
 _DENSE = Limits(embeddings=True, mixed_fused=True)
 _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
@@ -106,7 +117,7 @@ ENGINES: Mapping[str, Engine] = {
         {
             "dense": _DENSE,
             "pack-quantized": Limits(),
-            "int-quantized": Limits(),
+            "int-quantized": _BYTES,
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
         },
@@ -117,7 +128,7 @@ ENGINES: Mapping[str, Engine] = {
         {
             "dense": _DENSE,
             "pack-quantized": Limits(_FOUR, multiple=32, group_multiple=2),
-            "int-quantized": Limits(),
+            "int-quantized": _BYTES,
             "gptq": Limits(_FOUR, multiple=32),
             "awq": Limits(_FOUR, multiple=32),
         },
@@ -128,7 +139,7 @@ ENGINES: Mapping[str, Engine] = {
         {
             "dense": _DENSE,
             "pack-quantized": Limits(frozenset((4, 8)), _SYMMETRIC),
-            "int-quantized": Limits(),
+            "int-quantized": _BYTES,
             "gptq": Limits(_GPTQ_WIDTHS, _SYMMETRIC, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
         },

@@ -13,7 +13,8 @@ memory after the first forward pass: the export saves disk and bandwidth, not me
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,16 @@ from compressor.errors import ModelError, VerificationError
 from compressor.formats.exporters import Source
 from compressor.formats.headers import read_json
 from compressor.formats.shards import SHARD_BYTES, CheckpointReader, CheckpointWriter, plan_shards
-from compressor.formats.support import Format, Kind, Target, export_problems, needs_dequantize
-from compressor.types import QTensor, WeightScheme
+from compressor.formats.support import (
+    Form,
+    Format,
+    Kind,
+    Target,
+    export_problems,
+    format_of,
+    needs_dequantize,
+)
+from compressor.types import ActivationScheme, QTensor, WeightScheme
 
 _EMBEDDINGS = ("embed_tokens", "wte", "wpe", "word_embeddings", "embed_in", "embed_positions")
 _HEADS = ("lm_head", "embed_out")
@@ -47,6 +56,7 @@ def write(source: Source, out: Path) -> None:
         out,
         logical_parameters=source.logical_parameters,
         form=source.container,  # type: ignore[arg-type]
+        activations=source.activations,
     )
 
 
@@ -56,8 +66,8 @@ def export(
     out: Path,
     *,
     logical_parameters: int,
-    form: Format = "pack-quantized",
-    activation_bits: int | None = None,
+    form: Form = "auto",
+    activations: Mapping[str, ActivationScheme] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a compressed-tensors checkpoint, shard by shard; run again, it resumes.
@@ -67,8 +77,8 @@ def export(
         codes: module name (matrix on disk without `.weight`) to codes.
         out: folder of the export.
         logical_parameters: weights of the model, ties once.
-        form: `pack-quantized`, or `int-quantized` for 8-bit codes by channel.
-        activation_bits: 8 adds dynamic per-token quantization of the inputs; None adds none.
+        form: `pack-quantized`, `int-quantized`, or `auto` by the scheme of each matrix.
+        activations: how the inputs of matrices are rounded, by module name; others are not.
         shard_bytes: dense bytes per shard.
 
     Raises:
@@ -78,30 +88,38 @@ def export(
     """
     reader, writer = CheckpointReader(checkpoint), CheckpointWriter(out)
     config = read_json(checkpoint / "config.json")
-    schemes = _check(reader, codes, config, form)
+    config.pop("compressor", None)  # what serving does is said in the format's own words
+    quantized = _check(reader, codes, config, form, activations or {})
     for number, names in enumerate(plan_shards(reader, shard_bytes), start=1):
         shard = f"model-{number:05d}.safetensors"
         if not writer.has_shard(shard):
-            writer.write_shard(shard, _compress_shard(reader, codes, names, form))
-    config["quantization_config"] = quantization_config(
-        schemes, reader, form, activation_bits=activation_bits
-    )
+            writer.write_shard(shard, _compress_shard(reader, codes, names, quantized, form))
+    config["quantization_config"] = quantization_config(quantized, reader, form)
     writer.finish(config, checkpoint, logical_parameters)
 
 
 def _check(
-    reader: CheckpointReader, codes: Mapping[str, QTensor], config: Mapping[str, Any], form: Format
-) -> dict[str, WeightScheme]:
+    reader: CheckpointReader,
+    codes: Mapping[str, QTensor],
+    config: Mapping[str, Any],
+    form: Form,
+    activations: Mapping[str, ActivationScheme],
+) -> dict[str, Target]:
+    """The quantized matrices by module name."""
     if "quantization_config" in config:
         raise ModelError(f"{reader.folder} is quantized already; export starts from dense weights")
     unknown = [module for module in codes if f"{module}.weight" not in reader]
     if unknown:
         raise ModelError(f"{reader.folder} has no matrix {unknown[0]}.weight to hold its codes")
+    unrounded = sorted(set(activations) - set(codes))
+    if unrounded:
+        raise ModelError(f"the inputs of {unrounded[0]} are rounded, but it has no codes itself")
     schemes = {module: scheme_of(codes, module) for module in codes}
-    problems = export_problems(targets(reader, schemes, config), form)
+    found = targets(reader, schemes, config, activations)
+    problems = export_problems(found, form)
     if problems:
         raise ModelError(problems[0])
-    return schemes
+    return {target.name: target for target in found if target.scheme is not None}
 
 
 def scheme_of(codes: Mapping[str, QTensor], module: str) -> WeightScheme:
@@ -112,16 +130,22 @@ def scheme_of(codes: Mapping[str, QTensor], module: str) -> WeightScheme:
 
 
 def targets(
-    reader: CheckpointReader, schemes: Mapping[str, WeightScheme], config: Mapping[str, Any]
+    reader: CheckpointReader,
+    schemes: Mapping[str, WeightScheme],
+    config: Mapping[str, Any],
+    activations: Mapping[str, ActivationScheme] | None = None,
 ) -> list[Target]:
     """Every matrix of a checkpoint as `support` sees it."""
+    rounded = activations or {}
     found = []
     for name in reader.names():
         shape = reader.shape(name)
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and len(shape) == 2:
             kind = matrix_kind(module, config)
-            found.append(Target(module, (shape[0], shape[1]), kind, schemes.get(module)))
+            sizes = (shape[0], shape[1])
+            scheme, inputs = schemes.get(module), rounded.get(module)
+            found.append(Target(module, sizes, kind, scheme, inputs))
     return found
 
 
@@ -140,13 +164,18 @@ def matrix_kind(module: str, config: Mapping[str, Any]) -> Kind:
 
 
 def _compress_shard(
-    reader: CheckpointReader, codes: Mapping[str, QTensor], names: Sequence[str], form: Format
+    reader: CheckpointReader,
+    codes: Mapping[str, QTensor],
+    names: Sequence[str],
+    quantized: Mapping[str, Target],
+    form: Form,
 ) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name in names:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in codes:
-            packed = _compress_verified(module, codes[module], reader[name], form)
+            layout = _layout(quantized[module], form)
+            packed = _compress_verified(module, codes[module], reader[name], layout)
             tensors |= {f"{module}.{key}": value for key, value in packed.items()}
         else:
             tensors[name] = reader[name]
@@ -207,52 +236,69 @@ def _compress_verified(
     return tensors
 
 
+def _layout(target: Target, form: Form) -> Format:
+    assert target.scheme is not None
+    return format_of(target.scheme, target.activations, form)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Everything that matrices share which stand together in the configuration."""
+
+    weights: WeightScheme
+    activations: ActivationScheme | None
+    layout: Format
+
+
 def quantization_config(
-    schemes: Mapping[str, WeightScheme],
-    reader: CheckpointReader,
-    form: Format,
-    activation_bits: int | None = None,
+    quantized: Mapping[str, Target], reader: CheckpointReader, form: Form
 ) -> dict[str, Any]:
     """The `quantization_config` of `config.json`.
 
     One scheme is written as target `Linear` with everything else ignored, which every engine
     reads; several as exact names, since engines that fuse layers would let `Linear` win.
     """
-    groups: dict[WeightScheme, list[str]] = defaultdict(list)
-    for module in sorted(schemes):
-        groups[schemes[module]].append(module)
-    ordered = sorted(groups.items(), key=lambda item: item[1][0])
-    embeddings = [name for name in schemes if name.rpartition(".")[2] in _EMBEDDINGS]
+    groups = _groups(quantized, form)
+    layouts = {group.layout for group in groups}
+    embeddings = [name for name in quantized if name.rpartition(".")[2] in _EMBEDDINGS]
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": version("compressed-tensors"),
-        "format": form,
+        "format": min(layouts) if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": _ignored(schemes, reader) if len(groups) == 1 else [],
+        "ignore": _ignored(quantized, reader) if len(groups) == 1 else [],
         "kv_cache_scheme": None,
         "config_groups": {
             f"group_{number}": _config_group(
                 ["Linear", *sorted(embeddings)] if len(groups) == 1 else _exact_targets(modules),
-                scheme,
-                form,
-                activation_bits,
+                group,
             )
-            for number, (scheme, modules) in enumerate(ordered)
+            for number, (group, modules) in enumerate(groups.items())
         },
     }
-    if needs_dequantize(groups, bool(embeddings), form):
+    if needs_dequantize(quantized.values(), form):
         config["dequantize"] = True
     return config
 
 
-def _ignored(schemes: Mapping[str, WeightScheme], reader: CheckpointReader) -> list[str]:
+def _groups(quantized: Mapping[str, Target], form: Form) -> dict[_Group, list[str]]:
+    """Modules by what they share, groups and modules by name."""
+    groups: dict[_Group, list[str]] = defaultdict(list)
+    for module in sorted(quantized):
+        target = quantized[module]
+        assert target.scheme is not None
+        groups[_Group(target.scheme, target.activations, _layout(target, form))].append(module)
+    return dict(sorted(groups.items(), key=lambda item: item[1][0]))
+
+
+def _ignored(quantized: Collection[str], reader: CheckpointReader) -> list[str]:
     matrices = [
         name.removesuffix(".weight")
         for name in reader.names()
         if name.endswith(".weight") and len(reader.shape(name)) == 2
     ]
-    dense = set(matrices) - set(schemes)
-    if not any(name.rpartition(".")[2] in _HEADS for name in schemes):
+    dense = set(matrices) - set(quantized)
+    if not any(name.rpartition(".")[2] in _HEADS for name in quantized):
         # A tied head has no tensor of its own, and others have another name on disk (GPT-NeoX);
         # it is a Linear in the model all the same, which engines would try to quantize.
         dense.add("lm_head")
@@ -278,15 +324,18 @@ def _weight_arguments(scheme: WeightScheme) -> QuantizationArgs:
     )
 
 
-def _config_group(
-    names: list[str], scheme: WeightScheme, form: Format, activation_bits: int | None
-) -> dict[str, Any]:
-    inputs = None
-    if activation_bits is not None:
-        inputs = QuantizationArgs(
-            num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True
-        )
-    group: dict[str, Any] = QuantizationScheme(
-        targets=names, weights=_weight_arguments(scheme), input_activations=inputs, format=form
+def _input_arguments(scheme: ActivationScheme) -> QuantizationArgs:
+    return QuantizationArgs(
+        num_bits=scheme.bits, type=scheme.number, symmetric=True, strategy="token", dynamic=True
+    )
+
+
+def _config_group(names: list[str], group: _Group) -> dict[str, Any]:
+    inputs = group.activations
+    written: dict[str, Any] = QuantizationScheme(
+        targets=names,
+        weights=_weight_arguments(group.weights),
+        input_activations=None if inputs is None else _input_arguments(inputs),
+        format=group.layout,
     ).model_dump(mode="json")
-    return group
+    return written

@@ -55,7 +55,7 @@ def container_problems(
         container: other than `dense`, which holds anything.
         model_type: of the configuration.
     """
-    if container in ("pack-quantized", "int-quantized"):
+    if container in ("auto", "pack-quantized", "int-quantized"):
         return export_problems(targets, container)
     if container == "dense":
         return []

@@ -9,7 +9,7 @@ itself have no reader here: they are loaded whole, and their logits compared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.errors import ResourceError
 from compressor.formats.capabilities import Container
-from compressor.types import QTensor
+from compressor.types import ActivationScheme, QTensor
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Source:
         codes: module name (matrix on disk without `.weight`) to codes.
         logical_parameters: weights of the model, ties once.
         container: what to write; the layout, for formats with several.
+        activations: how the inputs of matrices are rounded while the model runs, by module name.
     """
 
     checkpoint: Path
     codes: Mapping[str, QTensor]
     logical_parameters: int
     container: Container
+    activations: Mapping[str, ActivationScheme] = field(default_factory=dict)
 
 
 Writer = Callable[[Source, Path], None]

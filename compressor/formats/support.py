@@ -9,6 +9,7 @@ models
   makes, and loading fails, unless the configuration says `dequantize`; that route reads one
   scheme for all matrices. *int-quantized* zero-points are not packed and load as is.
 - Quantized embeddings: likewise only through `dequantize`, tied or not.
+- Rounded inputs, beside symmetric weights of any layout: load as is.
 - Experts of a mixture: packed per expert under their names on disk, symmetric, one scheme for
   all; once anything is quantized, dense experts do not load, nor do int-quantized ones.
 - GPT-2's Conv1D stores [in, out], so groups along the last dimension run over outputs: refused.
@@ -23,11 +24,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from compressor.formats.capabilities import ENGINES, Container, Limits
-from compressor.types import WeightScheme
+from compressor.types import ActivationScheme, WeightScheme
 
 Format = Literal["pack-quantized", "int-quantized"]
+Form = Literal["auto", Format]
 Kind = Literal["linear", "head", "embedding", "expert", "router", "conv1d"]
-FORMATS: tuple[Format, ...] = ("pack-quantized", "int-quantized")
 
 
 @dataclass(frozen=True)
@@ -39,24 +40,49 @@ class Target:
         shape: [out, in].
         kind: `head` is an untied output head; a tied one is part of the `embedding`.
         scheme: None when the matrix stays dense.
+        activations: how its inputs are rounded; None when they are not.
     """
 
     name: str
     shape: tuple[int, int]
     kind: Kind
     scheme: WeightScheme | None
+    activations: ActivationScheme | None = None
 
 
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
-def needs_dequantize(schemes: Iterable[WeightScheme], embeddings: bool, form: Format) -> bool:
+def format_of(
+    scheme: WeightScheme, activations: ActivationScheme | None, form: Form = "auto"
+) -> Format:
+    """The layout of a matrix; `auto` is the one that engines load, packed where it may be.
+
+    Kernels that multiply int8 by int8 read weights of a byte each.
+    """
+    if form != "auto":
+        return form
+    bytewise = activations is not None and scheme.bits == 8
+    return "int-quantized" if bytewise else "pack-quantized"
+
+
+def needs_dequantize(targets: Iterable[Target], form: Form) -> bool:
     """Whether transformers loads the export only with `dequantize` in its configuration."""
-    asymmetric = any(scheme.symmetry == "asymmetric" for scheme in schemes)
-    return embeddings or (asymmetric and form == "pack-quantized")
+    return any(
+        target.kind == "embedding" or _has_packed_zeros(target, form)
+        for target in targets
+        if target.scheme is not None
+    )
 
 
-def export_problems(targets: Sequence[Target], form: Format = "pack-quantized") -> list[str]:
+def _has_packed_zeros(target: Target, form: Form) -> bool:
+    scheme = target.scheme
+    if scheme is None or scheme.symmetry != "asymmetric":
+        return False
+    return format_of(scheme, target.activations, form) == "pack-quantized"
+
+
+def export_problems(targets: Sequence[Target], form: Form = "auto") -> list[str]:
     """Why these matrices cannot be exported to `form` so that transformers loads them.
 
     Returns:
@@ -65,20 +91,29 @@ def export_problems(targets: Sequence[Target], form: Format = "pack-quantized") 
     quantized = [target for target in targets if target.scheme is not None]
     problems = [sentence for target in quantized for sentence in _matrix_problems(target, form)]
     problems += _expert_problems(targets, form)
-    schemes = {target.scheme for target in quantized if target.scheme is not None}
-    embeddings = any(target.kind == "embedding" for target in quantized)
-    if len(schemes) > 1 and needs_dequantize(schemes, embeddings, form):
-        cause = "quantized embeddings load" if embeddings else "asymmetric packed weights load"
-        problems.append(
-            f"{cause} in transformers only when every quantized matrix has one scheme, "
-            f"and here there are {len(schemes)}"
-        )
+    if needs_dequantize(quantized, form):
+        problems += _dequantize_problems(quantized)
     return problems
 
 
-def _matrix_problems(target: Target, form: Format) -> Iterable[str]:
+def _dequantize_problems(quantized: Sequence[Target]) -> Iterable[str]:
+    """That route reads one scheme for all matrices, and forgets how inputs are rounded."""
+    embeddings = any(target.kind == "embedding" for target in quantized)
+    cause = "quantized embeddings load" if embeddings else "asymmetric packed weights load"
+    schemes = {target.scheme for target in quantized}
+    if len(schemes) > 1:
+        yield (
+            f"{cause} in transformers only when every quantized matrix has one scheme, "
+            f"and here there are {len(schemes)}"
+        )
+    if any(target.activations is not None for target in quantized):
+        yield f"{cause} in transformers only where inputs are not rounded"
+
+
+def _matrix_problems(target: Target, form: Form) -> Iterable[str]:
     assert target.scheme is not None
     scheme, (out, in_features) = target.scheme, target.shape
+    layout = format_of(scheme, target.activations, form)
     if target.kind == "conv1d":
         yield (
             f"{target.name} is a Conv1D stored as [in, out], and compressed-tensors groups "
@@ -93,11 +128,18 @@ def _matrix_problems(target: Target, form: Format) -> Iterable[str]:
     if scheme.bits == 4 and scheme.symmetry == "asymmetric" and out <= 8:
         # One packed word per column: compressed-tensors 0.20 fails to view it as bytes.
         yield f"{target.name} has {out} outputs; 4-bit zero-points unpack only from 9 up"
-    if form == "int-quantized" and (scheme.bits != 8 or scheme.group_size is not None):
-        yield f"{target.name}: int-quantized holds 8-bit codes with one scale per output channel"
+    if layout == "int-quantized" and target.activations is None and not _by_channel(scheme):
+        yield (
+            f"{target.name}: int-quantized without rounded inputs holds 8-bit codes with one "
+            "scale per output channel"
+        )
 
 
-def _expert_problems(targets: Sequence[Target], form: Format) -> Iterable[str]:
+def _by_channel(scheme: WeightScheme) -> bool:
+    return scheme.bits == 8 and scheme.group_size is None
+
+
+def _expert_problems(targets: Sequence[Target], form: Form) -> Iterable[str]:
     experts = [target for target in targets if target.kind == "expert"]
     if not experts or all(target.scheme is None for target in targets):
         return
@@ -118,17 +160,29 @@ def _expert_problems(targets: Sequence[Target], form: Format) -> Iterable[str]:
 def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> list[str]:
     """Why `engine` (a key of `ENGINES`) would not load this export; one sentence per rule."""
     loads = ENGINES[engine].containers
-    if form not in loads:
-        return [f"{engine} does not load {form}; it loads {', '.join(loads)}"]
-    limits = loads[form]
-    problems = [] if limits.mixed_fused else [f"{engine}: {s}" for s in _fused_problems(targets)]
-    for target in targets:
-        if target.scheme is not None:
-            problems += [f"{engine}: {s}" for s in _limit_problems(limits, target, target.scheme)]
-    return problems
+    quantized = [target for target in targets if target.scheme is not None]
+    found = {_container(target, form): target for target in reversed(quantized)}
+    if unknown := set(found or {form}) - {*loads, "auto"}:
+        return [f"{engine} does not load {min(unknown)}; it loads {', '.join(loads)}"]
+    problems: list[str] = []
+    if not all(loads[container].mixed_fused for container in found):
+        problems += _fused_problems(targets)
+    for target in quantized:
+        problems += _limit_problems(loads[_container(target, form)], target)
+    return [f"{engine}: {sentence}" for sentence in problems]
 
 
-def _limit_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Iterable[str]:
+def _container(target: Target, form: Container) -> Container:
+    """What holds a matrix; that of compressed-tensors may depend on its scheme."""
+    if form != "auto" or target.scheme is None:
+        return form
+    return format_of(target.scheme, target.activations)
+
+
+def _limit_problems(limits: Limits, target: Target) -> Iterable[str]:
+    assert target.scheme is not None
+    scheme = target.scheme
+    yield from _input_problems(limits, target, scheme)
     if target.kind == "embedding" and not limits.embeddings:
         yield f"{target.name} is a quantized embedding, which it does not load"
     if scheme.bits not in limits.bits:
@@ -145,8 +199,26 @@ def _limit_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Ite
         )
 
 
+def _input_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Iterable[str]:
+    inputs = target.activations
+    if inputs is None:
+        return
+    if inputs.name not in limits.inputs:
+        yield (
+            f"{target.name} sees inputs rounded to {inputs.name}, for which it has no kernel in "
+            "this layout"
+        )
+    elif limits.inputs_by_channel and not _by_channel(scheme):
+        yield (
+            f"{target.name} has {scheme.bits}-bit weights and inputs rounded to {inputs.name}; "
+            "it multiplies those with 8-bit weights by channel"
+        )
+    elif limits.inputs_by_channel and scheme.symmetry == "asymmetric":
+        yield f"{target.name} is asymmetric, which it does not load beside rounded inputs"
+
+
 def _fused_problems(targets: Sequence[Target]) -> Iterable[str]:
-    schemes = {target.name: target.scheme for target in targets}
+    schemes = {target.name: (target.scheme, target.activations) for target in targets}
     for name in schemes:
         parent, _, leaf = name.rpartition(".")
         for group in _FUSED:

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from compressor.errors import ModelError
 from compressor.model.families import FAMILIES, Condition, Family, Linear, Norm, NormKind
-from compressor.types import WeightScheme
+from compressor.types import ACTIVATIONS, ActivationScheme, WeightScheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
@@ -24,6 +24,9 @@ ROLE_SETS: Mapping[str, tuple[str, ...]] = {
     "mlp": ("gate", "up", "gate_up", "down", "fc_in", "fc_out"),
 }
 """Pattern words that stand for several roles; `linear` and `all` are built from them."""
+
+SERVING = "compressor"
+"""Key of `config.json` for what happens while the model runs, which weights cannot show."""
 
 _NOT_IN_ALL = ("router", "position")
 _READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "fc_in", "router")
@@ -41,6 +44,7 @@ class Matrix:
         block: index of its block; None outside the blocks.
         input_group: matrices with the same group see the same input, hence share one Hessian.
         scheme: the integer grid that a plan has assigned; None while dense.
+        activations: how its inputs are rounded while the model runs; None when they are not.
         expert: index of its expert in a mixture of experts.
         transposed_on_disk: stored [in, out].
     """
@@ -51,6 +55,7 @@ class Matrix:
     block: int | None
     input_group: str
     scheme: WeightScheme | None = None
+    activations: ActivationScheme | None = None
     expert: int | None = None
     transposed_on_disk: bool = False
 
@@ -127,7 +132,8 @@ class Architecture:
             ModelError: the family is unknown, not a plain causal language model, or a number
                 is missing or senseless.
         """
-        return _Builder(config).build()
+        architecture = _Builder(config).build()
+        return architecture.with_activations(_rounded_inputs(config))
 
     @property
     def family(self) -> str:
@@ -254,6 +260,24 @@ class Architecture:
         )
         return replace(self, matrices=tuple(matrices))
 
+    def with_activations(self, schemes: Mapping[str, ActivationScheme]) -> Architecture:
+        """The same model with the inputs of the matrices of these names rounded; others as before.
+
+        Raises:
+            ModelError: a name belongs to no matrix.
+        """
+        chosen = {self.matrix(name).name: scheme for name, scheme in schemes.items()}
+        matrices = (
+            replace(matrix, activations=chosen[matrix.name]) if matrix.name in chosen else matrix
+            for matrix in self.matrices
+        )
+        return replace(self, matrices=tuple(matrices))
+
+    @property
+    def activations(self) -> Mapping[str, ActivationScheme]:
+        """By name, how the inputs of matrices are rounded; those that are not are left out."""
+        return {m.name: m.activations for m in self.matrices if m.activations is not None}
+
     def with_config(self, **changes: object) -> Architecture:
         """The model after its configuration changed; grids stay with the names that remain."""
         aliases = self._row.aliases
@@ -261,7 +285,13 @@ class Architecture:
         changed = Architecture.from_config({**self.config, **renamed})
         old = self._by_name
         matrices = (
-            replace(matrix, scheme=old[matrix.name].scheme) if matrix.name in old else matrix
+            replace(
+                matrix,
+                scheme=old[matrix.name].scheme,
+                activations=old[matrix.name].activations,
+            )
+            if matrix.name in old
+            else matrix
             for matrix in changed.matrices
         )
         return replace(changed, matrices=tuple(matrices))
@@ -304,6 +334,35 @@ class Architecture:
         return _did_you_mean(pattern, (*words, *self._by_name)) or (
             f"roles of this model: {', '.join(sorted(words))}"
         )
+
+
+def serving_config(
+    config: Mapping[str, object], activations: Mapping[str, ActivationScheme]
+) -> dict[str, object]:
+    """The configuration of a model whose inputs are rounded like this, and like that so far."""
+    every = {**_rounded_inputs(config), **activations}
+    if not every:
+        return dict(config)
+    by_name: dict[str, list[str]] = {}
+    for module in sorted(every):
+        by_name.setdefault(every[module].name, []).append(module)
+    return {**config, SERVING: {"activations": by_name}}
+
+
+def _rounded_inputs(config: Mapping[str, object]) -> dict[str, ActivationScheme]:
+    """What `serving_config` wrote.
+
+    Raises:
+        ModelError: it is something else.
+    """
+    serving = config.get(SERVING, {})
+    found = serving.get("activations", {}) if isinstance(serving, Mapping) else None
+    if not isinstance(found, Mapping) or not all(name in ACTIVATIONS for name in found):
+        raise ModelError(
+            f"config.json has {found!r} as the rounding of inputs; "
+            f"known are: {', '.join(ACTIVATIONS)}"
+        )
+    return {module: ACTIVATIONS[name] for name, modules in found.items() for module in modules}
 
 
 def attention_implementation(config: Mapping[str, object]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import AccessError, ModelError, ResourceError
-from compressor.model.architecture import attention_implementation
+from compressor.model.architecture import SERVING, Architecture, attention_implementation
 from compressor.model.files import read_config, weight_files
 from compressor.resources import builtin_model
 
@@ -192,6 +192,8 @@ def load_model(
     A packed checkpoint is loaded as anyone loads it, in its own dtype, and unpacked by the
     library; only then is it cast, so that it holds the weights that were measured before packing.
 
+    A checkpoint of ours whose matrices see rounded inputs rounds them here too.
+
     Attention is `sdpa` where the family supports it, else `eager`; mixtures of experts are
     computed expert by expert, as in the block walk.
 
@@ -207,6 +209,7 @@ def load_model(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    from compressor.model.inputs import round_inputs
     from compressor.model.quiet import quiet
 
     weight_files(path)
@@ -231,6 +234,8 @@ def load_model(
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{path} cannot be loaded: {_summary(error)}") from None
     _check_complete(path, info)
+    if SERVING in config:
+        round_inputs(model, Architecture.from_config(config))
     if packed and dtype is not None:
         # Weights only: rotary frequencies are fp32 in any model, and wrong in bf16.
         for parameter in model.parameters():

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from compressor.model.architecture import Architecture, attention_implementation
+from compressor.model.inputs import round_inputs
 from compressor.model.quiet import quiet
 
 
@@ -56,6 +57,7 @@ class Skeleton:
         self._restore_buffers()
         for layer in self.layers:
             _bypass(layer)
+        round_inputs(self.model, architecture)
 
     def _restore_buffers(self) -> None:
         """Compute what is no weight and not on disk, such as rotary frequencies.

@@ -33,7 +33,7 @@ from compressor.model.files import read_config
 from compressor.model.memory import return_memory
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
-from compressor.types import TokenBatch
+from compressor.types import ActivationScheme, TokenBatch
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called with (input group, inputs [tokens, in], index of each token's domain [tokens])."""
@@ -53,6 +53,7 @@ class BlockWalk:
         dtype: in which they are computed.
         scratch: folder for activations beyond the budget and for those saved to resume.
         memory_budget: bytes of activations held in memory.
+        activations: by matrix, how inputs are rounded beyond what the checkpoint asks for.
 
     Raises:
         ModelError: unknown family, compressed weights, or tensors that do not fit config.json.
@@ -67,8 +68,10 @@ class BlockWalk:
         dtype: torch.dtype = torch.float32,
         scratch: Path,
         memory_budget: int = 1 << 30,
+        activations: Mapping[str, ActivationScheme] | None = None,
     ) -> None:
-        self.architecture = Architecture.from_config(read_config(checkpoint))
+        architecture = Architecture.from_config(read_config(checkpoint))
+        self.architecture = architecture.with_activations(activations or {})
         if self.architecture.quantized:
             raise ModelError(f"{checkpoint} is compressed already; its weights cannot be changed")
         self.reader = TensorReader(checkpoint)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compressor.stages.base import ReportProblem, StageConfig, option
 from compressor.stages.overrides import GroupSize, Override, group_of, overridden
-from compressor.types import Symmetry, WeightScheme
+from compressor.types import ACTIVATIONS, ActivationScheme, Symmetry, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture, Matrix, Selection
@@ -40,6 +40,15 @@ class RounderConfig(StageConfig):
         "so that the largest weight uses the extra negative code; `asymmetric`, with a zero-point.",
         effect="`asymmetric` helps most at 2 and 3 bits and adds bits/group_size per weight; "
         "`full_range` gains about as much without zero-points.",
+    )
+    activations: Literal["none", "int8"] = option(
+        "none",
+        "What the inputs of the targets are rounded to while the model runs: `int8` has one scale "
+        "for each token, found on the spot.",
+        effect="Engines multiply 8-bit weights and inputs faster than 16-bit ones where they are "
+        "bound by arithmetic (long prompts, large batches), at some accuracy. What is measured, "
+        "and what GPTQ calibrates on, are rounded inputs.",
+        source="LLM.int8, arXiv:2208.07339; ZeroQuant, arXiv:2206.01861",
     )
     targets: tuple[str, ...] = option(
         ("linear",),
@@ -89,7 +98,12 @@ class RounderConfig(StageConfig):
         """Such as `GPTQ W4 g64`."""
         method = self.method.rpartition(".")[2].upper()
         mixed = " with overrides" if self.overrides else ""
-        return f"{method} {grid_label(self.scheme)}{mixed}"
+        return f"{method} {grid_label(self.scheme, self.activation_scheme)}{mixed}"
+
+    @property
+    def activation_scheme(self) -> ActivationScheme | None:
+        """How the inputs of the targeted linear layers are rounded; None when they are not."""
+        return ACTIVATIONS.get(self.activations)
 
     @property
     def width_multiple(self) -> int:
@@ -128,6 +142,14 @@ class RounderConfig(StageConfig):
         ordered = {m.name: chosen[m.name] for m in architecture.matrices if m.name in chosen}
         return overridden(ordered, self.overrides, architecture)
 
+    def rounded_inputs(self, architecture: Architecture) -> dict[str, ActivationScheme]:
+        """How the inputs of matrices are rounded: of those in blocks that the stage rounds."""
+        scheme = self.activation_scheme
+        if scheme is None:
+            return {}
+        names = self.schemes(architecture)
+        return {name: scheme for name in names if architecture.matrix(name).block is not None}
+
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture with a grid on every chosen matrix; each matrix is rounded once."""
         _check_patterns("targets", architecture.select(self.targets), problems)
@@ -142,18 +164,35 @@ class RounderConfig(StageConfig):
         self._check_overrides(architecture, schemes, problems)
         _check_rounded_once(chosen, problems)
         self._check_groups(chosen, schemes, problems)
+        self._check_activations(chosen, problems)
         for scheme in dict.fromkeys(schemes.values()):
             names = [name for name, own in schemes.items() if own == scheme]
             architecture = architecture.with_scheme(names, scheme)
-        return architecture
+        return architecture.with_activations(self.rounded_inputs(architecture))
+
+    def _check_activations(self, chosen: Sequence[Matrix], problems: ReportProblem) -> None:
+        experts = [matrix for matrix in chosen if matrix.expert is not None]
+        if experts and self.activations != "none":
+            problems(
+                "activations",
+                f"{experts[0].name} is an expert, and transformers does not round the inputs of "
+                "experts, so that what is served could not be measured",
+                "write `activations: none`",
+            )
 
     def remarks(self, before: Architecture) -> tuple[str, ...]:
-        """With overrides, how many matrices have which grid."""
-        if not self.overrides:
-            return ()
-        counted = Counter(self.schemes(before).values())
-        grids = (f"{grid_label(scheme)} on {count}" for scheme, count in counted.items())
-        return (f"grids and their numbers of matrices: {', '.join(grids)}",)
+        """With overrides, how many matrices have which grid; and that scores see rounded inputs."""
+        said = []
+        if self.overrides:
+            counted = Counter(self.schemes(before).values())
+            grids = (f"{grid_label(scheme)} on {count}" for scheme, count in counted.items())
+            said.append(f"grids and their numbers of matrices: {', '.join(grids)}")
+        if rounded := self.rounded_inputs(before):
+            said.append(
+                f"the inputs of {len(rounded)} matrices are rounded to {self.activations}, token "
+                "by token; scores are taken with that rounding"
+            )
+        return tuple(said)
 
     def _check_places(self, architecture: Architecture, problems: ReportProblem) -> None:
         """Targets are linear layers of blocks; embedding and head have options of their own."""
@@ -223,11 +262,11 @@ class RounderConfig(StageConfig):
         return "group_size"
 
 
-def grid_label(scheme: WeightScheme) -> str:
-    """Such as `W4 g64` or `W3 channel asym`."""
+def grid_label(scheme: WeightScheme, inputs: ActivationScheme | None = None) -> str:
+    """Such as `W4 g64`, `W3 channel asym` or `W8A8 channel`."""
     group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
     kind = {"symmetric": "", "full_range": " full range", "asymmetric": " asym"}[scheme.symmetry]
-    return f"W{scheme.bits} {group}{kind}"
+    return f"W{scheme.bits}{f'A{inputs.bits}' if inputs else ''} {group}{kind}"
 
 
 def _check_patterns(option_name: str, selection: Selection, problems: ReportProblem) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
-from compressor.model.architecture import Architecture
+from compressor.model.architecture import Architecture, serving_config
 from compressor.model.files import read_config
 from compressor.model.walk import Block, BlockMatrix, BlockWalk, Observer
 from compressor.numerics.hessian import HessianAccumulator, relative_loss
@@ -27,6 +27,7 @@ from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
 from compressor.stages.quantize_base import RounderConfig
 from compressor.types import (
+    ActivationScheme,
     BlockRecord,
     Fallback,
     ModuleMetric,
@@ -120,8 +121,9 @@ def round_model(
     config = read_config(checkpoint)
     architecture = Architecture.from_config(config)
     job = Job(stage.schemes(architecture), solve, batches, sublayers)
+    inputs = stage.rounded_inputs(architecture)
     streams = 2 if reference else 1
-    walk = _walk(checkpoint, batches, context, context.scratch, streams)
+    walk = _walk(checkpoint, batches, context, context.scratch, streams, inputs)
     parent = (
         _walk(checkpoint, batches, context, context.scratch / "reference", streams)
         if reference
@@ -142,7 +144,7 @@ def round_model(
             records.append(record)
             task.advance()
     records.append(_round_outside(job, walk, writer, context.folder))
-    writer.finish(config, checkpoint, architecture.parameters)
+    writer.finish(serving_config(config, inputs), checkpoint, architecture.parameters)
     return _result(context.folder, records)
 
 
@@ -152,8 +154,12 @@ def _walk(
     context: StageContext,
     scratch: Path,
     streams: int,
+    inputs: Mapping[str, ActivationScheme] | None = None,
 ) -> BlockWalk:
-    """One of `streams` walks, which share the memory for activations."""
+    """One of `streams` walks, which share the memory for activations.
+
+    Inputs are rounded before any weight is, so that a solver makes up for that as well.
+    """
     return BlockWalk(
         checkpoint,
         batches,
@@ -161,6 +167,7 @@ def _walk(
         dtype=context.dtype,
         scratch=scratch,
         memory_budget=context.activation_budget // streams,
+        activations=inputs,
     )
 
 

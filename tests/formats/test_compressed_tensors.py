@@ -13,7 +13,9 @@ from compressor.formats import compressed_tensors as ct
 from compressor.formats.headers import INDEX, read_json
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.formats.support import Target, engine_problems, export_problems
-from compressor.types import QTensor, WeightScheme
+from compressor.model.architecture import SERVING, serving_config
+from compressor.model.load import load_model
+from compressor.types import ACTIVATIONS, ActivationScheme, QTensor, WeightScheme
 
 from .helpers import logits, quantize_checkpoint, same_tensors, tiny_model
 from .test_codes import qtensors
@@ -127,12 +129,71 @@ def test_int_quantized_by_channel(llama: Path, tmp_path: Path, symmetry: str) ->
     assert torch.equal(logits(dense), logits(export))
 
 
-def test_dynamic_activations_load_and_act(llama: Path, tmp_path: Path) -> None:
-    dense, export = round_trip(
-        llama, tmp_path, projections(WeightScheme(8, None)), "int-quantized", activation_bits=8
+INT8 = ACTIVATIONS["int8"]
+
+
+def served(dense: Path, activations: dict[str, ActivationScheme]) -> Path:
+    """The dense checkpoint, told to round inputs."""
+    config = read_json(dense / "config.json")
+    (dense / "config.json").write_text(json.dumps(serving_config(config, activations)))
+    return dense
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "layout"),
+    [
+        (WeightScheme(8, None), "auto", "int-quantized"),
+        (WeightScheme(8, None, "asymmetric"), "int-quantized", "int-quantized"),
+        (WeightScheme(8, None), "pack-quantized", "pack-quantized"),
+        (W4, "auto", "pack-quantized"),
+        (W4, "int-quantized", "int-quantized"),
+    ],
+    ids=str,
+)
+def test_rounded_inputs_give_the_same_logits(
+    llama: Path, tmp_path: Path, scheme: WeightScheme, form: str, layout: str
+) -> None:
+    dense, codes = quantize_checkpoint(llama, tmp_path / "dense", projections(scheme))  # type: ignore[arg-type]
+    rounded = dict.fromkeys(codes, INT8)
+    ct.export(dense, codes, tmp_path / "out", logical_parameters=1, form=form, activations=rounded)  # type: ignore[arg-type]
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["quantization_config"]["format"] == layout
+    plain = logits(dense)
+    assert not torch.equal(plain, logits(tmp_path / "out"))
+    assert torch.equal(ours(served(dense, rounded)), logits(tmp_path / "out"))
+
+
+def ours(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return load_model(folder)(torch.arange(32).view(1, 32)).logits
+
+
+def test_inputs_are_rounded_where_it_is_asked_and_nowhere_else(llama: Path, tmp_path: Path) -> None:
+    scheme = WeightScheme(8, None)
+    dense, codes = quantize_checkpoint(
+        llama, tmp_path / "dense", lambda m: scheme if "proj" in m or m == "lm_head" else None
     )
-    difference = (logits(dense) - logits(export)).abs().max()
-    assert 0 < difference < 0.1 * logits(dense).abs().max()
+    rounded = {module: INT8 for module in codes if "mlp" in module}
+    served(dense, rounded)
+    ct.export(dense, codes, tmp_path / "out", logical_parameters=1, activations=rounded)
+    config = read_json(tmp_path / "out" / "config.json")
+    assert SERVING not in config
+    written = config["quantization_config"]
+    assert written["format"] == "mixed-precision"
+    groups = written["config_groups"].values()
+    layouts = {group["format"]: group["input_activations"] is not None for group in groups}
+    assert layouts == {"int-quantized": True, "pack-quantized": False}
+    assert torch.equal(ours(dense), logits(tmp_path / "out"))
+    served(dense, dict.fromkeys((module for module in codes if "proj" in module), INT8))
+    assert not torch.equal(ours(dense), logits(tmp_path / "out"))
+
+
+def test_inputs_of_dense_matrices_are_refused(llama: Path, tmp_path: Path) -> None:
+    dense, codes = quantize_checkpoint(llama, tmp_path / "dense", projections(W4))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="lm_head are rounded, but it has no codes"):
+        ct.export(
+            dense, codes, tmp_path / "out", logical_parameters=1, activations={"lm_head": INT8}
+        )
 
 
 def test_tied_quantized_embedding(tied_llama: Path, tmp_path: Path) -> None:

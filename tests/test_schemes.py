@@ -1,0 +1,190 @@
+"""Formats beyond integer weights, from the recipe to what transformers serves (`builtin:tiny`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor import resources
+from compressor.engine import RunOutcome, run_recipe
+from compressor.errors import ModelError, PlanError
+from compressor.journal import Journal
+from compressor.model.architecture import SERVING, Architecture, serving_config
+from compressor.model.load import load_model, read_config
+from compressor.model.walk import BlockWalk
+from compressor.numerics.activations import round_per_token
+from compressor.plan import Plan, make_plan
+from compressor.recipe import load_recipe
+from compressor.types import ACTIVATIONS, TokenBatch
+
+TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
+MIXTRAL: dict[str, Any] = {
+    **{"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64},
+    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+    **{"vocab_size": 256, "num_local_experts": 2, "num_experts_per_tok": 1},
+    **{"max_position_embeddings": 64, "tie_word_embeddings": False, "dtype": "bfloat16"},
+}
+SMALL = """\
+calibration: {samples: 2, length: 64, batch_size: 2}
+evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
+stages:
+"""
+W8A8 = "  - {method: quantize.rtn, bits: 8, group_size: channel, activations: int8}\n"
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished run."""
+
+    folder: Path
+    outcome: RunOutcome
+
+    @property
+    def exported(self) -> dict[str, Any]:
+        return Journal(self.folder / "journal.jsonl").all("exported")[0]
+
+    @property
+    def stage(self) -> Path:
+        return next((self.folder / "stages").iterdir())
+
+    @property
+    def deliverable(self) -> Path:
+        return self.folder / "deliverable" / "compressed-tensors"
+
+    @property
+    def kl(self) -> float:
+        divergence = self.outcome.report.evaluations[self.stage.name].overall.divergence
+        assert divergence is not None
+        return divergence.mean.value
+
+
+def ran(folder: Path, stages: str) -> Ran:
+    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
+    recipe = load_recipe(folder / "recipe.yaml")
+    return Ran(folder / "run", run_recipe(recipe, "builtin:tiny", folder / "run"))
+
+
+def plan(folder: Path, stages: str, config: dict[str, Any] = TINY) -> Plan:
+    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
+    return make_plan(load_recipe(folder / "recipe.yaml"), config, "the-model")
+
+
+def refused(folder: Path, stages: str, config: dict[str, Any] = TINY) -> str:
+    with pytest.raises(PlanError) as caught:
+        plan(folder, stages, config)
+    return "\n".join(map(str, caught.value.problems))
+
+
+# ---------------------------------------------------------------------- rounded inputs
+
+
+@pytest.fixture(scope="module")
+def w8a8(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    return ran(tmp_path_factory.mktemp("w8a8"), W8A8)
+
+
+def test_what_is_served_is_what_was_measured(w8a8: Ran) -> None:
+    assert w8a8.exported["max_logit_difference"] == 0
+    config = read_config(w8a8.deliverable)
+    assert SERVING not in config
+    assert config["quantization_config"]["format"] == "int-quantized"
+    (group,) = config["quantization_config"]["config_groups"].values()
+    assert group["input_activations"]["dynamic"]
+    assert group["input_activations"]["strategy"] == "token"
+    assert w8a8.outcome.report.variants[1].label == "RTN W8A8 channel"
+
+
+def test_scores_include_the_rounding_of_inputs(w8a8: Ran, tmp_path: Path) -> None:
+    weights_only = ran(tmp_path, W8A8.replace("int8}", "none}"))
+    assert weights_only.exported["max_logit_difference"] == 0
+    # The same weights: only the inputs are rounded in one of the two.
+    codes = [next(r.stage.glob("codes-block-00000*")).read_bytes() for r in (w8a8, weights_only)]
+    assert codes[0] == codes[1]
+    assert w8a8.kl > 2 * weights_only.kl
+
+
+def test_the_formula_is_the_size_on_disk(w8a8: Ran) -> None:
+    made = plan(w8a8.folder, W8A8)
+    size = w8a8.outcome.report.variants[1].size
+    assert made.stages[0].packed_bytes == made.exports[0].tensor_bytes == size.tensor_bytes
+    assert made.stages[0].by_role == size.by_role.model_dump()
+    assert size.bits_linear == pytest.approx(made.stages[0].bits_linear)
+
+
+def test_streamed_and_whole_agree_and_both_round(w8a8: Ran, tmp_path: Path) -> None:
+    ids = torch.arange(40)[None]
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",))
+    walk = BlockWalk(w8a8.stage, [batch], dtype=torch.float32, scratch=tmp_path)
+    for _ in walk.blocks():
+        pass
+    streamed = walk.logits(next(walk.final_hidden()))
+    with torch.no_grad():
+        whole = load_model(w8a8.stage, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(streamed, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_moments_are_those_of_rounded_inputs(tmp_path: Path) -> None:
+    source = resources.builtin_model("tiny")
+    ids = torch.arange(40)[None]
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",))
+    name = "model.layers.0.mlp.down_proj"
+    scheme = ACTIVATIONS["int8"]
+    seen = []
+    for activations in ({}, {name: scheme}):
+        walk = BlockWalk(source, [batch], scratch=tmp_path, activations=activations)
+        block = next(walk.blocks())
+        group = block.matrix(name).info.input_group
+        block.capture(lambda _, inputs, __: seen.append(inputs.clone()), [group])
+    assert torch.equal(round_per_token(seen[0], scheme), seen[1])
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_a_second_stage_keeps_the_rounding_of_the_first() -> None:
+    first = serving_config(TINY, {"model.layers.0.mlp.down_proj": ACTIVATIONS["int8"]})
+    both = serving_config(first, {"model.layers.1.mlp.down_proj": ACTIVATIONS["int8"]})
+    assert len(Architecture.from_config(both).activations) == 2
+    assert serving_config(both, {}) == both
+    assert serving_config(TINY, {}) == TINY
+    kept = Architecture.from_config(both).with_config(max_position_embeddings=256)
+    assert len(kept.activations) == 2
+
+
+@pytest.mark.parametrize("value", ["int8", {"activations": {"int3": []}}, {"activations": [1]}])
+def test_a_rounding_that_nobody_knows_is_an_error(value: object) -> None:
+    with pytest.raises(ModelError, match="rounding of inputs"):
+        Architecture.from_config({**TINY, SERVING: value})
+
+
+def test_what_rounded_inputs_exclude(tmp_path: Path) -> None:
+    dense = refused(tmp_path, W8A8 + "export: [{format: dense}]\n")
+    assert "dense cannot say that inputs are rounded" in dense
+    assert "export compressed-tensors" in dense
+    experts = refused(tmp_path, W8A8, MIXTRAL)
+    assert "does not round the inputs of experts" in experts
+    packed = W8A8.replace("int8}", "int8, symmetry: asymmetric}")
+    form = "export: [{format: compressed-tensors, form: pack-quantized}]\n"
+    assert "only where inputs are not rounded" in refused(tmp_path, packed + form)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-cpu", "sglang"])
+def test_engines_multiply_int8_by_int8(tmp_path: Path, engine: str) -> None:
+    export = f"export: [{{format: compressed-tensors, engines: [{engine}]}}]\n"
+    assert plan(tmp_path, W8A8 + export)
+    w4a8 = W8A8.replace("bits: 8, group_size: channel", "bits: 4, group_size: 64")
+    assert "no kernel in this layout" in refused(tmp_path, w4a8 + export)
+    bytewise = export.replace("engines", "form: int-quantized, engines")
+    assert "8-bit weights by channel" in refused(tmp_path, w4a8 + bytewise)
+    assert plan(tmp_path, w4a8)
+    asymmetric = W8A8.replace("int8}", "int8, symmetry: asymmetric}")
+    assert "asymmetric" in refused(tmp_path, asymmetric + export)
+
+
+def test_the_plan_says_that_inputs_are_rounded(tmp_path: Path) -> None:
+    (remark,) = plan(tmp_path, W8A8).stages[0].remarks
+    assert "28 matrices" in remark
+    assert "int8" in remark

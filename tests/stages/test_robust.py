@@ -133,7 +133,8 @@ def test_the_domain_that_drifts_most_counts_most() -> None:
     assert set(balance.ratios.values()) == {1.0}
     balance._set({"code": [0.5, 0.52, 0.49], "prose": [0.1, 0.11, 0.1], "docs": [9.0, 9.0, 9.0]})
     ratios = balance.ratios
-    assert ratios["code"] > 1.3 > 1 > ratios["prose"]
+    assert ratios["code"] > 1.3
+    assert ratios["prose"] < 1
     assert ratios["user"] == pytest.approx(1)  # there is no held-out text of it
     total = sum(ratios[name] * count for name, count in tokens.items())
     assert total == pytest.approx(500)
@@ -238,6 +239,33 @@ def test_one_domain_has_nothing_to_weigh(tmp_path: Path) -> None:
     assert len(choice.trial.kl) == 6  # judged on all domains nevertheless
     balance.begin(choice)
     assert balance.ratios == {"prose": 1.0}
+
+
+def test_the_plan_states_what_it_costs(tmp_path: Path) -> None:
+    from compressor.cost import block_memory
+    from compressor.model.architecture import Architecture
+    from compressor.model.files import read_config
+    from compressor.plan import make_plan
+    from compressor.recipe import load_recipe
+
+    plans = {}
+    for robust in ("false", "true"):
+        path = tmp_path / f"{robust}.yaml"
+        path.write_text(RECIPE.replace("    bits: 4\n", f"    robust: {robust}\n"))
+        plan = make_plan(load_recipe(path), read_config(TINY), "builtin:tiny")
+        plans[robust] = plan.stages[0]
+    tiny = Architecture.from_config(read_config(TINY))
+    held_out = 6 * 2 * 16  # as `little_text` has it
+    assert plans["true"].peak_bytes == block_memory(tiny, 64 + held_out, reference=True, domains=6)
+    assert plans["true"].flops == pytest.approx(plans["false"].flops * (1 + 5 * 2 / 4))
+    (remark,) = plans["true"].remarks
+    assert "5 pairs" in remark
+    assert "2 of 4 blocks" in remark
+    assert not plans["false"].remarks
+    widths = [matrices[0].shape[1] for matrices in tiny.groups(0).values()]
+    apart = block_memory(tiny, 64, reference=True, domains=6)
+    more = 2 * 4 * 6 * sum(width**2 for width in widths)
+    assert apart - block_memory(tiny, 64, reference=True) == more
 
 
 # ---------------------------------------------------------------------- killed

@@ -293,7 +293,7 @@ class _Bench:
             self._checkpoint,
             self._balance.batches,
             device=self._context.device,
-            dtype=self._context.dtype,
+            dtype=torch.float32,  # a KL of 0.01 would not survive logits in bf16
             scratch=self._scratch / "rest",
             memory_budget=self._context.activation_budget,
         )

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 USER_DOMAIN = "user"  # the domain of text that the user brings
+DEVELOPMENT_WINDOWS, DEVELOPMENT_LENGTH = 8, 256  # of every domain; tokens a window
 _SHARE_TOLERANCE = 1e-6
 _Numbered = tuple[int, Mapping[str, Any]]  # a row and its place in the source
 _OF_SOURCE = ("split", "column", "subset", "revision", "streaming", "chat_template")
@@ -439,6 +440,32 @@ def build_batches(config: CalibrationConfig, tokenizer: PreTrainedTokenizerBase)
         rows += take(config, tokenizer, domain, counts[domain], _recorded(documents, used))
     random.Random(config.seed).shuffle(rows)
     return _assemble(config, tokenizer, rows, tuple(used))
+
+
+def build_development(
+    tokenizer: PreTrainedTokenizerBase, *, longest: int
+) -> tuple[TokenBatch, ...]:
+    """The first windows of every shipped domain's development text, a batch a domain.
+
+    For choices that a stage makes by itself: the text is held out from calibration, and
+    evaluation never sees it. The same tokenizer gives the same tokens.
+
+    Args:
+        longest: window that the model accepts, in tokens.
+    """
+    windows, length = DEVELOPMENT_WINDOWS, min(DEVELOPMENT_LENGTH, longest)
+    config = CalibrationConfig(samples=windows, length=length, batch_size=windows)
+    rows: list[_Row] = []
+    for domain in text.domains(resources.calibration(), "development"):
+        documents = iter(text.calibration_documents(domain, "development"))
+        rows += _pack(config, tokenizer, domain, windows, documents)
+    return _assemble(config, tokenizer, rows, ()).batches
+
+
+def development_tokens() -> int:
+    """How many tokens `build_development` gives for a model with room for its windows."""
+    count = len(text.domains(resources.calibration(), "development"))
+    return count * DEVELOPMENT_WINDOWS * DEVELOPMENT_LENGTH
 
 
 def apportion(shares: Mapping[str, float], total: int) -> dict[str, int]:

@@ -112,14 +112,18 @@ def rounding_flops(
     return total + sum(2.0 * matrix.parameters * matrix.shape[1] for matrix in changed)
 
 
-def block_memory(architecture: Architecture, tokens: int, *, reference: bool = False) -> int:
+def block_memory(
+    architecture: Architecture, tokens: int, *, reference: bool = False, domains: int = 1
+) -> int:
     """Peak memory of a stage that streams blocks, in bytes.
 
     One block, as stored, in fp32 and once more as the rounder's working copy; one fp32 Hessian
     per input group of that block and three fp64 copies of the largest while it is factored; the
     residual stream of all calibration tokens before and after the block, fp32. With the parent
-    run beside: its block in fp32, its residual stream and a second matrix per input group.
+    run beside: its block in fp32, its residual stream and a second matrix per input group. Where
+    the moments of domains are kept apart, these matrices once for every domain and once mixed.
     """
+    parts = domains + 1 if domains > 1 else 1
     streams = 2 if reference else 1
     most = 0
     for index in range(architecture.layers):
@@ -128,7 +132,7 @@ def block_memory(architecture: Architecture, tokens: int, *, reference: bool = F
         need = weights * (architecture.dtype_bytes + 4 + 4 * streams)
         if tokens:
             widths = [matrices[0].shape[1] for matrices in groups.values()]
-            need += 4 * streams * sum(width**2 for width in widths) + 24 * max(widths) ** 2
+            need += 4 * streams * parts * sum(width**2 for width in widths) + 24 * max(widths) ** 2
         most = max(most, need)
     return most + 8 * streams * tokens * architecture.hidden
 

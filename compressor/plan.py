@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from compressor.calibration import require_origin
+from compressor.calibration import development_tokens, load_mix, require_origin
 from compressor.cost import (
     block_memory,
     checkpoint_bytes,
@@ -318,9 +318,11 @@ def _stage_plan(
     sequential = getattr(stage, "sequential", "block")
     passes = _PASSES[sequential] + (_PARENT_PASSES[sequential] if reference else 0.0)
     tokens = tokens if reads_text else 0
-    flops = stage.flops(before) or rounding_flops(
-        changed, after, tokens, passes, reference=reference
-    )
+    plain = rounding_flops(changed, after, tokens, passes, reference=reference)
+    flops = stage.flops(before) or stage.operations(after, tokens, plain)
+    held_out, domains = 0, 1
+    if getattr(stage, "robust", False):
+        held_out, domains = development_tokens(), _domains(recipe)
     nominal, linear = linear_bits(after)
     packed = checkpoint_bytes(after)
     return StagePlan(
@@ -334,7 +336,8 @@ def _stage_plan(
         packed_bytes=packed,
         by_role=role_bytes(after),
         disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
-        peak_bytes=stage.memory(before) or block_memory(after, tokens, reference=reference),
+        peak_bytes=stage.memory(before)
+        or block_memory(after, tokens + held_out, reference=reference, domains=domains),
         flops=flops,
         seconds=flops / rate,
         remarks=stage.remarks(before),
@@ -343,7 +346,13 @@ def _stage_plan(
 
 def _runs_parent(stage: StageConfig) -> bool:
     """Whether the stage runs its parent beside the model it changes."""
-    return bool(getattr(stage, "propagate", 0))
+    return bool(getattr(stage, "propagate", 0) or getattr(stage, "robust", False))
+
+
+def _domains(recipe: Recipe) -> int:
+    """Domains of the calibration text; text of the user's own is one."""
+    config = recipe.calibration
+    return 1 if config is None or config.source is not None else len(load_mix(config.mix).domains)
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:

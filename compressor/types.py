@@ -195,8 +195,12 @@ class Device:
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What a stage did to one decoder block; journaled when the block is safely on disk."""
+    """What a stage did to one decoder block; journaled when the block is safely on disk.
+
+    `notes` hold what the stage learned on the way and needs to go on behind this block.
+    """
 
     block: int
     metrics: tuple[ModuleMetric, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    notes: dict[str, float] = field(default_factory=dict)

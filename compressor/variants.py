@@ -111,4 +111,5 @@ def block_record(facts: Mapping[str, Any]) -> BlockRecord:
         block=facts["block"],
         metrics=tuple(ModuleMetric(**metric) for metric in facts["metrics"]),
         fallbacks=tuple(Fallback(**fallback) for fallback in facts["fallbacks"]),
+        notes=facts.get("notes", {}),
     )

@@ -311,6 +311,7 @@ class Block:
         inputs: hidden states that enter it, one tensor [batch, length, hidden] per batch.
         module: its live module in the walk's dtype; for optimisation through it.
         names: names on disk of all its tensors, also of those that the model does not use.
+        domains: names that the domain index of a token refers to.
     """
 
     def __init__(self, walk: BlockWalk, index: int, inputs: ActivationStore) -> None:
@@ -319,6 +320,7 @@ class Block:
         self.inputs = inputs
         self.module: nn.Module = walk._skeleton.layers[index]
         self.names = walk.reader.under(walk._prefix(index))
+        self.domains = walk.domains
         self._groups = walk.architecture.groups(index)
         self.matrices = tuple(
             BlockMatrix(self, matrix) for matrix in walk.architecture.block(index)
@@ -401,6 +403,11 @@ class Block:
         """Rows [valid tokens, hidden] of hidden states [batch, length, hidden], without padding."""
         valid, _ = self._walk._valid(self._walk.batches[batch])
         return hidden.to(self._walk.device).reshape(-1, hidden.shape[-1])[valid]
+
+    def output(self, batch: int) -> Tensor:
+        """What leaves the block for one batch; weights must not change any more."""
+        self._finish()
+        return self._outputs[batch]
 
     def save_outputs(self) -> None:
         """Put the outputs on disk, so that a walk can start at the next block.

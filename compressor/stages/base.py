@@ -116,6 +116,17 @@ class StageConfig(BaseModel, ABC):
         del before
         return ()
 
+    def operations(self, after: Architecture, tokens: int, plain: float) -> float:
+        """Floating-point operations of the stage, for the plan.
+
+        Args:
+            after: the architecture it leaves.
+            tokens: of calibration text; 0 when it reads none.
+            plain: operations of a rounder that measures inputs and solves once.
+        """
+        del after, tokens
+        return plain
+
     @abstractmethod
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext

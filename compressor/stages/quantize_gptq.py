@@ -11,6 +11,7 @@ from compressor.stages.quantize_base import RounderConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
+    from compressor.model.architecture import Architecture
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 
@@ -112,12 +113,65 @@ class QuantizeGptq(RounderConfig):
         "summed and matrices solved in fp32 or fp64 either way; the report says which it was.",
         source="LOG.md, calibration in the model's own precision",
     )
+    robust: bool = option(
+        False,
+        "Let the worst domain decide: `damping` and `propagate` are chosen around their values by "
+        "the worst domain's KL on held-out text, and the domains of the calibration text are "
+        "weighed anew before every block, those on which the model has drifted furthest counting "
+        "more (χ²-ball rule).",
+        effect="Lowers the distance of the worst domain by a few percent and raises the mean by "
+        "about as much; no help for domains that the calibration text lacks. Takes half as long "
+        "again on a deep model, several times as long on a shallow one.",
+        source="DRPruning, arXiv:2411.14055; Namkoong & Duchi 2016; LOG.md, robust calibration",
+    )
+    radius: float = option(
+        0.1,
+        "How far `robust` may move the weights of domains from their shares in the text, as a χ² "
+        "divergence; 0 keeps them and chooses `damping` and `propagate` only.",
+        effect="At 0.1 a domain that is a fifth of the text may come to count as two fifths.",
+        source="DRPruning, arXiv:2411.14055",
+        ge=0,
+    )
     on_failure: Literal["rtn", "stop"] = option(
         "rtn",
         "What happens to a matrix whose Hessian cannot be factorised even with full damping: "
         "`rtn` rounds it to nearest, `stop` ends the run.",
         effect="Either way the report says so; nothing falls back silently.",
     )
+
+    @property
+    def tried(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Dampings and shares β that `robust` tries, the recipe's own first."""
+        dampings = (self.damping, self.damping / 3, min(3 * self.damping, 1.0))
+        shares = (self.propagate, max(self.propagate - 0.25, 0.0), min(self.propagate + 0.25, 1.0))
+        return tuple(dict.fromkeys(dampings)), tuple(dict.fromkeys(shares))
+
+    def tried_blocks(self, layers: int) -> int:
+        """Blocks that `robust` rounds once for every pair it tries."""
+        return min(layers, max(2, layers // 10))
+
+    def operations(self, after: Architecture, tokens: int, plain: float) -> float:
+        """With `robust`, the first blocks once more for every pair of options that is tried."""
+        del tokens
+        pairs = self._pairs if self.robust else 0
+        return plain * (1 + pairs * self.tried_blocks(after.layers) / after.layers)
+
+    def remarks(self, before: Architecture) -> tuple[str, ...]:
+        """What `robust` costs."""
+        if not self.robust:
+            return ()
+        blocks, layers = self.tried_blocks(before.layers), before.layers
+        widest = max(matrix.shape[1] for matrix in before.matrices if matrix.block is not None)
+        return (
+            f"robust tries {self._pairs} pairs of damping and propagate on {blocks} of {layers} "
+            "blocks, and keeps two moments of every domain of the text apart: up to "
+            f"{8 * widest**2 / 1e6:.0f} MB a domain",
+        )
+
+    @property
+    def _pairs(self) -> int:
+        dampings, shares = self.tried
+        return len(dampings) + len(shares) - 1
 
     def calibration_need(self) -> Need | None:
         """Compensation needs the second moments of the inputs, always."""
@@ -130,6 +184,7 @@ class QuantizeGptq(RounderConfig):
         import torch
 
         from compressor.model.precision import working_dtype
+        from compressor.stages.robust import robust_gptq
         from compressor.stages.rounding import round_model
         from compressor.stages.solving import compensated
 
@@ -137,13 +192,16 @@ class QuantizeGptq(RounderConfig):
         own = self.precision == "auto"
         dtype = working_dtype(checkpoint, context.device) if own else torch.float32
         context = replace(context, dtype=dtype)
-        result = round_model(
-            self,
-            compensated(self),
-            checkpoint,
-            calibration.batches,
-            context,
-            sublayers=self.sequential == "sublayer",
-            reference=self.propagate > 0,
-        )
+        if self.robust:
+            result = robust_gptq(self, checkpoint, calibration, context)
+        else:
+            result = round_model(
+                self,
+                compensated(self),
+                checkpoint,
+                calibration.batches,
+                context,
+                sublayers=self.sequential == "sublayer",
+                reference=self.propagate > 0,
+            )
         return replace(result, notes={**result.notes, _PRECISION: 8.0 * context.dtype.itemsize})

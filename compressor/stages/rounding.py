@@ -8,9 +8,10 @@ before the block is reported done, so that an interrupted stage goes on at the n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,12 +87,31 @@ class Job:
             in which scales are stored.
         batches: calibration tokens; none when `solve` wants no Hessians.
         sublayers: measure inputs again after each group of matrices has been rounded.
+        balance: weighs the domains of the text; None counts every token once.
+        inputs: how inputs of matrices are rounded, by matrix.
     """
 
     schemes: Mapping[str, WeightScheme]
     solve: Solve
     batches: Sequence[TokenBatch]
     sublayers: bool = False
+    balance: Balance | None = None
+    inputs: Mapping[str, ActivationScheme] | None = None
+
+
+class Balance(Protocol):
+    """Weights of domains, set anew after every block by what its rounding did to held-out text."""
+
+    @property
+    def batches(self) -> Sequence[TokenBatch]:
+        """Held-out tokens; they run behind the calibration tokens and enter no statistic."""
+
+    @property
+    def ratios(self) -> Mapping[str, float]:
+        """What a token of each domain counts; 1 leaves the text's own proportions."""
+
+    def settle(self, block: Block, original: Block | None) -> dict[str, float]:
+        """Look at the held-out tokens behind a rounded block; what to journal with the block."""
 
 
 def round_model(
@@ -103,6 +123,7 @@ def round_model(
     *,
     sublayers: bool = False,
     reference: bool = False,
+    balance: Balance | None = None,
 ) -> StageResult:
     """Round the stage's matrices and write the new checkpoint with its codes.
 
@@ -114,29 +135,26 @@ def round_model(
         context: where to work and whom to tell.
         sublayers: let each matrix see inputs that passed through the rounded ones before it.
         reference: walk the parent beside, so that `solve` learns how the inputs drifted from its.
+        balance: weighs the domains of the text.
 
     Returns:
         The stage's result; `changed` names every tensor that rounding moved.
     """
     config = read_config(checkpoint)
     architecture = Architecture.from_config(config)
-    job = Job(stage.schemes(architecture), solve, batches, sublayers)
     inputs = stage.rounded_inputs(architecture)
-    streams = 2 if reference else 1
-    walk = _walk(checkpoint, batches, context, context.scratch, streams, inputs)
-    parent = (
-        _walk(checkpoint, batches, context, context.scratch / "reference", streams)
-        if reference
-        else None
-    )
+    job = Job(stage.schemes(architecture), solve, batches, sublayers, balance, inputs)
+    walk, parent = open_walks(job, checkpoint, context, context.scratch, reference=reference)
     writer = CheckpointWriter(context.folder)
     records = list(context.finished)
     with context.observer.task("rounding blocks", architecture.layers) as task:
         task.advance(len(records))
-        for block, original in _lockstep(walk, parent, len(records)):
-            codes, record = _round_block(job, block, original)
+        for block, original in lockstep(walk, parent, len(records)):
+            codes, record = round_block(job, block, original)
             writer.write_shard(shard_name(block.index), block.state())
             write_codes(context.folder / codes_name(block.index), codes)
+            if balance:
+                record = replace(record, notes=balance.settle(block, original))
             if original:
                 original.save_outputs()
             block.save_outputs()
@@ -148,30 +166,32 @@ def round_model(
     return _result(context.folder, records)
 
 
-def _walk(
-    checkpoint: Path,
-    batches: Sequence[TokenBatch],
-    context: StageContext,
-    scratch: Path,
-    streams: int,
-    inputs: Mapping[str, ActivationScheme] | None = None,
-) -> BlockWalk:
-    """One of `streams` walks, which share the memory for activations.
+def open_walks(
+    job: Job, checkpoint: Path, context: StageContext, scratch: Path, *, reference: bool
+) -> tuple[BlockWalk, BlockWalk | None]:
+    """The walk whose blocks are rounded, and that of the parent beside it if there is to be one.
 
+    Both share the memory for activations. Held-out tokens come behind the calibration tokens.
     Inputs are rounded before any weight is, so that a solver makes up for that as well.
     """
-    return BlockWalk(
-        checkpoint,
-        batches,
-        device=context.device,
-        dtype=context.dtype,
-        scratch=scratch,
-        memory_budget=context.activation_budget // streams,
-        activations=inputs,
-    )
+    batches = [*job.batches, *(job.balance.batches if job.balance else ())]
+    folders = [scratch, scratch / "reference"][: 2 if reference else 1]
+    walks = [
+        BlockWalk(
+            checkpoint,
+            batches,
+            device=context.device,
+            dtype=context.dtype,
+            scratch=folder,
+            memory_budget=context.activation_budget // len(folders),
+            activations=job.inputs if folder == scratch else None,
+        )
+        for folder in folders
+    ]
+    return walks[0], walks[1] if reference else None
 
 
-def _lockstep(
+def lockstep(
     walk: BlockWalk, parent: BlockWalk | None, start: int
 ) -> Iterator[tuple[Block, Block | None]]:
     """Each block of the walk with the parent's, which nobody changes."""
@@ -179,19 +199,19 @@ def _lockstep(
     return zip(walk.blocks(start), originals, strict=False)
 
 
-def _round_block(
+def round_block(
     job: Job, block: Block, original: Block | None
 ) -> tuple[dict[str, QTensor], BlockRecord]:
-    """Round the chosen matrices of one block in place."""
+    """Codes by module of the block's chosen matrices, which are rounded in place."""
     groups = _chosen_groups(block.matrices, job.schemes)
     codes: dict[str, QTensor] = {}
     metrics: list[ModuleMetric] = []
     fallbacks: list[Fallback] = []
     for wave in _waves(groups, job.sublayers):
-        measured = _measure(block, original, groups, wave) if job.batches and wave else {}
+        measured = _measure(job, block, original, groups, wave) if job.batches and wave else {}
         for name in wave:
             seen = measured.pop(name, None)
-            moments = seen.moments() if seen else None
+            moments = seen.moments(_ratios(job, block)) if seen else None
             weights = [matrix.weight.float() for matrix in groups[name]]
             schemes = [job.schemes[matrix.info.name] for matrix in groups[name]]
             dtype = block.tensor(groups[name][0].info.tensor).dtype
@@ -230,17 +250,67 @@ def _waves(groups: Collection[str], sublayers: bool) -> Iterator[list[str]]:
 
 
 class _Measured:
-    """Moments of one input while tokens come in."""
+    """Moments of one input while tokens come in, domain by domain where domains are weighed."""
 
-    def __init__(self, width: int, device: torch.device, paired: bool) -> None:
-        self.hessian = HessianAccumulator(width, device)
-        self.drift = DriftAccumulator(width, device) if paired else None
+    def __init__(self, width: int, device: torch.device, *, paired: bool, apart: bool) -> None:
+        self._width, self._device = width, device
+        self._parts: dict[int, tuple[HessianAccumulator, DriftAccumulator | None]] = {}
+        self.paired, self._apart = paired, apart
 
-    def moments(self) -> Moments:
-        return Moments(self.hessian.matrix(), self.drift.matrix() if self.drift else None)
+    def add(self, inputs: Tensor, reference: Tensor | None, domains: Tensor) -> None:
+        """Count in tokens [tokens, in], with the parent's beside them, of domains [tokens]."""
+        if not self._apart:
+            self._count(0, inputs, reference)
+            return
+        for domain in sorted(set(domains.tolist())):
+            own = domains == domain
+            self._count(domain, inputs[own], None if reference is None else reference[own])
+
+    def _count(self, part: int, inputs: Tensor, reference: Tensor | None) -> None:
+        if part not in self._parts:
+            drift = DriftAccumulator(self._width, self._device) if self.paired else None
+            self._parts[part] = HessianAccumulator(self._width, self._device), drift
+        hessian, drift = self._parts[part]
+        hessian.add(inputs)
+        if drift and reference is not None:
+            drift.add(reference, inputs)
+
+    def moments(self, ratios: Sequence[float]) -> Moments | None:
+        """Both moments, a token of domain i counting ratios[i] times; None without any token."""
+        if not self._apart:
+            return next((_moments(*part) for part in self._parts.values()), None)
+        counts = {i: ratios[i] * hessian.tokens for i, (hessian, _) in self._parts.items()}
+        mixed: Moments | None = None
+        for domain, part in sorted(self._parts.items()):
+            share = counts[domain] / sum(counts.values())
+            mixed = _blended(mixed, _moments(*part), share)
+        return mixed
+
+
+def _moments(hessian: HessianAccumulator, drift: DriftAccumulator | None) -> Moments:
+    return Moments(hessian.matrix(), drift.matrix() if drift else None)
+
+
+def _blended(so_far: Moments | None, part: Moments, share: float) -> Moments:
+    """The sum with a share of another part; one matrix more than the parts at a time."""
+    hessian = part.hessian.mul_(share)
+    drift = None if part.drift is None else part.drift.mul_(share)
+    if so_far is None:
+        return Moments(hessian, drift)
+    hessian = so_far.hessian.add_(hessian)
+    if so_far.drift is not None and drift is not None:
+        drift = so_far.drift.add_(drift)
+    return Moments(hessian, drift)
+
+
+def _ratios(job: Job, block: Block) -> list[float]:
+    """What a token of each domain of the walk counts, by the walk's index of domains."""
+    ratios = job.balance.ratios if job.balance else {}
+    return [ratios.get(domain, 1.0) for domain in block.domains]
 
 
 def _measure(
+    job: Job,
     block: Block,
     original: Block | None,
     groups: Mapping[str, Sequence[BlockMatrix]],
@@ -253,14 +323,19 @@ def _measure(
     device = next(block.module.parameters()).device
     infos = {name: groups[name][0].info for name in wave}
     paired = {name for name in wave if original and infos[name].expert is None}
-    found = {name: _Measured(info.shape[1], device, name in paired) for name, info in infos.items()}
+    found = {
+        name: _Measured(info.shape[1], device, paired=name in paired, apart=job.balance is not None)
+        for name, info in infos.items()
+    }
     last = wave[-1] == list(groups)[-1]
-    for batch in range(len(block.inputs)):
+    for batch in range(len(job.batches)):
         seen: dict[str, Tensor] = {}
         if original and (paired or last):
             original.capture(_into(seen), paired, [batch], onward=last)
         block.capture(_pairing(found, seen), wave, [batch])
-    return {name: measured for name, measured in found.items() if measured.hessian.tokens}
+    if original and last:  # held-out tokens only go onward
+        original.capture(_into({}), (), range(len(job.batches), len(block.inputs)), onward=True)
+    return found
 
 
 def _into(seen: dict[str, Tensor]) -> Observer:
@@ -275,11 +350,9 @@ def _into(seen: dict[str, Tensor]) -> Observer:
 def _pairing(found: Mapping[str, _Measured], seen: dict[str, Tensor]) -> Observer:
     """Count in what the groups see, beside what the parent's have seen of the same tokens."""
 
-    def observe(name: str, inputs: Tensor, _: Tensor) -> None:
+    def observe(name: str, inputs: Tensor, domains: Tensor) -> None:
         measured = found[name]
-        measured.hessian.add(inputs)
-        if measured.drift:
-            measured.drift.add(seen.pop(name), inputs)
+        measured.add(inputs, seen.pop(name) if measured.paired else None, domains)
 
     return observe
 
@@ -324,7 +397,7 @@ def _round_outside(
     return BlockRecord(-1, tuple(metrics), tuple(fallbacks))
 
 
-def _result(folder: Path, records: Iterable[BlockRecord]) -> StageResult:
+def _result(folder: Path, records: Sequence[BlockRecord]) -> StageResult:
     """A matrix that lies on its grid has codes like any other, but its weights did not change."""
     metrics = tuple(metric for record in records for metric in record.metrics)
     fallbacks = tuple(fallback for record in records for fallback in record.fallbacks)
@@ -334,6 +407,7 @@ def _result(folder: Path, records: Iterable[BlockRecord]) -> StageResult:
         changed=tuple(f"{metric.module}.weight" for metric in metrics if metric.module not in same),
         metrics=metrics,
         fallbacks=fallbacks,
+        notes={name: value for record in records for name, value in record.notes.items()},
     )
 
 

@@ -34,6 +34,7 @@ from compressor.errors import (
     RecipeError,
     ResourceError,
     UsageError,
+    VerificationError,
 )
 from compressor.interrupts import Interruptible
 
@@ -279,6 +280,55 @@ def _judge(verdict: str, hint: str) -> None:
         raise GateFailed("a quality gate failed", hint)
     if verdict == "INCONCLUSIVE":
         raise GateInconclusive("the evidence does not decide a quality gate", hint)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--as",
+    "formats",
+    multiple=True,
+    required=True,
+    metavar="FORMAT",
+    help="Such as gguf or gptq; compress ls formats. May be given several times.",
+)
+@click.option("--form", help="Layout of compressed-tensors, such as int-quantized.")
+@common
+@click.pass_obj
+def export(settings: Settings, folder: Path, formats: tuple[str, ...], form: str | None) -> None:
+    """Add deliverables to the finished run in FOLDER; nothing is computed again."""
+    from pydantic import ValidationError
+
+    from compressor.recipe import ExportConfig
+
+    extra = {"form": form} if form else {}
+    try:
+        added = [ExportConfig.model_validate({"format": name, **extra}) for name in formats]
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UsageError(f"{wrong['input']!r}: {wrong['msg']}", "compress ls formats") from None
+    with _working(settings) as observer:
+        from compressor.engine import export_run
+
+        outcome = export_run(folder, added, observer=observer)
+    _finish(settings, outcome)
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@common
+@click.pass_obj
+def verify(settings: Settings, folder: Path) -> None:
+    """Check a checkpoint, or all deliverables of a run, in FOLDER: files, hashes, values, text."""
+    from compressor.model.quiet import quiet
+    from compressor.recheck import verify_folder
+
+    with quiet():
+        checks = verify_folder(folder)
+    settings.emit([vars(check) for check in checks], lambda: console.checks_text(checks))
+    failed = [check for check in checks if check.passed is False]
+    if failed:
+        raise VerificationError(f"{failed[0].folder}: {failed[0].name}: {failed[0].detail}")
 
 
 # ---------------------------------------------------------------------- measuring

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compressor.explain import Topic
     from compressor.formats.capabilities import Container, Engine
     from compressor.plan import Plan
+    from compressor.recheck import Check
 
 _WIDTH = 96
 
@@ -102,6 +103,13 @@ def plan_text(plan: Plan) -> str:
     )
     heads = [f"{plan.model}: {base}", f"tokens: {tokens}"]
     return "\n".join([*heads, table(rows), *remarks, *exports, total])
+
+
+def checks_text(checks: Sequence[Check]) -> str:
+    """One line a check; a dash where it could not be made here."""
+    marks = {True: "ok", False: "FAILED", None: "-"}
+    rows = [(check.folder, check.name, marks[check.passed], check.detail) for check in checks]
+    return table([("checkpoint", "check", "", "found"), *rows])
 
 
 def outcome(result: RunOutcome) -> dict[str, Any]:

@@ -19,6 +19,7 @@ the journal holds; a run killed at any moment therefore ends with the bytes of o
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,7 @@ from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
+from compressor.report.snippets import load_snippets
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.types import BlockRecord, Fallback
@@ -128,16 +130,48 @@ def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
     Raises:
         ResumeError: there is no run.
     """
-    lock = out / "recipe.lock.yaml"
-    if not lock.is_file():
+    recipe, lock = _recorded(out)
+    starts = Journal(out / "journal.jsonl").all("run_started")
+    command = starts[0]["command"] if starts else ""
+    return run_recipe(recipe, lock.model, out, observer=observer, command=command)
+
+
+def export_run(
+    out: Path, added: Sequence[ExportConfig], *, observer: Observer | None = None
+) -> RunOutcome:
+    """Add deliverables to a run; what is done is not done again, and the report is written anew.
+
+    Args:
+        out: directory of the run.
+        added: formats that it does not have.
+        observer: told of progress.
+
+    Raises:
+        ResumeError: there is no run.
+        UsageError: it has one of the formats already.
+        PlanError: the chain cannot be exported so.
+    """
+    recipe, lock = _recorded(out)
+    changed = recipe.with_exports(added)
+    make_plan(changed, read_config(resolve(lock.model).path), lock.model)
+    with exclusive(out):
+        note = "".join(f"# added by `compress export`: {export.format}\n" for export in added)
+        text = (out / "recipe.yaml").read_text(encoding="utf-8").rstrip("\n")
+        atomic_write_text(out / "recipe.yaml", f"{text}\n{note}")
+        atomic_write_text(out / "recipe.lock.yaml", dump_lock(changed, lock, out))
+    return resume_run(out, observer=observer)
+
+
+def _recorded(out: Path) -> tuple[Recipe, Lock]:
+    """The recipe of a run with every default, and what the run was made of."""
+    path = out / "recipe.lock.yaml"
+    if not path.is_file():
         raise ResumeError(
             f"{out} holds no run (no recipe.lock.yaml)", "compress RECIPE MODEL -o DIR"
         )
-    recipe = load_recipe(lock, allow_outside=True)
+    recipe = load_recipe(path, allow_outside=True)
     assert recipe.lock is not None
-    starts = Journal(out / "journal.jsonl").all("run_started")
-    command = starts[0]["command"] if starts else ""
-    return run_recipe(recipe, recipe.lock.model, out, observer=observer, command=command)
+    return recipe, recipe.lock
 
 
 class _Run:
@@ -406,6 +440,8 @@ class _Run:
                 sha256=event["sha256"],
                 reload_ok=any(value is not None for value in differences.values()),
                 **differences,
+                bytes_on_disk=sum(file.stat().st_size for file in checkpoint_files(out)),
+                load_snippets=load_snippets(out.relative_to(self.folder).as_posix(), name),
             )
         )
 

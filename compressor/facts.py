@@ -70,6 +70,7 @@ def build_facts(done: Finished) -> Facts:
             for variant in done.variants
         ),
         drafts=done.drafts,
+        deliverables=done.artifacts,
         evaluations=done.evaluations,
         parent_deltas={
             variant.id: done.session.delta(variant.parent.id, variant.id)

@@ -33,7 +33,7 @@ from ruamel.yaml import YAML
 from compressor import resources
 from compressor.calibration import CalibrationConfig
 from compressor.diagnose import diagnose, nearest
-from compressor.errors import RecipeError
+from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.formats.capabilities import Container
@@ -154,6 +154,20 @@ class Recipe(Section):
             return _dump_yaml(self.model_dump(mode="json", exclude_none=True))
         replaced = "".join(f"# replaced by {how}\n" for how in self._source.overrides.values())
         return replaced + self._source.text
+
+    def with_exports(self, added: Sequence[ExportConfig]) -> Recipe:
+        """The same recipe with more deliverables; its problems no longer point into a file.
+
+        Raises:
+            UsageError: it has one of them already.
+        """
+        present = {export.format for export in self.export}
+        for export in added:
+            if export.format in present:
+                raise UsageError(f"the run has a deliverable {export.format} already")
+        changed = self.model_copy(update={"export": (*self.export, *added)})
+        changed._source = None
+        return changed
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result: not the name, description or lock."""

@@ -34,6 +34,7 @@ def to_markdown(report: Report) -> str:
         figures=[figure for figure in figures(report) if figure.key in SHOWN],
         sizes=_markdown(tables.size_table(report)),
         quality=_markdown(tables.quality_table(report)),
+        deliverables=_markdown(tables.deliverable_table(report)) if report.deliverables else "",
         drafts=_markdown(tables.draft_speeds(report)) if report.drafts else "",
         domains=_markdown(tables.domain_table(report, report.headline))
         if report.headline in report.evaluations

@@ -86,6 +86,7 @@ def _tables(report: Report) -> dict[str, object]:
         "stages": tables.stage_table(report),
         "notes": tables.notes_table(report),
         "drafts": tables.draft_tables(report),
+        "deliverables": tables.deliverable_table(report) if report.deliverables else None,
         "worst_tokens": tables.worst_token_table(report),
         "fallbacks": tables.fallback_table(report),
         "contamination": tables.contamination_table(report),

@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.1.0"
+SCHEMA_VERSION = "1.2.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -170,6 +170,10 @@ class Artifact(Frozen):
         description="for formats that Transformers does not load: of the dense weights that the "
         "file holds to those in memory, relative to the largest weight of the matrix",
     )
+    bytes_on_disk: int | None = None
+    load_snippets: dict[str, str] = Field(
+        default_factory=dict, description="engine or library -> code that loads it"
+    )
 
 
 class Variant(Frozen):
@@ -227,6 +231,9 @@ class Facts(Frozen):
     contamination: tuple[Contamination, ...] = ()
     gates: tuple[GateVerdict, ...] = ()
     drafts: tuple[Draft, ...] = ()
+    deliverables: tuple[Artifact, ...] = Field(
+        default=(), description="all exports of the last variant; the first is its artifact"
+    )
     judged: str | None = Field(
         default=None,
         description="variant the gates speak of; the last one that was compared when null",

@@ -9,7 +9,7 @@ from typing import Any
 from compressor.evaluation.results import Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
-from compressor.report.schema import Attribution, Draft, Report, Variant
+from compressor.report.schema import Artifact, Attribution, Draft, Report, Variant
 
 NONE = "–"
 
@@ -83,6 +83,39 @@ def _size_row(variant: Variant) -> tuple[str, ...]:
         f"{size.bits_nominal:g}",
         numbers.size(size.kv_bytes_per_token),
     )
+
+
+def deliverable_table(report: Report) -> Table:
+    """Every exported folder, and how far it was checked; no rows without an export."""
+    base = report.variants[0].size.bytes_on_disk
+    rows = (
+        (
+            item.format,
+            item.path,
+            _or_none(item.bytes_on_disk, numbers.size),
+            _or_none(item.bytes_on_disk and base / item.bytes_on_disk, numbers.ratio),
+            _read_back(item),
+            ", ".join(item.load_snippets) or NONE,
+        )
+        for item in report.deliverables
+    )
+    return Table(
+        "deliverables",
+        "Exports of the last variant, all from the same codes. Read back: largest difference "
+        "between what the files hold and memory, of logits where Transformers loads the format, "
+        "else of weights, relative to the largest in their matrix.",
+        ("format", "folder", "on disk", "ratio", "read back", "loads in"),
+        tuple(rows),
+        frozenset({0, 1, 4, 5}),
+    )
+
+
+def _read_back(item: Artifact) -> str:
+    if item.max_logit_difference is not None:
+        return f"logits: {numbers.number(item.max_logit_difference)}"
+    if item.max_weight_difference is not None:
+        return f"weights: {numbers.number(item.max_weight_difference)}"
+    return "no: memory does not hold it"
 
 
 def quality_table(report: Report) -> Table:

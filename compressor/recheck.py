@@ -1,0 +1,189 @@
+"""`compress verify DIR`: look at any checkpoint, or at every deliverable of a run, once more.
+
+Nothing is taken from the run that wrote it but the hashes and the dense weights to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.errors import CompressorError, ModelError, VerificationError
+from compressor.formats import exporters
+from compressor.formats.files import checkpoint_files
+from compressor.formats.headers import read_json
+from compressor.formats.shards import CheckpointReader
+from compressor.model.architecture import Architecture
+from compressor.model.load import load_model, load_tokenizer, read_config
+from compressor.provenance import combined_sha256, hash_files
+from compressor.report.render import load_report
+from compressor.report.schema import Report
+from compressor.verify import verify_weights
+
+_PROMPT = "The"
+_TOKENS = 8
+_PARTS = ("_packed", "_scale", "_zero_point", "qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at a checkpoint.
+
+    Attributes:
+        folder: of the checkpoint.
+        name: `files`, `hash`, `values`, `shapes`, `weights` or `generation`.
+        passed: None where it could not be made here.
+        detail: what was found.
+    """
+
+    folder: str
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def verify_folder(folder: Path) -> list[Check]:
+    """Every check of a checkpoint, or of all deliverables of a run.
+
+    Raises:
+        ModelError: there is neither a checkpoint nor a run with deliverables.
+    """
+    if not (folder / "report.json").is_file():
+        return list(_verify_checkpoint(folder))
+    report = load_report(folder)
+    paths = [item.path for item in report.deliverables]
+    paths = paths or [v.artifact.path for v in report.variants if v.artifact]
+    if not paths:
+        raise ModelError(f"the run in {folder} has no deliverable", "compress export RUN --as gguf")
+    return [check for path in paths for check in _verify_checkpoint(folder / path)]
+
+
+def form_of(folder: Path) -> str:
+    """The format of a checkpoint, by what lies in its folder."""
+    if any(folder.glob("*.gguf")):
+        return "gguf"
+    method = (read_json(folder / "config.json").get("quantization_config") or {}).get(
+        "quant_method", "dense"
+    )
+    return str(method)
+
+
+def _verify_checkpoint(folder: Path) -> Iterator[Check]:
+    """Checks in the order of their cost; later ones make no sense where files are missing."""
+    name = folder.name
+    try:
+        files = checkpoint_files(folder)
+    except CompressorError as error:
+        yield Check(name, "files", False, error.message)
+        return
+    total = sum(path.stat().st_size for path in files)
+    yield Check(name, "files", True, f"{len(files)} files, {total:,} bytes, whole")
+    for check, look in (
+        ("hash", _hash),
+        ("values", _values),
+        ("shapes", _shapes),
+        ("weights", _weights),
+        ("generation", _generation),
+    ):
+        try:
+            passed, detail = look(folder)
+        except CompressorError as error:
+            passed, detail = False, error.message
+        yield Check(name, check, passed, detail)
+
+
+Found = tuple[bool | None, str]
+
+
+def _run_of(folder: Path) -> tuple[Path, Report] | None:
+    """The run that a deliverable belongs to, and its report."""
+    run = folder.resolve().parent.parent
+    return (run, load_report(run)) if (run / "report.json").is_file() else None
+
+
+def _hash(folder: Path) -> Found:
+    sha256 = combined_sha256(hash_files(folder))
+    run = _run_of(folder)
+    if run is None:
+        return None, f"{sha256} (no report to compare it with)"
+    recorded = run[1].reproduce.hashes.get(f"{folder.parent.name}/{folder.name}")
+    if recorded != sha256:
+        return False, f"{sha256}, but the report says {recorded}"
+    return True, f"{sha256}, as in the report"
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they lie in the files, or what a GGUF file holds of each."""
+    if form_of(folder) == "gguf":
+        read = exporters.exporter("gguf").read
+        assert read is not None
+        return read(folder)
+    return iter(CheckpointReader(folder).items())
+
+
+def _values(folder: Path) -> Found:
+    count = 0
+    for name, tensor in _stored(folder):
+        count += 1
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            return False, f"{name} holds a NaN or an infinity"
+        if not tensor.any() and not name.endswith(("bias", "zero_point", "g_idx", "qzeros")):
+            return False, f"{name} is all zero"
+    return True, f"{count} tensors, none with NaN or infinity, none all zero"
+
+
+def _shapes(folder: Path) -> Found:
+    """Every matrix that the configuration calls for is there, dense or packed."""
+    if form_of(folder) == "gguf":
+        return None, "GGUF brings its own description of shapes; llama.cpp reads it"
+    architecture = Architecture.from_config(read_config(folder))
+    reader = CheckpointReader(folder)
+    packed = {name.rpartition(".")[0] for name in reader if name.endswith(_PARTS)}
+    for name, shape in architecture.tensors():
+        if name.removesuffix(".weight") in packed:
+            continue
+        if name not in reader:
+            return False, f"{name} is missing"
+        if reader.shape(name) != tuple(shape):
+            return False, f"{name} is {list(reader.shape(name))}, not {list(shape)}"
+    return True, f"as config.json says; {len(packed)} matrices are packed"
+
+
+def _weights(folder: Path) -> Found:
+    """Dense weights of the files against those of the run's last stage."""
+    run = _run_of(folder)
+    last = run and run[0] / "stages" / run[1].variants[-1].id
+    if not last or not last.is_dir():
+        return None, "no stage beside it to compare with"
+    read = exporters.exporter(form_of(folder)).read
+    checkpoint = CheckpointReader(last)
+    stored = read(folder) if read else _loaded(folder, set(checkpoint))
+    modules = {name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")}
+    difference = verify_weights(stored, last, modules, folder.name)
+    return True, f"those of {last.name}, to {difference:.3g} of the largest in their matrix"
+
+
+def _loaded(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    """Weights as transformers unpacks them."""
+    for name, tensor in load_model(folder).state_dict().items():
+        if name in names:
+            yield name, tensor
+
+
+def _generation(folder: Path) -> Found:
+    form = form_of(folder)
+    if exporters.exporter(form).read is not None:
+        return None, f"transformers does not load {form} by itself; see compress ls engines"
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    inputs: Any = tokenizer(_PROMPT, return_tensors="pt")
+    with torch.inference_mode():
+        logits = model(**inputs).logits
+        ids = model.generate(**inputs, max_new_tokens=_TOKENS, do_sample=False)[0]
+    if not torch.isfinite(logits).all():
+        raise VerificationError(f"{folder} computes NaN or infinity")
+    return True, repr(tokenizer.decode(ids))

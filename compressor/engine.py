@@ -359,6 +359,7 @@ class _Run:
             finished=tuple(block_record(event["record"]) for event in earlier),
             block_done=block_done,
             observer=self.observer,
+            original=self.source.path,
         )
         with meter:
             result = stage.run(parent.checkpoint, self.calibration, context)

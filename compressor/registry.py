@@ -71,6 +71,11 @@ BUILTIN = (
         "remove heads and channels and refit the others by least squares; no training",
     ),
     Method(
+        "recover.distill",
+        "compressor.stages.recover_distill:RecoverDistill",
+        "train the smaller model to predict what the original predicts",
+    ),
+    Method(
         "transform.rotate",
         "compressor.stages.transform_rotate:TransformRotate",
         "rotate channels so that outliers spread out and weights round better; same function",

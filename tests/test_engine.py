@@ -558,6 +558,10 @@ def test_every_shipped_recipe_runs(
     for index, stage in enumerate(recipe.stages):
         small = SMALL_DRAFT if stage.beside else ()
         options += [word for entry in small for word in ("--set", f"stages.{index}.{entry}")]
+    for index, stage in enumerate(recipe.stages):
+        if stage.method == "recover.distill":
+            for option in ("tokens=1024", "windows=16", "length=64", "batch=4"):
+                options += ["--set", f"stages.{index}.{option}"]
     result = compress(name, "builtin:tiny", "-o", tmp_path / "run", "-q", *options)
     found = report(tmp_path / "run")
     assert result.code == CODES[found["verdict"]]

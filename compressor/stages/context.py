@@ -27,6 +27,7 @@ class StageContext:
         finished: the blocks that an interrupted run has on disk, in order.
         block_done: to be called after the block, its codes and the next activations are on disk.
         observer: progress.
+        original: directory of the model that the run began with; None outside of a run.
     """
 
     folder: Path
@@ -37,3 +38,4 @@ class StageContext:
     finished: tuple[BlockRecord, ...]
     block_done: Callable[[BlockRecord], None]
     observer: Observer
+    original: Path | None = None

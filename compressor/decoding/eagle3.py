@@ -227,8 +227,8 @@ def _mixed(queries: Tensor, own: Sequence[Kept]) -> Tensor:
     return mixed
 
 
-def start_from_target(head: Eagle3, target: Any, rows: Head) -> None:
-    """Begin as the target's last block on the third feature, instead of at random.
+def start_from_target(head: Eagle3, target: Any, rows: Head, highest: int = 2) -> None:
+    """Begin as the target's last block on its highest feature, instead of at random.
 
     The layer then reads only the hidden half of its input; what the embedding adds is learned.
 
@@ -236,6 +236,7 @@ def start_from_target(head: Eagle3, target: Any, rows: Head) -> None:
         head: changed in place.
         target: with separate q, k, v, gate and up matrices.
         rows: the target's head on the draft's vocabulary.
+        highest: which of the three features comes from the highest block.
     """
     architecture = Architecture.from_config(target.config.get_text_config().to_dict())
     block = target.get_submodule(f"{architecture.blocks_path}.{architecture.layers - 1}")
@@ -243,7 +244,7 @@ def start_from_target(head: Eagle3, target: Any, rows: Head) -> None:
     one = 1.0 if architecture.norm == "rms_plus_one" else 0.0
     with torch.no_grad():
         head.fc.weight.zero_()
-        head.fc.weight[:, -width:].fill_diagonal_(1.0)
+        head.fc.weight[:, width * highest : width * (highest + 1)].fill_diagonal_(1.0)
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = getattr(layer.self_attn, name).weight
             weight.zero_()

@@ -95,6 +95,17 @@ class DraftEagle3(DraftConfig):
             problems("ttt_steps", f"rows of {self.length} are too short", "raise `length`")
         return super().plan(architecture, problems)
 
+    def remarks(self, before: Architecture) -> tuple[str, ...]:
+        """Where the default features are not low, middle and high."""
+        layers = self.layers(before.layers)
+        if self.features or sorted(set(layers)) == list(layers):
+            return ()
+        return (
+            f"on {before.layers} blocks the default features are hidden_states {list(layers)}, not "
+            f"low, middle and high; `features: [1, {before.layers // 2}, {before.layers - 1}]` "
+            "tells the draft more, and engines must then read the ids from its config.json",
+        )
+
     def parameters(self, architecture: Architecture) -> int:
         """The layer, the fusion and the trimmed head."""
         hidden, heads = architecture.hidden, architecture.heads + architecture.kv_heads

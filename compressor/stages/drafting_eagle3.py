@@ -127,7 +127,8 @@ def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:
         torch.manual_seed(config.seed)
         head = Eagle3(layer_config(target), ids, table).to(ids.device)
     if config.start == "target":
-        start_from_target(head, target, rows)
+        layers = config.layers(target.config.get_text_config().num_hidden_layers)
+        start_from_target(head, target, rows, layers.index(max(layers)))
     return head
 
 

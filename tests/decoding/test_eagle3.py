@@ -148,7 +148,7 @@ def test_the_start_is_the_targets_last_block() -> None:
     tokens = torch.tensor([[5, 9, 30, 22, 41]])
     with torch.inference_mode():
         output = model(tokens, output_hidden_states=True)
-        states = torch.cat([output.hidden_states[1]] * 3, -1)
+        states = torch.cat([output.hidden_states[i] for i in (0, 0, 1)], -1)
         found = unroll(made, states, tokens, 1)[0]
     torch.testing.assert_close(found, output.logits[:, :-1, ids], rtol=1e-4, atol=1e-4)
 
@@ -230,6 +230,14 @@ def test_default_features_carry_no_ids() -> None:
     named = flat_config({}, 10, 30, (1, 15, 27))
     assert named["eagle_aux_hidden_state_layer_ids"] == [1, 15, 27]
     assert named["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 14, 26]
+
+
+def test_the_plan_says_when_default_features_are_not_low_to_high() -> None:
+    sizes = Architecture.from_config(read_config(resources.builtin_model("tiny")))
+    (remark,) = DraftEagle3().remarks(sizes)
+    assert "hidden_states [2, 2, 1]" in remark
+    assert "features: [1, 2, 3]" in remark
+    assert not DraftEagle3(features=(1, 2, 3)).remarks(sizes)
 
 
 def test_the_estimated_parameters_are_those_of_the_head() -> None:

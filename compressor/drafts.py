@@ -42,7 +42,7 @@ def measure(variant: Variant, session: Session) -> DraftMeasurement:
     measurement = measure_draft(
         CachedModel(model, draft.layers),
         draft,
-        stage.untrained(model),
+        stage.untrained(model, variant.checkpoint),
         _prompts(session, stage.prompts),
         Protocol(stage.drafted, stage.new_tokens, _tree(stage), _TIMED, stage.seed),
         session.observer,
@@ -88,17 +88,28 @@ def deliver(variant: Variant, measurement: DraftMeasurement, out: Path) -> None:
         measurement: of this draft.
         out: folder, written anew.
     """
-    for path in sorted(variant.checkpoint.iterdir()):
+    for path in sorted(variant.checkpoint.rglob("*")):
         if path.is_file():
-            atomic_write_bytes(out / path.name, path.read_bytes())
+            atomic_write_bytes(out / path.relative_to(variant.checkpoint), path.read_bytes())
+    drafted = measurement.speeds[0].drafted
+    _propose_in_speculators(out / "speculators" / "config.json", drafted)
     path = out / _GENERATION
     settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     settings |= {
-        "num_assistant_tokens": measurement.speeds[0].drafted,
+        "num_assistant_tokens": drafted,
         "num_assistant_tokens_schedule": "constant",
         "assistant_confidence_threshold": 0.0,
     }
     atomic_write_json(path, settings)
+
+
+def _propose_in_speculators(path: Path, drafted: int) -> None:
+    """The same number in the dialect that has a place of its own for it."""
+    if path.is_file():
+        config = json.loads(path.read_text("utf-8"))
+        (proposal,) = config["speculators_config"]["proposal_methods"]
+        proposal["speculative_tokens"] = drafted
+        atomic_write_json(path, config)
 
 
 def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Path) -> Draft:
@@ -121,7 +132,7 @@ def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Pa
         target=parent.id,
         stage=done,
         path=out.relative_to(folder).as_posix(),
-        bytes_on_disk=sum(path.stat().st_size for path in out.iterdir()),
+        bytes_on_disk=sum(path.stat().st_size for path in out.glob("*") if path.is_file()),
         target_sha256=binding.target_sha256,
         trained_tokens=binding.trained_tokens,
         measurement=measurement,

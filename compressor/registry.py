@@ -101,6 +101,11 @@ BUILTIN = (
         "round column by column, each error compensated in the columns that follow",
     ),
     Method(
+        "draft.eagle3",
+        "compressor.stages.draft_eagle3:DraftEagle3",
+        "one layer on the target's hidden states, trimmed vocabulary; for SGLang, vLLM, llama.cpp",
+    ),
+    Method(
         "draft.standalone",
         "compressor.stages.draft_standalone:DraftStandalone",
         "a few blocks of the target, distilled; a plain model that any engine takes as a draft",

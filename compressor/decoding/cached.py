@@ -72,7 +72,12 @@ class CachedModel:
 
     @torch.inference_mode()
     def forward(
-        self, ids: Tensor, *, visible: Tensor | None = None, depth: Tensor | None = None
+        self,
+        ids: Tensor,
+        *,
+        visible: Tensor | None = None,
+        depth: Tensor | None = None,
+        **inputs: Tensor,
     ) -> Pass:
         """Compute tokens behind what is there; they stay provisional until `commit`.
 
@@ -81,6 +86,7 @@ class CachedModel:
             visible: bool [B, n, provisional + n], which provisional tokens each new one sees;
                 all up to itself by default.
             depth: int64 [B, n], places behind the committed tokens; in order by default.
+            inputs: whatever else the model reads.
         """
         ids = ids.to(self.device)
         rows, new = ids.shape
@@ -94,6 +100,7 @@ class CachedModel:
             past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=bool(self.layers),
+            **inputs,
         )
         self.provisional += new
         features = None

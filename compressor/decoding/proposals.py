@@ -357,7 +357,7 @@ class ModelDraft(NetworkDraft):
         for row, drafted in enumerate(self._drafted):
             # Nodes of a tree are dropped at the next commit: only a chain is kept by prefix.
             drafted.extend(tokens[row].tolist() if chain else [])
-        self._ancestry = _extended(self._ancestry, visible)
+        self._ancestry = extended(self._ancestry, visible)
         return logits.cpu()
 
 
@@ -385,7 +385,7 @@ def descend(ancestry: Tensor, parents: Tensor) -> Tensor:
     return torch.cat([inherited, torch.eye(count, dtype=torch.bool).expand(rows, -1, -1)], -1)
 
 
-def _extended(ancestry: Tensor, visible: Tensor) -> Tensor:
+def extended(ancestry: Tensor, visible: Tensor) -> Tensor:
     """The square matrix of all nodes after new ones were added."""
     rows, old, _ = ancestry.shape
     padded = torch.cat([ancestry, torch.zeros(rows, old, visible.shape[1], dtype=torch.bool)], -1)

@@ -138,8 +138,13 @@ class DraftConfig(StageConfig):
         )
 
     @abstractmethod
-    def untrained(self, target: Any) -> Any:
-        """The draft (`compressor.decoding.proposals.Draft`) as it was before the first step."""
+    def untrained(self, target: Any, folder: Path) -> Any:
+        """The draft (`compressor.decoding.proposals.Draft`) as it was before the first step.
+
+        Args:
+            target: loaded.
+            folder: of the trained draft.
+        """
 
     @abstractmethod
     def load(self, folder: Path, target: Any, tokenizer_sha256: str | None) -> Any:

@@ -74,12 +74,13 @@ class DraftStandalone(DraftConfig):
         assert calibration is not None
         return distil_standalone(self, checkpoint, calibration, context)
 
-    def untrained(self, target: Any) -> Any:
+    def untrained(self, target: Any, folder: Path) -> Any:
         """The copied blocks as they are in the target."""
         from compressor.decoding.cached import CachedModel
         from compressor.decoding.proposals import ModelDraft
         from compressor.decoding.standalone import chosen_blocks, standalone
 
+        del folder
         blocks = chosen_blocks(self.blocks, self.layers, target.config.num_hidden_layers)
         return ModelDraft(CachedModel(standalone(target, blocks)))
 

@@ -1,0 +1,193 @@
+"""The work of `draft.eagle3`: vocabulary, training-time test, two dialects on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from compressor.calibration import CalibrationSet
+from compressor.decoding.corpus import Corpus, Head
+from compressor.decoding.eagle3 import (
+    Eagle3,
+    Eagle3Draft,
+    draft_vocabulary,
+    layer_config,
+    start_from_target,
+    unroll,
+)
+from compressor.errors import ModelError
+from compressor.formats.atomic import atomic_write_json
+from compressor.formats.eagle3 import flat_config, speculators_config, speculators_tensors
+from compressor.formats.shards import save_tensors
+from compressor.model.architecture import Architecture
+from compressor.model.load import load_model, read_config
+from compressor.numerics.distillation import divergence
+from compressor.stages.context import StageContext
+from compressor.stages.drafting import finish, read_corpus, train
+from compressor.types import StageResult
+
+if TYPE_CHECKING:
+    from compressor.stages.draft_eagle3 import DraftEagle3
+
+_WEIGHTS = "model.safetensors"
+
+
+def distil_eagle3(
+    config: DraftEagle3, checkpoint: Path, calibration: CalibrationSet, context: StageContext
+) -> StageResult:
+    """Train an EAGLE-3 head; the target's checkpoint is only read.
+
+    Args:
+        config: options.
+        checkpoint: the target.
+        calibration: text.
+        context: `folder` receives the draft.
+    """
+    target = load_model(checkpoint, context.device, torch.float32)
+    sizes = Architecture.from_config(read_config(checkpoint))
+    layers = config.layers(sizes.layers)
+    corpus = read_corpus(config, target, checkpoint, layers, calibration, context)
+    whole = Head.of(target)
+    said = likeliest(corpus, whole)
+    counts = sum((row.flatten().bincount(minlength=sizes.vocab) for row in said),
+                 torch.zeros(sizes.vocab, dtype=torch.int64))  # fmt: skip
+    ids = draft_vocabulary(counts, config.draft_vocab(sizes.vocab)).to(context.device)
+    head = _begin(config, target, ids, whole.rows(ids))
+    lesson = Lesson(config, head, corpus, whole.rows(ids), said)
+    done = train(config, dict(head.named_parameters()), lesson.loss, context)
+    _save(head, config, sizes, checkpoint, context.folder, layers)
+    notes = {
+        "draft_vocabulary": float(len(ids)),
+        "draft_vocabulary_coverage": float(counts[ids.cpu()].sum() / counts.sum()),
+    }
+    return finish(
+        config, "eagle3", target, checkpoint, corpus, done, context, layers=layers, notes=notes
+    )
+
+
+def likeliest(corpus: Corpus, head: Head) -> list[Tensor]:
+    """The target's most likely next token at every place, by batch, int64 [B, T]; -1 on padding.
+
+    Row by row, since this takes the whole vocabulary.
+    """
+    found = []
+    for number in range(len(corpus.batches)):
+        rows = [head.logits(row).argmax(-1) for row in corpus.hidden(number)]
+        said = torch.stack(rows).cpu()
+        found.append(said)
+    return found
+
+
+class Lesson:
+    """The loss of a training step.
+
+    Args:
+        config: loss and unrolling.
+        head: trained.
+        corpus: tokens, features and what the target's head read.
+        rows: the target's head on the draft's vocabulary.
+        said: from `likeliest`; places where the target says what the draft cannot do not count.
+    """
+
+    def __init__(
+        self, config: DraftEagle3, head: Eagle3, corpus: Corpus, rows: Head, said: Sequence[Tensor]
+    ) -> None:
+        self.config, self.head, self.corpus, self.rows, self.said = config, head, corpus, rows, said
+        vocab = head.config.vocab_size
+        self.known = torch.zeros(vocab, dtype=torch.bool, device=head.ids.device)
+        self.known[head.ids] = True
+
+    def loss(self, step: int) -> Tensor:
+        """Σ decay^j · mean divergence of step j, over the steps' weights."""
+        corpus, config = self.corpus, self.config
+        number = corpus.at(step, config.seed)
+        tokens, hidden = corpus.ids(number), corpus.hidden(number)
+        counts = corpus.mask(number) & self.known[self.said[number].to(self.known.device)]
+        with torch.no_grad():
+            teacher = self.rows.logits(hidden).softmax(-1)
+        unrolled = unroll(self.head, corpus.features(number), tokens, config.ttt_steps)
+        total = torch.zeros((), device=tokens.device)
+        for place, logits in enumerate(unrolled):
+            later = slice(1 + place, None)
+            part = divergence(config.loss, logits, teacher[:, later], counts[:, later])
+            total = total + config.decay**place * part
+        return total / sum(config.decay**place for place in range(config.ttt_steps))
+
+
+def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:
+    """The head before training."""
+    table = target.get_input_embeddings().weight.float()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        head = Eagle3(layer_config(target), ids, table).to(ids.device)
+    if config.start == "target":
+        layers = config.layers(target.config.get_text_config().num_hidden_layers)
+        start_from_target(head, target, rows, layers.index(max(layers)))
+    return head
+
+
+def _save(
+    head: Eagle3,
+    config: DraftEagle3,
+    sizes: Architecture,
+    checkpoint: Path,
+    folder: Path,
+    layers: Sequence[int],
+) -> None:
+    """The flat dialect in `folder`, the other one in a folder below it."""
+    dtype = getattr(torch, sizes.dtype)
+    tensors = {name: value.detach().to("cpu", dtype) for name, value in head.named_parameters()}
+    ids = head.ids.cpu()
+    tensors["d2t"] = ids - torch.arange(len(ids))
+    tensors["t2d"] = torch.zeros(sizes.vocab, dtype=torch.bool).scatter_(0, ids, True)
+    layer = head.config.to_diff_dict() | {"dtype": sizes.dtype}
+    verifier = {
+        "name_or_path": checkpoint.name,
+        "architectures": read_config(checkpoint).get("architectures"),
+    }
+    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+    atomic_write_json(folder / "config.json", flat_config(layer, len(ids), sizes.layers, layers))
+    other = folder / "speculators"
+    save_tensors(other / _WEIGHTS, speculators_tensors(tensors), {"format": "pt"})
+    atomic_write_json(
+        other / "config.json",
+        speculators_config(layer, len(ids), layers, config.drafted, verifier),
+    )
+
+
+def load_eagle3(folder: Path, target: Any, layers: Sequence[int]) -> Eagle3Draft:
+    """A head in the flat dialect, ready to propose.
+
+    Args:
+        folder: of the draft.
+        target: loaded; lends its embedding.
+        layers: features of the target that the draft fuses.
+
+    Raises:
+        ModelError: the folder holds no EAGLE-3 head.
+    """
+    config = read_config(folder)
+    if "draft_vocab_size" not in config:
+        raise ModelError(f"{folder} holds no EAGLE-3 head: no draft_vocab_size in config.json")
+    tensors = load_file(folder / _WEIGHTS)
+    shift = tensors.pop("d2t")
+    del tensors["t2d"]
+    table = target.get_input_embeddings().weight
+    ids = (shift + torch.arange(len(shift))).to(table.device)
+    known = {name: config[name] for name in LlamaConfig().to_dict() if name in config}
+    head = Eagle3(LlamaConfig(**known), ids, table)
+    head.load_state_dict({name: value.to(table.dtype) for name, value in tensors.items()})
+    return Eagle3Draft(head.to(table.device, table.dtype).eval(), tuple(layers))
+
+
+def untrained_eagle3(config: DraftEagle3, target: Any, folder: Path) -> Eagle3Draft:
+    """The head before training, on the vocabulary of the one in `folder`."""
+    trained = load_eagle3(folder, target, config.layers(target.config.num_hidden_layers))
+    head = _begin(config, target, trained.head.ids, Head.of(target).rows(trained.head.ids))
+    return Eagle3Draft(head.eval(), trained.layers)

@@ -331,6 +331,27 @@ def verify(settings: Settings, folder: Path) -> None:
         raise VerificationError(f"{failed[0].folder}: {failed[0].name}: {failed[0].detail}")
 
 
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("repo", metavar="ORG/NAME")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; touch no network.")
+@click.option("--pr", is_flag=True, help="Propose the files as a pull request.")
+@click.option("--public", is_flag=True, help="Show the repository to everyone once verified.")
+@common
+@click.pass_obj
+def publish(
+    settings: Settings, folder: Path, repo: str, dry_run: bool, pr: bool, public: bool
+) -> None:
+    """Publish the run in FOLDER on the Hub as ORG/NAME; private unless told otherwise."""
+    from compressor.model.quiet import quiet
+    from compressor.publish import publish as upload
+    from compressor.publish import summary
+
+    with quiet():
+        done = summary(upload(folder, repo, dry_run=dry_run, pr=pr, public=public))
+    settings.emit(done, lambda: console.publication_text(done))
+
+
 # ---------------------------------------------------------------------- measuring
 
 

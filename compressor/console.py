@@ -112,6 +112,20 @@ def checks_text(checks: Sequence[Check]) -> str:
     return table([("checkpoint", "check", "", "found"), *rows])
 
 
+def publication_text(done: dict[str, Any]) -> str:
+    """Repositories with their files, or with the revision once they are on the Hub."""
+    lines = []
+    for repository in done["repositories"]:
+        seen = "public" if done["public"] else "private"
+        state = repository["revision"] or "would be uploaded"
+        lines.append(f"{repository['name']} ({seen}, {size(repository['bytes'])}): {state}")
+        if not repository["revision"]:
+            lines += [f"  {name}" for name in repository["files"]]
+    lines += [f"licence: {action}" for action in done["actions"]]
+    lines += [f"collection: {done['collection']}"] if done["collection"] else []
+    return "\n".join(lines)
+
+
 def outcome(result: RunOutcome) -> dict[str, Any]:
     """A finished run for a program."""
     return {

@@ -49,6 +49,7 @@ from compressor.model.load import ModelSource, load_tokenizer, read_config, reso
 from compressor.plan import Plan, make_plan
 from compressor.progress import Observer, SilentObserver
 from compressor.provenance import combined_sha256, hash_files, packages
+from compressor.publish import Publication, publish
 from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
 from compressor.report.render import write_report
@@ -90,6 +91,10 @@ class RunOutcome:
     def verdict(self) -> str:
         """PASS, FAIL, INCONCLUSIVE or NO GATES."""
         return self.report.verdict
+
+    def publish(self, repo: str, **options: Any) -> Publication:
+        """Publish on the Hub; see `compressor.publish.publish`."""
+        return publish(self.folder, repo, **options)
 
 
 def run_recipe(

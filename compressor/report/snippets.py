@@ -25,12 +25,18 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
     "gguf": {"llama.cpp": "llama-server -m {path}/model.gguf"},
 }
 
+_ON_HUB: Mapping[str, Mapping[str, str]] = {"gguf": {"llama.cpp": "llama-server -hf {path}"}}
 
-def load_snippets(path: str, form: str = "compressed-tensors") -> dict[str, str]:
+
+def load_snippets(
+    path: str, form: str = "compressed-tensors", *, hub: bool = False
+) -> dict[str, str]:
     """How to load the checkpoint at `path` (a folder or a Hub id), by library.
 
     Args:
         path: what stands in the code.
         form: of the deliverable, such as `gptq`.
+        hub: whether `path` is a Hub id, which llama.cpp takes in another way.
     """
-    return {name: code.format(path=path) for name, code in _FORMATS[form].items()}
+    known = _ON_HUB if hub and form in _ON_HUB else _FORMATS
+    return {name: code.format(path=path) for name, code in known[form].items()}

@@ -101,9 +101,7 @@ def test_learned_rounding_beats_nearest_in_every_block(
         for i, folder in enumerate((TINY, plain.checkpoint, outcome.checkpoint))
     ]
     blocks = [next(walk.blocks()) for walk in walks]
-    wanted, *found = [
-        torch.cat([block.run(i) for i in range(3)]).double() for block in blocks
-    ]
+    wanted, *found = [torch.cat([block.run(i) for i in range(3)]).double() for block in blocks]
     errors = [float((y - wanted).square().sum() / wanted.square().sum()) for y in found]
     notes = records[0].notes
     assert errors[0] == pytest.approx(notes["block_loss_nearest.000"], rel=1e-3)

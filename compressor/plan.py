@@ -337,7 +337,8 @@ def _stage_plan(
         by_role=role_bytes(after),
         disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
         peak_bytes=stage.memory(before)
-        or block_memory(after, tokens + held_out, reference=reference, domains=domains),
+        or block_memory(after, tokens + held_out, reference=reference, domains=domains)
+        + stage.working_memory(after, tokens),
         flops=flops,
         seconds=flops / rate,
         remarks=stage.remarks(before),
@@ -346,7 +347,8 @@ def _stage_plan(
 
 def _runs_parent(stage: StageConfig) -> bool:
     """Whether the stage runs its parent beside the model it changes."""
-    return bool(getattr(stage, "propagate", 0) or getattr(stage, "robust", False))
+    asks = ("propagate", "robust", "runs_parent")
+    return any(getattr(stage, name, False) for name in asks)
 
 
 def _domains(recipe: Recipe) -> int:

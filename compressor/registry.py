@@ -101,6 +101,11 @@ BUILTIN = (
         "round column by column, each error compensated in the columns that follow",
     ),
     Method(
+        "quantize.autoround",
+        "compressor.stages.quantize_autoround:QuantizeAutoround",
+        "learn which way to round every weight, block by block; slow, best at 2 bits",
+    ),
+    Method(
         "draft.eagle3",
         "compressor.stages.draft_eagle3:DraftEagle3",
         "one layer on the target's hidden states, trimmed vocabulary; for SGLang, vLLM, llama.cpp",

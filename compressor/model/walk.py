@@ -387,6 +387,24 @@ class Block:
             self._put(name, self.tensor(name))
         return output
 
+    def run_through(self, batch: int, weights: Mapping[str, Tensor]) -> Tensor:
+        """Output for one batch with other matrices, through which gradients flow back to them.
+
+        Args:
+            batch: index of the batch.
+            weights: [out, in] in any dtype by name, without `.weight`; not those of experts.
+        """
+        with ExitStack() as stack:
+            for name, weight in weights.items():
+                spot = self._places[self.matrix(name).info.tensor]
+                path, _, leaf = spot.parameter.rpartition(".")
+                module = self._walk._skeleton.model.get_submodule(path)
+                value = weight.to(self._walk.dtype)
+                # An attribute of the instance goes before the parameter of that name.
+                module.__dict__[leaf] = value.T if spot.transposed else value
+                stack.callback(module.__dict__.pop, leaf)
+            return self.run(batch)
+
     def forward(self) -> None:
         """Run all batches with the present weights; the outputs enter the next block."""
         self._outputs.delete()

@@ -127,6 +127,11 @@ class StageConfig(BaseModel, ABC):
         del after, tokens
         return plain
 
+    def working_memory(self, after: Architecture, tokens: int) -> int:
+        """Bytes beyond those of a rounder that measures inputs and solves, for the plan."""
+        del after, tokens
+        return 0
+
     @abstractmethod
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext

@@ -114,6 +114,10 @@ class Balance(Protocol):
         """Look at the held-out tokens behind a rounded block; what to journal with the block."""
 
 
+RoundBlock = Callable[[Job, Block, Block | None], tuple[dict[str, QTensor], BlockRecord]]
+"""Called with the job, a block and the parent's; gives codes by module, and the record."""
+
+
 def round_model(
     stage: RounderConfig,
     solve: Solve,
@@ -124,6 +128,7 @@ def round_model(
     sublayers: bool = False,
     reference: bool = False,
     balance: Balance | None = None,
+    rounds: RoundBlock | None = None,
 ) -> StageResult:
     """Round the stage's matrices and write the new checkpoint with its codes.
 
@@ -136,6 +141,7 @@ def round_model(
         sublayers: let each matrix see inputs that passed through the rounded ones before it.
         reference: walk the parent beside, so that `solve` learns how the inputs drifted from its.
         balance: weighs the domains of the text.
+        rounds: rounds a whole block in place, beside the parent's; `round_block` by default.
 
     Returns:
         The stage's result; `changed` names every tensor that rounding moved.
@@ -150,11 +156,11 @@ def round_model(
     with context.observer.task("rounding blocks", architecture.layers) as task:
         task.advance(len(records))
         for block, original in lockstep(walk, parent, len(records)):
-            codes, record = round_block(job, block, original)
+            codes, record = (rounds or round_block)(job, block, original)
             writer.write_shard(shard_name(block.index), block.state())
             write_codes(context.folder / codes_name(block.index), codes)
             if balance:
-                record = replace(record, notes=balance.settle(block, original))
+                record = replace(record, notes=record.notes | balance.settle(block, original))
             if original:
                 original.save_outputs()
             block.save_outputs()
@@ -203,7 +209,7 @@ def round_block(
     job: Job, block: Block, original: Block | None
 ) -> tuple[dict[str, QTensor], BlockRecord]:
     """Codes by module of the block's chosen matrices, which are rounded in place."""
-    groups = _chosen_groups(block.matrices, job.schemes)
+    groups = chosen_groups(block.matrices, job.schemes)
     codes: dict[str, QTensor] = {}
     metrics: list[ModuleMetric] = []
     fallbacks: list[Fallback] = []
@@ -230,7 +236,7 @@ def round_block(
     return codes, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
 
 
-def _chosen_groups(
+def chosen_groups(
     matrices: Iterable[BlockMatrix], schemes: Collection[str]
 ) -> dict[str, list[BlockMatrix]]:
     """The matrices to be rounded, by the input they see, in order of execution."""

@@ -1,0 +1,153 @@
+"""Learned rounding of a whole block: the glue between its live module and `numerics.signround`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compressor.model.walk import Block, BlockMatrix
+from compressor.numerics.grid import fit_grid
+from compressor.numerics.signround import LearnedRounding, rate_at
+from compressor.stages.rounding import (
+    Job,
+    Moments,
+    RoundBlock,
+    Rounded,
+    Solve,
+    chosen_groups,
+    round_block,
+)
+from compressor.types import BlockRecord, Fallback, QTensor, WeightScheme
+
+if TYPE_CHECKING:
+    from compressor.stages.quantize_autoround import QuantizeAutoround
+
+_KEPT = ("learning never lowered the error of its block", "rounded to nearest")
+
+
+def learned(options: QuantizeAutoround) -> RoundBlock:
+    """Round a block by learning; the outputs of the parent's are the aim."""
+
+    def rounds(
+        job: Job, block: Block, original: Block | None
+    ) -> tuple[dict[str, QTensor], BlockRecord]:
+        assert original is not None
+        groups = chosen_groups(block.matrices, job.schemes)
+        roundings = {
+            matrix.info.name: _begin(job, matrix, block, options)
+            for members in groups.values()
+            for matrix in members
+        }
+        if not roundings:
+            return round_block(job, block, None)
+        outcome = _Bench(job, block, original, roundings).learn(options)
+        codes, record = round_block(replace(job, solve=_in_turn(roundings)), block, None)
+        kept = [] if outcome.improved else [Fallback(name, *_KEPT) for name in roundings]
+        notes = {
+            f"block_loss.{block.index:03d}": outcome.best,
+            f"block_loss_nearest.{block.index:03d}": outcome.first,
+        }
+        return codes, replace(record, fallbacks=(*record.fallbacks, *kept), notes=notes)
+
+    return rounds
+
+
+def _begin(
+    job: Job, matrix: BlockMatrix, block: Block, options: QuantizeAutoround
+) -> LearnedRounding:
+    scheme, weight = job.schemes[matrix.info.name], matrix.weight.float()
+    dtype = block.tensor(matrix.info.tensor).dtype
+    grid = fit_grid(weight, scheme, search=options.grid, scale_dtype=dtype)
+    return LearnedRounding(weight, grid, scheme)
+
+
+def _in_turn(roundings: Mapping[str, LearnedRounding]) -> Solve:
+    """Hands out what was learned, in the order in which `round_block` asks for it."""
+    waiting = iter(roundings.values())
+
+    def solve(
+        weights: Sequence[Tensor],
+        schemes: Sequence[WeightScheme],
+        moments: Moments | None,
+        dtype: torch.dtype,
+    ) -> list[Rounded]:
+        del schemes, moments, dtype
+        return [Rounded(rounding.quantized()) for rounding in islice(waiting, len(weights))]
+
+    return solve
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Errors of a block's output as shares of its energy: plain rounding, and the best state."""
+
+    first: float
+    best: float
+
+    @property
+    def improved(self) -> bool:
+        """Whether learning found anything better."""
+        return self.best < self.first
+
+
+class _Bench:
+    """A block whose rounding is learned, with the inputs it will see and the outputs to match."""
+
+    def __init__(
+        self,
+        job: Job,
+        block: Block,
+        original: Block,
+        roundings: Mapping[str, LearnedRounding],
+    ) -> None:
+        self._batches, self._block, self._original = len(job.batches), block, original
+        self._roundings = roundings
+
+    def learn(self, options: QuantizeAutoround) -> Outcome:
+        """Leave the roundings in the state with the lowest error on all calibration tokens."""
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + self._block.index)
+        first = best = self._error()
+        kept = self._state()
+        checks = _checkpoints(options.steps, options.checks)
+        for step in range(options.steps):
+            place = int(torch.randint(self._batches, (1,), generator=generator))
+            self._loss(place).backward()  # type: ignore[no-untyped-call]
+            for rounding in self._roundings.values():
+                rounding.step(rate_at(step, options.steps, options.first_rate))
+            if step + 1 in checks and (error := self._error()) < best:
+                best, kept = error, self._state()
+        for name, rounding in self._roundings.items():
+            rounding.restore(kept[name])
+        return Outcome(first, best)
+
+    def _state(self) -> dict[str, Sequence[Tensor]]:
+        return {name: rounding.state() for name, rounding in self._roundings.items()}
+
+    def _loss(self, place: int) -> Tensor:
+        """Squared error of one batch's output; its scale does not matter to signs."""
+        weights = {name: rounding.dense() for name, rounding in self._roundings.items()}
+        output = self._block.run_through(place, weights)
+        wanted = self._original.output(place).to(output)
+        return (self._block.valid(place, output) - self._block.valid(place, wanted)).square().mean()
+
+    def _error(self) -> float:
+        """Share of the original output's energy that is lost, over all calibration tokens."""
+        lost = total = 0.0
+        with torch.no_grad():
+            weights = {name: rounding.dense() for name, rounding in self._roundings.items()}
+            for place in range(self._batches):
+                output = self._block.valid(place, self._block.run_through(place, weights))
+                wanted = self._block.valid(place, self._original.output(place)).to(output)
+                lost += (output - wanted).double().square().sum().item()
+                total += wanted.double().square().sum().item()
+        return lost / total if total else 0.0
+
+
+def _checkpoints(steps: int, checks: int) -> frozenset[int]:
+    """Steps after which the whole text is measured; the last one always."""
+    return frozenset(-(-steps * (i + 1) // checks) for i in range(checks))

@@ -1,0 +1,180 @@
+"""`quantize.autoround` on the built-in model and real text."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor import resources
+from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
+from compressor.errors import PlanError
+from compressor.model.load import load_tokenizer
+from compressor.model.walk import BlockWalk
+from compressor.numerics.signround import LearnedRounding
+from compressor.progress import SilentObserver
+from compressor.stages.context import StageContext
+from compressor.stages.learning import _checkpoints
+from compressor.stages.quantize_autoround import QuantizeAutoround
+from compressor.stages.quantize_rtn import QuantizeRtn
+from compressor.types import BlockRecord, StageResult
+from tests.model.conftest import build
+from tests.test_resume import RECIPE, at_line, attempt, events, result
+
+TINY = resources.builtin_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def calibration() -> CalibrationSet:
+    config = CalibrationConfig(samples=6, length=32, batch_size=2)
+    return build_batches(config, load_tokenizer(TINY))
+
+
+def context(folder: Path, records: list[BlockRecord]) -> StageContext:
+    return StageContext(
+        folder=folder / "stage",
+        scratch=folder / "scratch",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        activation_budget=1 << 28,
+        finished=(),
+        block_done=records.append,
+        observer=SilentObserver(),
+    )
+
+
+def stage(**options: Any) -> QuantizeAutoround:
+    quick = {"bits": 3, "group_size": 64, "grid": "minmax", "steps": 24, "checks": 3}
+    return QuantizeAutoround(**(quick | {"precision": "float32", "rate": 0.02} | options))
+
+
+def files(outcome: StageResult) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(outcome.checkpoint.iterdir())}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_running_through_is_running_with(family: str, tmp_path: Path) -> None:
+    """The same output as with the weights in place, gradients to all of them, nothing left."""
+    build(family, torch.bfloat16).save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
+    from compressor.types import TokenBatch
+
+    batches = (TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 2),)
+    walk = BlockWalk(tmp_path / "model", batches, scratch=tmp_path / "scratch")
+    block = next(walk.blocks())
+    before = block.run(0)
+    weights = {
+        m.info.name: (m.weight * 0.5).bfloat16().float().requires_grad_() for m in block.matrices
+    }
+    output = block.run_through(0, weights)
+    output.square().sum().backward()  # type: ignore[no-untyped-call]
+    for name, weight in weights.items():
+        assert weight.grad is not None, name
+        assert torch.isfinite(weight.grad).all()
+        assert weight.grad.abs().sum() > 0
+    assert torch.equal(block.run(0), before)
+    for matrix in block.matrices:
+        matrix.set_weight(weights[matrix.info.name].detach())
+    assert torch.allclose(block.run(0), output, atol=1e-6)
+
+
+def test_learned_rounding_beats_nearest_in_every_block(
+    calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    records: list[BlockRecord] = []
+    outcome = stage().run(TINY, calibration, context(tmp_path / "learned", records))
+    assert len(records) == 4
+    for record in records:
+        best = record.notes[f"block_loss.{record.block:03d}"]
+        nearest = record.notes[f"block_loss_nearest.{record.block:03d}"]
+        assert 0 < best < 0.8 * nearest
+    assert not outcome.fallbacks
+    assert len(outcome.changed) == 4 * 7
+    # The first block sees the same inputs as with rounding to nearest: its error is that one's.
+    nearest_stage = QuantizeRtn(bits=3, group_size=64, grid="minmax")
+    plain = nearest_stage.run(TINY, calibration, context(tmp_path / "nearest", []))
+    walks = [
+        BlockWalk(folder, calibration.batches, scratch=tmp_path / f"scratch{i}")
+        for i, folder in enumerate((TINY, plain.checkpoint, outcome.checkpoint))
+    ]
+    blocks = [next(walk.blocks()) for walk in walks]
+    wanted, *found = [torch.cat([block.run(i) for i in range(3)]).double() for block in blocks]
+    errors = [float((y - wanted).square().sum() / wanted.square().sum()) for y in found]
+    notes = records[0].notes
+    assert errors[0] == pytest.approx(notes["block_loss_nearest.000"], rel=1e-3)
+    assert errors[1] == pytest.approx(notes["block_loss.000"], rel=1e-3)
+
+
+def test_same_seed_same_bytes_other_seed_others(
+    calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    narrow = {"targets": ("v", "down"), "steps": 4, "checks": 1}
+    runs = [
+        files(stage(seed=seed, **narrow).run(TINY, calibration, context(tmp_path / str(i), [])))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_what_does_not_help_is_not_kept(
+    calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps up the gradient make every block worse; then it is rounded to nearest, and said so."""
+    down = LearnedRounding.step
+    monkeypatch.setattr(LearnedRounding, "step", lambda self, rate: down(self, -rate))
+    records: list[BlockRecord] = []
+    outcome = stage(targets=("mlp",), steps=6).run(
+        TINY, calibration, context(tmp_path / "up", records)
+    )
+    assert len(outcome.fallbacks) == 4 * 3
+    assert {f.action for f in outcome.fallbacks} == {"rounded to nearest"}
+    plain = QuantizeRtn(bits=3, group_size=64, grid="minmax", targets=("mlp",))
+    other = plain.run(TINY, calibration, context(tmp_path / "nearest", []))
+    assert files(outcome) == files(other)
+
+
+def test_rates_and_checks() -> None:
+    assert stage(rate=None).first_rate == 1 / 24
+    assert stage(rate=None, steps=1000).first_rate == 2 / 1000
+    assert stage(rate=None, steps=1000, bits=4).first_rate == 1 / 1000
+    assert stage(rate=0.1).first_rate == 0.1
+    assert _checkpoints(200, 4) == {50, 100, 150, 200}
+    assert _checkpoints(10, 3) == {4, 7, 10}
+    assert _checkpoints(1, 4) == {1}
+
+
+def test_the_plan_refuses_experts_and_prices_the_steps(tmp_path: Path) -> None:
+    from compressor.model.files import read_config
+    from compressor.plan import make_plan
+    from compressor.recipe import load_recipe
+
+    def planned(model: Path, **options: Any) -> Any:
+        lines = "".join(f"    {key}: {value}\n" for key, value in options.items())
+        text = RECIPE.replace("quantize.gptq\n", f"quantize.autoround\n{lines}")
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return make_plan(load_recipe(path), read_config(model), "model").stages[0]
+
+    few, many = planned(TINY, steps=10), planned(TINY, steps=1000)
+    assert many.flops > 20 * few.flops
+    assert many.peak_bytes == few.peak_bytes
+    build("mixtral", torch.bfloat16).save_pretrained(tmp_path / "experts")
+    with pytest.raises(PlanError, match="routed expert"):
+        planned(tmp_path / "experts")
+
+
+def test_killed_within_a_block(tmp_path: Path) -> None:
+    recipe = RECIPE.replace("quantize.gptq\n", "quantize.autoround\n    steps: 3\n    checks: 1\n")
+    recipe = recipe[: recipe.index("export:")].replace("length: 64", "length: 16")
+    (tmp_path / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    assert attempt(tmp_path / "whole") == 0
+    folder = tmp_path / "killed"
+    assert attempt(folder, at_line, 4, "torn") == -signal.SIGKILL
+    assert events(folder).count("block_done") == 1
+    assert attempt(folder) == 0
+    assert events(folder).count("block_done") == 4
+    assert result(folder) == result(tmp_path / "whole")

@@ -66,6 +66,11 @@ class QuantizeAutoround(RounderConfig):
     seed: int = option(0, "Of the order in which batches are taken.", ge=0)
 
     @property
+    def label(self) -> str:
+        """Such as `AutoRound W2 g64`."""
+        return super().label.replace("AUTOROUND", "AutoRound")
+
+    @property
     def first_rate(self) -> float:
         """The rate of the first step."""
         if self.rate is not None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 
@@ -31,16 +31,13 @@ from compressor.model.architecture import Architecture, Matrix
 from compressor.model.experts import ExpertWatch, Place, place
 from compressor.model.files import read_config
 from compressor.model.memory import return_memory
+from compressor.model.passage import Passage, halt
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
 from compressor.types import ActivationScheme, TokenBatch
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called with (input group, inputs [tokens, in], index of each token's domain [tokens])."""
-
-
-class _Enough(Exception):
-    """All groups that were asked for have been seen."""
 
 
 class BlockWalk:
@@ -193,8 +190,22 @@ class BlockWalk:
         return self.scratch / f"inputs-{index:05d}"
 
     def _new_store(self, index: int) -> ActivationStore:
-        """Inputs and outputs of a block are alive together, hence half the budget each."""
-        return ActivationStore(self._folder(index), self.memory_budget // 2)
+        """Half the budget is for forwards that stand still; inputs and outputs share the rest."""
+        return ActivationStore(self._folder(index), self.memory_budget // 4)
+
+    def _bytes_standing(self, index: int) -> int:
+        """What a forward in front of a matrix holds of one token, at most, in bytes.
+
+        The residual stream before and after attention, what was normed of it, and either queries,
+        keys, values and what attention made of them, or the inside of the feed-forward part.
+        """
+        hidden = self.architecture.hidden
+        members = self.architecture.groups(index).values()
+        widest = max(
+            matrices[0].shape[1] + sum(matrix.shape[0] for matrix in matrices)
+            for matrices in members
+        )
+        return (2 * hidden + widest) * self.dtype.itemsize
 
     def _table(self, role: str) -> Matrix:
         return next(matrix for matrix in self.architecture.matrices if matrix.role == role)
@@ -233,7 +244,7 @@ class BlockWalk:
             )
 
     def _saved(self, index: int) -> ActivationStore:
-        return ActivationStore.load(self._folder(index), self.memory_budget // 2, self._label)
+        return ActivationStore.load(self._folder(index), self.memory_budget // 4, self._label)
 
     @cached_property
     def _label(self) -> str:
@@ -329,6 +340,7 @@ class Block:
             matrix.info.tensor: place(walk.architecture, matrix.info) for matrix in self.matrices
         }
         self._changed: dict[str, Tensor] = {}
+        self._standing: dict[int, Passage] = {}
         self._outputs = walk._new_store(index + 1)
         self._fill()
 
@@ -364,6 +376,7 @@ class Block:
             raise ModelError(f"block {self.index} has no tensor {name!r}")
         self._changed[name] = self._walk._as_on_disk(name, value)
         self._put(name, self._changed[name].clone())
+        self._settle(name)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the block as on disk; those never set are byte-identical to it."""
@@ -410,7 +423,9 @@ class Block:
         self._outputs.delete()
         with torch.no_grad():
             for batch in range(len(self._walk.batches)):
-                self._outputs.append(self.run(batch))
+                passage = self._standing.pop(batch, None)
+                output = passage.advance() if passage else None
+                self._outputs.append(self.run(batch) if output is None else output)
 
     @property
     def outputs(self) -> ActivationStore:
@@ -449,7 +464,9 @@ class Block:
         """Run batches with the present weights and report what enters each input group.
 
         Only valid tokens are reported, and to a group of an expert only those routed to it.
-        The forward of a batch ends as soon as all groups asked for have been reported.
+        The forward of a batch stands still as soon as all groups asked for have been reported, as
+        far as the budget for activations allows, and goes on from there when groups ahead of it
+        are asked for or `forward` is called. Changing a matrix that it has passed ends it.
 
         Args:
             observe: called per batch and group, in execution order; not for an expert that no
@@ -479,19 +496,23 @@ class Block:
     def _capture_batch(
         self, batch: int, observe: Observer, wanted: set[str], onward: bool
     ) -> Tensor | None:
-        """Output of the block, unless the forward ended early."""
+        """Output of the block, unless the forward was left early or stands still."""
+        firsts = [members[0] for group, members in self._groups.items() if group in wanted]
+        plain = {matrix.tensor: matrix for matrix in firsts if matrix.expert is None}
+        routed = {matrix.input_group for matrix in firsts if matrix.expert is not None}
+        passage = self._passage(batch, plain, anew=bool(routed))
         valid, domains = self._walk._valid(self._walk.batches[batch])
-        shared = [members[0] for group, members in self._groups.items() if group in wanted]
-        plain = [matrix for matrix in shared if matrix.expert is None]
-        routed = {matrix.input_group for matrix in shared if matrix.expert is not None}
-        waiting = {matrix.input_group for matrix in plain}
+        waiting = set(plain)
 
-        def saw(group: str, inputs: Tensor) -> None:
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            observe(group, rows[valid], domains[valid])
-            waiting.discard(group)
-            if not (waiting or routed or onward):
-                raise _Enough
+        def entered(matrix: Matrix, inputs: Tensor) -> None:
+            if matrix.tensor in plain:
+                rows = inputs.reshape(-1, inputs.shape[-1])
+                whole = bool(valid.all())
+                observe(matrix.input_group, rows if whole else rows[valid], domains[valid])
+                waiting.discard(matrix.tensor)
+                if not (waiting or routed or onward):
+                    halt()
+            passage.passed.add(matrix.tensor)
 
         def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor) -> None:
             group = f"{self._walk._prefix(self.index)}experts.{expert}.{side}"
@@ -500,22 +521,41 @@ class Block:
                 observe(group, rows[keep], domains[tokens[keep]])
 
         with ExitStack() as stack:
-            for matrix in plain:
-                stack.callback(self._listen(matrix, saw).remove)
+            for matrix in self.matrices:
+                stack.enter_context(self._listening(matrix.info, entered))
             if routed:
                 stack.enter_context(ExpertWatch(self._experts(), routed_to))
-            try:
-                return self.run(batch)
-            except _Enough:
-                return None
+            output = passage.advance()
+        if output is None:
+            self._keep(batch, passage)
+        return output
 
-    def _listen(
-        self, matrix: Matrix, saw: Callable[[str, Tensor], None]
-    ) -> torch.utils.hooks.RemovableHandle:
+    def _passage(self, batch: int, plain: Collection[str], *, anew: bool) -> Passage:
+        """The batch's forward where it stands still, if what is asked for lies ahead of it."""
+        passage = self._standing.pop(batch, None)
+        if passage and not anew and passage.passed.isdisjoint(plain):
+            return passage
+        if passage:
+            passage.abandon()
+        return Passage(lambda: self.run(batch))
+
+    def _keep(self, batch: int, passage: Passage) -> None:
+        """Let a forward wait for the matrices ahead of it, as far as memory allows."""
+        self._standing[batch] = passage
+        held = sum(self._walk.batches[place].mask.numel() for place in self._standing)
+        if held * self._walk._bytes_standing(self.index) > self._walk.memory_budget // 2:
+            self._standing.pop(batch).abandon()
+
+    def _listening(
+        self, matrix: Matrix, entered: Callable[[Matrix, Tensor], None]
+    ) -> AbstractContextManager[object]:
+        """Report what a matrix is about to multiply; of an expert, nothing."""
+        if matrix.expert is not None:
+            return nullcontext()
         path = self._places[matrix.tensor].parameter.removesuffix(".weight")
         module: nn.Module = self._walk._skeleton.model.get_submodule(path)
         return module.register_forward_pre_hook(
-            lambda _, args: saw(matrix.input_group, args[0]), with_kwargs=False
+            lambda _, args: entered(matrix, args[0]), with_kwargs=False
         )
 
     def _experts(self) -> nn.Module:
@@ -551,6 +591,13 @@ class Block:
     def _finish(self) -> None:
         if len(self._outputs) < len(self._walk.batches):
             self.forward()
+
+    def _settle(self, name: str) -> None:
+        """A forward that used a tensor which has changed since is worth nothing."""
+        ahead = name in self._places and self._places[name].expert is None
+        for batch, passage in list(self._standing.items()):
+            if not ahead or name in passage.passed:
+                self._standing.pop(batch).abandon()
 
     def _close(self) -> None:
         self._finish()

@@ -17,31 +17,48 @@ from collections.abc import Callable
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+Visit = Callable[[str, Tensor], bool]
+"""Called with the name of a matrix and what it is about to multiply; False: stand still."""
+
 
 class Passage:
-    """A forward that can halt.
+    """A forward that can stand still.
 
     Args:
-        forward: runs one batch and returns its output; something within it calls `halt`.
+        forward: runs one batch and returns its output; tells `arrive` about its matrices.
 
     Attributes:
-        passed: names on disk of the matrices that were used already, kept by the caller.
+        passed: names of the matrices that have been used.
     """
 
     def __init__(self, forward: Callable[[], Tensor]) -> None:
         self.passed: set[str] = set()
         self._route = greenlet(forward)
+        self._visit: Visit = _go_on
 
-    def advance(self) -> Tensor | None:
-        """Start or go on: None at the next halt, the output at the end."""
+    def advance(self, visit: Visit | None = None) -> Tensor | None:
+        """Start or go on, first asking about the matrix in front of which it stands.
+
+        Args:
+            visit: whether to go on, at every matrix; never stands still by default.
+
+        Returns:
+            The output at the end, or None where it stands still.
+        """
+        self._visit = visit or _go_on
         output: Tensor | None = self._route.switch()
         return output
+
+    def arrive(self, name: str, inputs: Tensor) -> None:
+        """To be called within the forward, in front of a matrix."""
+        while not self._visit(name, inputs):
+            getcurrent().parent.switch(None)
+        self.passed.add(name)
 
     def abandon(self) -> None:
         """Leave the forward where it stands; it unwinds as if it had failed there."""
         self._route.throw()
 
 
-def halt() -> None:
-    """Stand still; to be called within the forward of a `Passage`."""
-    getcurrent().parent.switch(None)
+def _go_on(_: str, __: Tensor) -> bool:
+    return True

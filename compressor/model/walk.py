@@ -18,20 +18,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressor.errors import ModelError
 from compressor.model.activations import ActivationStore
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.model.experts import ExpertWatch, Place, place
 from compressor.model.files import read_config
 from compressor.model.memory import return_memory
-from compressor.model.passage import Passage, halt
+from compressor.model.passage import Passage
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
 from compressor.types import ActivationScheme, TokenBatch
@@ -194,18 +195,8 @@ class BlockWalk:
         return ActivationStore(self._folder(index), self.memory_budget // 4)
 
     def _bytes_standing(self, index: int) -> int:
-        """What a forward in front of a matrix holds of one token, at most, in bytes.
-
-        The residual stream before and after attention, what was normed of it, and either queries,
-        keys, values and what attention made of them, or the inside of the feed-forward part.
-        """
-        hidden = self.architecture.hidden
-        members = self.architecture.groups(index).values()
-        widest = max(
-            matrices[0].shape[1] + sum(matrix.shape[0] for matrix in matrices)
-            for matrices in members
-        )
-        return (2 * hidden + widest) * self.dtype.itemsize
+        """What a forward in front of a matrix holds of one token, at most."""
+        return held_by_forward(self.architecture, index) * self.dtype.itemsize
 
     def _table(self, role: str) -> Matrix:
         return next(matrix for matrix in self.architecture.matrices if matrix.role == role)
@@ -276,6 +267,7 @@ class BlockWalk:
 
 
 _LARGE = ("embed", "head")
+_STANDING_PER_TRIM = 4
 
 
 def _parameter(value: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
@@ -460,6 +452,7 @@ class Block:
         batches: Iterable[int] | None = None,
         *,
         onward: bool = False,
+        ahead: bool = False,
     ) -> None:
         """Run batches with the present weights and report what enters each input group.
 
@@ -476,6 +469,8 @@ class Block:
                 the inputs of one model with those of another batch by batch.
             onward: run to the end and keep the outputs, which spares `forward` where weights stay
                 as they are. Batches must then come in order, over any number of calls.
+            ahead: stand still only where a part of the block begins and little is held, running
+                ahead of what was asked for. For a block whose weights stay as they are.
 
         Raises:
             ModelError: the block has no such group.
@@ -489,30 +484,29 @@ class Block:
             for batch in range(len(self._walk.batches)) if batches is None else batches:
                 if onward and batch != len(self._outputs):
                     raise ValueError(f"batch {len(self._outputs)} comes next, not {batch}")
-                output = self._capture_batch(batch, observe, wanted, onward)
+                output = self._capture_batch(batch, observe, wanted, onward, ahead)
                 if output is not None and onward:
                     self._outputs.append(output)
 
     def _capture_batch(
-        self, batch: int, observe: Observer, wanted: set[str], onward: bool
+        self, batch: int, observe: Observer, wanted: set[str], onward: bool, ahead: bool
     ) -> Tensor | None:
-        """Output of the block, unless the forward was left early or stands still."""
-        firsts = [members[0] for group, members in self._groups.items() if group in wanted]
-        plain = {matrix.tensor: matrix for matrix in firsts if matrix.expert is None}
-        routed = {matrix.input_group for matrix in firsts if matrix.expert is not None}
-        passage = self._passage(batch, plain, anew=bool(routed))
+        """Output of the block, unless the forward stands still."""
+        firsts = {members[0].tensor: members[0] for members in self._groups.values()}
+        chosen = [matrix for matrix in firsts.values() if matrix.input_group in wanted]
+        routed = {matrix.input_group for matrix in chosen if matrix.expert is not None}
+        pending = {matrix.tensor for matrix in chosen if matrix.expert is None}
         valid, domains = self._walk._valid(self._walk.batches[batch])
-        waiting = set(plain)
+        whole = bool(valid.all())
 
-        def entered(matrix: Matrix, inputs: Tensor) -> None:
-            if matrix.tensor in plain:
+        def visit(name: str, inputs: Tensor) -> bool:
+            group = firsts[name].input_group if name in firsts else ""
+            if name in pending:
                 rows = inputs.reshape(-1, inputs.shape[-1])
-                whole = bool(valid.all())
-                observe(matrix.input_group, rows if whole else rows[valid], domains[valid])
-                waiting.discard(matrix.tensor)
-                if not (waiting or routed or onward):
-                    halt()
-            passage.passed.add(matrix.tensor)
+                observe(group, rows if whole else rows[valid], domains[valid])
+                pending.discard(name)
+            may_stand = group.endswith(".in") if ahead else bool(group)
+            return bool(pending or routed or onward) or not may_stand
 
         def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor) -> None:
             group = f"{self._walk._prefix(self.index)}experts.{expert}.{side}"
@@ -520,14 +514,18 @@ class Block:
             if group in routed and bool(keep.any()):
                 observe(group, rows[keep], domains[tokens[keep]])
 
+        passage = self._passage(batch, pending, anew=bool(routed))
         with ExitStack() as stack:
             for matrix in self.matrices:
-                stack.enter_context(self._listening(matrix.info, entered))
+                if matrix.info.expert is None:
+                    stack.enter_context(self._telling(matrix.info, passage))
             if routed:
                 stack.enter_context(ExpertWatch(self._experts(), routed_to))
-            output = passage.advance()
-        if output is None:
+            output = passage.advance(visit)
+        if output is None and wanted != set(self._groups):
             self._keep(batch, passage)
+        elif output is None:  # nothing lies ahead that could still change
+            passage.abandon()
         return output
 
     def _passage(self, batch: int, plain: Collection[str], *, anew: bool) -> Passage:
@@ -541,21 +539,21 @@ class Block:
 
     def _keep(self, batch: int, passage: Passage) -> None:
         """Let a forward wait for the matrices ahead of it, as far as memory allows."""
+        standing = [*self._standing, batch]
+        tokens = sum(self._walk.batches[place].mask.numel() for place in standing)
+        if tokens * self._walk._bytes_standing(self.index) > self._walk.memory_budget // 2:
+            passage.abandon()
+            return
         self._standing[batch] = passage
-        held = sum(self._walk.batches[place].mask.numel() for place in self._standing)
-        if held * self._walk._bytes_standing(self.index) > self._walk.memory_budget // 2:
-            self._standing.pop(batch).abandon()
+        if len(standing) % _STANDING_PER_TRIM == 0:
+            return_memory()  # what a forward has freed lies between what it holds
 
-    def _listening(
-        self, matrix: Matrix, entered: Callable[[Matrix, Tensor], None]
-    ) -> AbstractContextManager[object]:
-        """Report what a matrix is about to multiply; of an expert, nothing."""
-        if matrix.expert is not None:
-            return nullcontext()
+    def _telling(self, matrix: Matrix, passage: Passage) -> RemovableHandle:
+        """Let a forward tell its passage what a matrix is about to multiply."""
         path = self._places[matrix.tensor].parameter.removesuffix(".weight")
         module: nn.Module = self._walk._skeleton.model.get_submodule(path)
         return module.register_forward_pre_hook(
-            lambda _, args: entered(matrix, args[0]), with_kwargs=False
+            lambda _, args: passage.arrive(matrix.tensor, args[0]), with_kwargs=False
         )
 
     def _experts(self) -> nn.Module:

@@ -16,7 +16,7 @@ from compressor.formats.capabilities import Container
 from compressor.formats.exchange import matrix_bytes
 from compressor.formats.sizes import PackedSize, Role, bits_per_weight, packed_bytes
 from compressor.formats.support import format_of
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.text import shards
 from compressor.types import WeightScheme
 
@@ -90,7 +90,7 @@ def rounding_flops(
     """Operations of a rounding stage.
 
     Grid search reads every weight once per candidate, about 6 operations each. With text: one
-    forward pass of every block per capture and one onward, 2·weights·tokens each; one Hessian
+    forward passes of every block, 2·weights·tokens each; one Hessian
     per input group, 2·tokens·in²; its factor, in³ in fp64; and GPTQ itself, 2·out·in² per matrix.
     With the parent run beside (its passes are in `passes`): a second moment per input group, its
     linear system, 2/3·in³ in fp64, and two products per matrix, 2·out·in² each; not for experts.
@@ -113,15 +113,31 @@ def rounding_flops(
 
 
 def block_memory(
-    architecture: Architecture, tokens: int, *, reference: bool = False, domains: int = 1
+    architecture: Architecture,
+    tokens: int,
+    *,
+    reference: bool = False,
+    domains: int = 1,
+    standing: bool = False,
+    activation_bytes: int = 4,
 ) -> int:
     """Peak memory of a stage that streams blocks, in bytes.
 
-    One block, as stored, in fp32 and once more as the rounder's working copy; one fp32 Hessian
-    per input group of that block and three fp64 copies of the largest while it is factored; the
-    residual stream of all calibration tokens before and after the block, fp32. With the parent
-    run beside: its block in fp32, its residual stream and a second matrix per input group. Where
-    the moments of domains are kept apart, these matrices once for every domain and once mixed.
+    One block, as stored, in the working precision and once more in fp32 as the rounder's copy; one
+    fp32 Hessian per input group of that block and three fp64 copies of the largest while it is
+    factored; the residual stream of all calibration tokens before and after the block. With the
+    parent run beside: its block, its residual stream and a second matrix per input group. Where
+    forwards stand still in front of each matrix: what they hold, in the parent only where a part
+    of the block begins. Where the moments of domains are kept apart, their matrices once for
+    every domain and once mixed.
+
+    Args:
+        architecture: of the model.
+        tokens: of calibration text, 0 for none.
+        reference: the parent runs beside.
+        domains: whose moments are kept apart.
+        standing: forwards stand still (`sequential: sublayer`).
+        activation_bytes: size of a number in the working precision.
     """
     parts = domains + 1 if domains > 1 else 1
     streams = 2 if reference else 1
@@ -129,12 +145,16 @@ def block_memory(
     for index in range(architecture.layers):
         groups = architecture.groups(index)
         weights = sum(matrix.parameters for matrix in architecture.block(index))
-        need = weights * (architecture.dtype_bytes + 4 + 4 * streams)
+        need = weights * (architecture.dtype_bytes + 4 + activation_bytes * streams)
         if tokens:
             widths = [matrices[0].shape[1] for matrices in groups.values()]
             need += 4 * streams * parts * sum(width**2 for width in widths) + 24 * max(widths) ** 2
+        if standing:
+            held = held_by_forward(architecture, index)
+            held += 3 * architecture.hidden if reference else 0
+            need += tokens * held * activation_bytes
         most = max(most, need)
-    return most + 8 * streams * tokens * architecture.hidden
+    return most + 2 * activation_bytes * streams * tokens * architecture.hidden
 
 
 def evaluation_memory(config: EvaluateConfig, base: Architecture) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from compressor import machine
 from compressor.calibration import development_tokens, load_mix, require_origin
 from compressor.cost import (
     block_memory,
@@ -40,11 +41,11 @@ from compressor.types import Problem
 
 _PACKED = ("compressed-tensors", "gptq", "awq")  # formats for quantized weights only
 _KINDS = {"head": "head", "embed": "embedding", "router": "router"}
-# Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: four
-# captures, each of which ends at its input, together about one and a half. In the parent, which
-# nobody changes in between, the last capture goes onward.
-_PASSES = {"block": 2.0, "sublayer": 2.5}
-_PARENT_PASSES = {"block": 1.0, "sublayer": 1.5}
+# Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: one
+# that stands still in front of each matrix until it has been rounded. The parent, which nobody
+# changes, needs one.
+_PASSES = {"block": 2.0, "sublayer": 1.0}
+_PARENT_PASSES = 1.0
 
 
 class Priced(BaseModel):
@@ -316,7 +317,7 @@ def _stage_plan(
     changed = stage.changed(before, after)
     reference = _runs_parent(stage)
     sequential = getattr(stage, "sequential", "block")
-    passes = _PASSES[sequential] + (_PARENT_PASSES[sequential] if reference else 0.0)
+    passes = _PASSES[sequential] + (_PARENT_PASSES if reference else 0.0)
     tokens = tokens if reads_text else 0
     plain = rounding_flops(changed, after, tokens, passes, reference=reference)
     flops = stage.flops(before) or stage.operations(after, tokens, plain)
@@ -337,12 +338,25 @@ def _stage_plan(
         by_role=role_bytes(after),
         disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
         peak_bytes=stage.memory(before)
-        or block_memory(after, tokens + held_out, reference=reference, domains=domains)
+        or block_memory(
+            after,
+            tokens + held_out,
+            reference=reference,
+            domains=domains,
+            standing=sequential == "sublayer",
+            activation_bytes=_activation_bytes(stage, before),
+        )
         + stage.working_memory(after, tokens),
         flops=flops,
         seconds=flops / rate,
         remarks=stage.remarks(before),
     )
+
+
+def _activation_bytes(stage: StageConfig, before: Architecture) -> int:
+    """Size of a number while calibration text runs, on the CPU."""
+    own = getattr(stage, "precision", "float32") == "auto" and before.dtype == "bfloat16"
+    return 2 if own and machine.multiplies_bf16() else 4
 
 
 def _runs_parent(stage: StageConfig) -> bool:

@@ -55,6 +55,8 @@ class ActivationStore:
     def save(self, label: str = "") -> None:
         """Put everything on disk so that `load` finds it after a crash at any moment.
 
+        From then on it is read from there: what is on disk need not be held as well.
+
         The manifest is renamed into place last: without it the folder counts as absent.
 
         Args:
@@ -72,6 +74,8 @@ class ActivationStore:
         _flush(temporary)
         temporary.replace(manifest)
         _flush(self.folder)
+        self._held = [None] * len(sizes)
+        self.bytes_in_memory = 0
 
     @classmethod
     def load(cls, folder: Path, memory_budget_bytes: int, label: str = "") -> ActivationStore:

@@ -626,3 +626,15 @@ def _known_type(config: Mapping[str, object]) -> str:
     if model_type not in FAMILIES:
         raise ModelError(f"unknown model family {model_type!r}", works)
     return model_type
+
+
+def held_by_forward(architecture: Architecture, index: int) -> int:
+    """Numbers that a forward in front of a matrix of block `index` holds of one token, at most.
+
+    The residual stream before and after attention, what was normed of it, and either queries,
+    keys, values and what attention made of them, or the inside of the feed-forward part.
+    """
+    groups = architecture.groups(index).values()
+    return 2 * architecture.hidden + max(
+        matrices[0].shape[1] + sum(matrix.shape[0] for matrix in matrices) for matrices in groups
+    )

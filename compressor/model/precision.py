@@ -11,8 +11,6 @@ from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.reader import TensorReader
 
-_CPU_UNITS = frozenset({"amx_bf16", "avx512_bf16"})
-
 
 def working_dtype(checkpoint: Path, device: torch.device) -> torch.dtype:
     """The model's own dtype where the device has units for it, else fp32.
@@ -37,5 +35,5 @@ def has_units(device: torch.device, dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         if device.type == "cuda":
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-        return device.type == "cpu" and not _CPU_UNITS.isdisjoint(machine.cpu_flags())
+        return device.type == "cpu" and machine.multiplies_bf16()
     return dtype == torch.float16 and device.type == "cuda"

@@ -3,7 +3,8 @@
 The model's own `forward` computes masks, rotary tables and everything else that differs from
 family to family and from block to block. To run one block alone, the others are replaced by
 the identity, the hidden states we stored are put in front of the block, and the forward is
-left as soon as the block has answered. Nothing is cached or imitated.
+left as soon as the block has answered. Nothing is cached or imitated. Several such forwards may
+be under way at once, each standing still somewhere in the block (`passage`).
 """
 
 from __future__ import annotations
@@ -55,8 +56,7 @@ class Skeleton:
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(architecture.blocks_path)
         self._restore_buffers()
-        for layer in self.layers:
-            _bypass(layer)
+        self._doors = [_Door(layer) for layer in self.layers]
         round_inputs(self.model, architecture)
 
     def _restore_buffers(self) -> None:
@@ -107,23 +107,8 @@ class Skeleton:
 
     def block(self, index: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Output of block `index`, which is in place, for an input [batch, length, hidden]."""
-        hidden = hidden.to(self.device, self.dtype)
-
-        def substitute(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if args:
-                return (hidden, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": hidden}
-
-        def reached(_: nn.Module, __: Any, output: Any) -> None:
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
-
-        layer = self.layers[index]
-        with (
-            _alive(layer),
-            _hook(layer.register_forward_pre_hook, substitute),
-            _hook(layer.register_forward_hook, reached, pre=False),
-        ):
-            return self._jump(shape=hidden.shape[:2], mask=mask)
+        self._doors[index].guest = hidden.to(self.device, self.dtype)
+        return self._jump(shape=hidden.shape[:2], mask=mask)
 
     def finish(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """From the last block's output to what enters the head: [batch, length, width]."""
@@ -133,7 +118,7 @@ class Skeleton:
             raise _Reached(args[0])
 
         with (
-            _returning(self.layers[-1], hidden),
+            self._doors[-1].answering(hidden),
             _hook(self.head.register_forward_pre_hook, reached),
         ):
             return self._jump(shape=hidden.shape[:2], mask=mask)
@@ -163,9 +148,12 @@ class Skeleton:
         return embedding
 
     def _zeros(self, shape: torch.Size) -> Tensor:
-        """Stand-ins for embeddings [batch, length, width] where their values do not matter."""
+        """Stand-ins for embeddings [batch, length, width] where their values do not matter.
+
+        One zero seen many times: a forward that stands still holds on to them.
+        """
         width = self.embedding.get_parameter("weight").shape[1]
-        return torch.zeros(*shape, width, device=self.device, dtype=self.dtype)
+        return torch.zeros((), device=self.device, dtype=self.dtype).expand(*shape, width)
 
     def _jump(
         self, mask: Tensor, input_ids: Tensor | None = None, shape: torch.Size | None = None
@@ -183,41 +171,45 @@ class Skeleton:
         raise RuntimeError("the forward ended without reaching the part that was asked for")
 
 
-def _identity(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden_states
+class _Door:
+    """Stands in for a layer's forward: hidden states pass unchanged, unless a guest is announced.
 
+    Args:
+        layer: from now on it does what the door does; an attribute goes before a method.
 
-def _bypass(layer: nn.Module) -> None:
-    """An attribute of the instance goes before the method of its class."""
-    layer.forward = _identity
+    Attributes:
+        guest: hidden states with which the next call runs the layer's own forward, whose answer
+            then leaves the model's forward at once.
+    """
 
+    def __init__(self, layer: nn.Module) -> None:
+        self._own: Callable[..., Any] = layer.forward
+        self._layer = layer
+        self.guest: Tensor | None = None
+        layer.forward = self._pass
 
-@contextmanager
-def _alive(layer: nn.Module) -> Iterator[None]:
-    """Let the layer's own forward run."""
-    del layer.forward
-    try:
-        yield
-    finally:
-        _bypass(layer)
+    def _pass(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.guest is None:
+            return hidden_states
+        hidden_states, self.guest = self.guest, None
+        output = self._own(hidden_states, *args, **kwargs)
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-
-@contextmanager
-def _returning(layer: nn.Module, hidden: Tensor) -> Iterator[None]:
-    layer.forward = lambda *_, **__: hidden
-    try:
-        yield
-    finally:
-        _bypass(layer)
+    @contextmanager
+    def answering(self, hidden: Tensor) -> Iterator[None]:
+        """Let the layer answer with these hidden states, whatever enters it."""
+        self._layer.forward = lambda *_, **__: hidden
+        try:
+            yield
+        finally:
+            self._layer.forward = self._pass
 
 
 @contextmanager
 def _hook(
-    register: Callable[..., torch.utils.hooks.RemovableHandle],
-    hook: Callable[..., Any],
-    pre: bool = True,
+    register: Callable[..., torch.utils.hooks.RemovableHandle], hook: Callable[..., Any]
 ) -> Iterator[None]:
-    handle = register(hook, with_kwargs=True) if pre else register(hook)
+    handle = register(hook, with_kwargs=True)
     try:
         yield
     finally:

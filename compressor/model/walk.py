@@ -24,23 +24,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compressor.errors import ModelError
 from compressor.model.activations import ActivationStore
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.model.experts import ExpertWatch, Place, place
 from compressor.model.files import read_config
 from compressor.model.memory import return_memory
+from compressor.model.passage import Passage
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
 from compressor.types import ActivationScheme, TokenBatch
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called with (input group, inputs [tokens, in], index of each token's domain [tokens])."""
-
-
-class _Enough(Exception):
-    """All groups that were asked for have been seen."""
 
 
 class BlockWalk:
@@ -193,8 +191,12 @@ class BlockWalk:
         return self.scratch / f"inputs-{index:05d}"
 
     def _new_store(self, index: int) -> ActivationStore:
-        """Inputs and outputs of a block are alive together, hence half the budget each."""
-        return ActivationStore(self._folder(index), self.memory_budget // 2)
+        """Half the budget is for forwards that stand still; inputs and outputs share the rest."""
+        return ActivationStore(self._folder(index), self.memory_budget // 4)
+
+    def _bytes_standing(self, index: int) -> int:
+        """What a forward in front of a matrix holds of one token, at most."""
+        return held_by_forward(self.architecture, index) * self.dtype.itemsize
 
     def _table(self, role: str) -> Matrix:
         return next(matrix for matrix in self.architecture.matrices if matrix.role == role)
@@ -233,7 +235,7 @@ class BlockWalk:
             )
 
     def _saved(self, index: int) -> ActivationStore:
-        return ActivationStore.load(self._folder(index), self.memory_budget // 2, self._label)
+        return ActivationStore.load(self._folder(index), self.memory_budget // 4, self._label)
 
     @cached_property
     def _label(self) -> str:
@@ -265,6 +267,7 @@ class BlockWalk:
 
 
 _LARGE = ("embed", "head")
+_STANDING_PER_TRIM = 4
 
 
 def _parameter(value: Tensor, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
@@ -329,6 +332,7 @@ class Block:
             matrix.info.tensor: place(walk.architecture, matrix.info) for matrix in self.matrices
         }
         self._changed: dict[str, Tensor] = {}
+        self._standing: dict[int, Passage] = {}
         self._outputs = walk._new_store(index + 1)
         self._fill()
 
@@ -364,6 +368,7 @@ class Block:
             raise ModelError(f"block {self.index} has no tensor {name!r}")
         self._changed[name] = self._walk._as_on_disk(name, value)
         self._put(name, self._changed[name].clone())
+        self._settle(name)
 
     def state(self) -> dict[str, Tensor]:
         """All tensors of the block as on disk; those never set are byte-identical to it."""
@@ -410,7 +415,9 @@ class Block:
         self._outputs.delete()
         with torch.no_grad():
             for batch in range(len(self._walk.batches)):
-                self._outputs.append(self.run(batch))
+                passage = self._standing.pop(batch, None)
+                output = passage.advance() if passage else None
+                self._outputs.append(self.run(batch) if output is None else output)
 
     @property
     def outputs(self) -> ActivationStore:
@@ -445,11 +452,14 @@ class Block:
         batches: Iterable[int] | None = None,
         *,
         onward: bool = False,
+        ahead: bool = False,
     ) -> None:
         """Run batches with the present weights and report what enters each input group.
 
         Only valid tokens are reported, and to a group of an expert only those routed to it.
-        The forward of a batch ends as soon as all groups asked for have been reported.
+        The forward of a batch stands still as soon as all groups asked for have been reported, as
+        far as the budget for activations allows, and goes on from there when groups ahead of it
+        are asked for or `forward` is called. Changing a matrix that it has passed ends it.
 
         Args:
             observe: called per batch and group, in execution order; not for an expert that no
@@ -459,6 +469,8 @@ class Block:
                 the inputs of one model with those of another batch by batch.
             onward: run to the end and keep the outputs, which spares `forward` where weights stay
                 as they are. Batches must then come in order, over any number of calls.
+            ahead: stand still only where a part of the block begins and little is held, running
+                ahead of what was asked for. For a block whose weights stay as they are.
 
         Raises:
             ModelError: the block has no such group.
@@ -472,26 +484,29 @@ class Block:
             for batch in range(len(self._walk.batches)) if batches is None else batches:
                 if onward and batch != len(self._outputs):
                     raise ValueError(f"batch {len(self._outputs)} comes next, not {batch}")
-                output = self._capture_batch(batch, observe, wanted, onward)
+                output = self._capture_batch(batch, observe, wanted, onward, ahead)
                 if output is not None and onward:
                     self._outputs.append(output)
 
     def _capture_batch(
-        self, batch: int, observe: Observer, wanted: set[str], onward: bool
+        self, batch: int, observe: Observer, wanted: set[str], onward: bool, ahead: bool
     ) -> Tensor | None:
-        """Output of the block, unless the forward ended early."""
+        """Output of the block, unless the forward stands still."""
+        firsts = {members[0].tensor: members[0] for members in self._groups.values()}
+        chosen = [matrix for matrix in firsts.values() if matrix.input_group in wanted]
+        routed = {matrix.input_group for matrix in chosen if matrix.expert is not None}
+        pending = {matrix.tensor for matrix in chosen if matrix.expert is None}
         valid, domains = self._walk._valid(self._walk.batches[batch])
-        shared = [members[0] for group, members in self._groups.items() if group in wanted]
-        plain = [matrix for matrix in shared if matrix.expert is None]
-        routed = {matrix.input_group for matrix in shared if matrix.expert is not None}
-        waiting = {matrix.input_group for matrix in plain}
+        whole = bool(valid.all())
 
-        def saw(group: str, inputs: Tensor) -> None:
-            rows = inputs.reshape(-1, inputs.shape[-1])
-            observe(group, rows[valid], domains[valid])
-            waiting.discard(group)
-            if not (waiting or routed or onward):
-                raise _Enough
+        def visit(name: str, inputs: Tensor) -> bool:
+            group = firsts[name].input_group if name in firsts else ""
+            if name in pending:
+                rows = inputs.reshape(-1, inputs.shape[-1])
+                observe(group, rows if whole else rows[valid], domains[valid])
+                pending.discard(name)
+            may_stand = group.endswith(".in") if ahead else bool(group)
+            return bool(pending or routed or onward) or not may_stand
 
         def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor) -> None:
             group = f"{self._walk._prefix(self.index)}experts.{expert}.{side}"
@@ -499,23 +514,46 @@ class Block:
             if group in routed and bool(keep.any()):
                 observe(group, rows[keep], domains[tokens[keep]])
 
+        passage = self._passage(batch, pending, anew=bool(routed))
         with ExitStack() as stack:
-            for matrix in plain:
-                stack.callback(self._listen(matrix, saw).remove)
+            for matrix in self.matrices:
+                if matrix.info.expert is None:
+                    stack.enter_context(self._telling(matrix.info, passage))
             if routed:
                 stack.enter_context(ExpertWatch(self._experts(), routed_to))
-            try:
-                return self.run(batch)
-            except _Enough:
-                return None
+            output = passage.advance(visit)
+        if output is None and wanted != set(self._groups):
+            self._keep(batch, passage)
+        elif output is None:  # nothing lies ahead that could still change
+            passage.abandon()
+        return output
 
-    def _listen(
-        self, matrix: Matrix, saw: Callable[[str, Tensor], None]
-    ) -> torch.utils.hooks.RemovableHandle:
+    def _passage(self, batch: int, plain: Collection[str], *, anew: bool) -> Passage:
+        """The batch's forward where it stands still, if what is asked for lies ahead of it."""
+        passage = self._standing.pop(batch, None)
+        if passage and not anew and passage.passed.isdisjoint(plain):
+            return passage
+        if passage:
+            passage.abandon()
+        return Passage(lambda: self.run(batch))
+
+    def _keep(self, batch: int, passage: Passage) -> None:
+        """Let a forward wait for the matrices ahead of it, as far as memory allows."""
+        standing = [*self._standing, batch]
+        tokens = sum(self._walk.batches[place].mask.numel() for place in standing)
+        if tokens * self._walk._bytes_standing(self.index) > self._walk.memory_budget // 2:
+            passage.abandon()
+            return
+        self._standing[batch] = passage
+        if len(standing) % _STANDING_PER_TRIM == 0:
+            return_memory()  # what a forward has freed lies between what it holds
+
+    def _telling(self, matrix: Matrix, passage: Passage) -> RemovableHandle:
+        """Let a forward tell its passage what a matrix is about to multiply."""
         path = self._places[matrix.tensor].parameter.removesuffix(".weight")
         module: nn.Module = self._walk._skeleton.model.get_submodule(path)
         return module.register_forward_pre_hook(
-            lambda _, args: saw(matrix.input_group, args[0]), with_kwargs=False
+            lambda _, args: passage.arrive(matrix.tensor, args[0]), with_kwargs=False
         )
 
     def _experts(self) -> nn.Module:
@@ -551,6 +589,13 @@ class Block:
     def _finish(self) -> None:
         if len(self._outputs) < len(self._walk.batches):
             self.forward()
+
+    def _settle(self, name: str) -> None:
+        """A forward that used a tensor which has changed since is worth nothing."""
+        ahead = name in self._places and self._places[name].expert is None
+        for batch, passage in list(self._standing.items()):
+            if not ahead or name in passage.passed:
+                self._standing.pop(batch).abandon()
 
     def _close(self) -> None:
         self._finish()

@@ -36,8 +36,8 @@ def coordinate_descent(
         sweeps: times that every column is revisited; each costs 2·out·in² operations.
         block_size: columns between two matrix products. Changes speed only.
     """
-    pull = hessian / hessian.diagonal().unsqueeze(1)
-    pull = pull.fill_diagonal_(0)[order][:, order]
+    pull = hessian[order.unsqueeze(1), order]
+    pull = pull.div_(pull.diagonal().clone().unsqueeze(1)).fill_diagonal_(0)
     target = weight.float().T.contiguous()[order]
     error = target - quantized.dequantize().float().T.contiguous()[order]
     columns = GridColumns(Grid(quantized.scale, quantized.zero_point), quantized.scheme, order)

@@ -89,13 +89,11 @@ def factorize(hessian: Tensor, *, damping: float = 0.01, act_order: bool = True)
     order = torch.arange(len(diagonal), device=hessian.device)
     if act_order:
         order = torch.argsort(diagonal, descending=True, stable=True)
-    working, mean = _revived(hessian.double(), dead)
-    working = working[order][:, order]
     tried = _damping_steps(damping)
     for attempt, share in enumerate(tried, start=1):
-        upper = _inverse_factor(working, share * mean)
+        upper = _inverse_factor(_damped(hessian, dead, share), order)
         if upper is not None:
-            return HessianFactor(hessian, upper.float(), order, dead, share, attempt, False)
+            return HessianFactor(hessian, upper, order, dead, share, attempt, False)
     identity = torch.eye(len(order), dtype=torch.float32, device=hessian.device)
     return HessianFactor(hessian, identity, order, dead, tried[-1], len(tried), True)
 
@@ -138,7 +136,7 @@ def gptq(
     solved = QTensor(codes, grid.scale, grid.zero_point, scheme)
     if sweeps and not factor.failed:
         solved = coordinate_descent(
-            target, solved, damped(factor).float(), order=factor.permutation, sweeps=sweeps
+            target, solved, damped(factor, torch.float32), order=factor.permutation, sweeps=sweeps
         )
     return _best_rows(solved, nearest, nearest_loss, target, factor.hessian)
 
@@ -154,11 +152,9 @@ def _best_rows(
     return GPTQOutcome(best, int(keep.sum()), torch.minimum(loss, nearest_loss), nearest_loss)
 
 
-def damped(factor: HessianFactor) -> Tensor:
-    """H + λI with dead inputs cut loose, fp64, original order."""
-    working, mean = _revived(factor.hessian.double(), factor.dead)
-    working.diagonal().add_(factor.damping_used * mean)
-    return working
+def damped(factor: HessianFactor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """H + λI with dead inputs cut loose, in original order, a new tensor."""
+    return _damped(factor.hessian, factor.dead, factor.damping_used, dtype)
 
 
 def _check_hessian(hessian: Tensor, damping: float) -> None:
@@ -170,17 +166,24 @@ def _check_hessian(hessian: Tensor, damping: float) -> None:
         raise NumericalError("the Hessian of a layer holds NaN or infinity")
 
 
-def _revived(hessian: Tensor, dead: Tensor) -> tuple[Tensor, float]:
-    """H with dead inputs cut loose, and mean diag(H) of the others.
+def _damped(
+    hessian: Tensor, dead: Tensor, share: float, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """A copy of H with dead inputs cut loose, and `share` of mean diag(H) of the others added.
 
-    They get that mean as their diagonal (the reference has 1), so that scaling all inputs
+    Dead inputs get that mean as their diagonal (the reference has 1), so that scaling all inputs
     changes nothing.
     """
-    diagonal = hessian.diagonal()
-    mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
-    alive = (~dead).to(hessian)
-    coupled = hessian * alive * alive.unsqueeze(1)
-    return coupled + torch.diag(dead.to(hessian) * mean), mean
+    working = hessian.to(dtype, copy=True)
+    diagonal = working.diagonal()
+    alive = diagonal[~dead].double()
+    mean = float(alive.mean()) if len(alive) else 1.0
+    if len(alive) < len(diagonal):
+        working[dead] = 0
+        working[:, dead] = 0
+        diagonal[dead] = mean
+    diagonal.add_(share * mean)
+    return working
 
 
 def _damping_steps(damping: float) -> list[float]:
@@ -190,20 +193,30 @@ def _damping_steps(damping: float) -> list[float]:
     return steps
 
 
-def _inverse_factor(hessian: Tensor, shift: float) -> Tensor | None:
-    """Upper U with UᵀU = (H + shift·I)⁻¹, or None where that is not positive definite.
+def _inverse_factor(damped: Tensor, order: Tensor) -> Tensor | None:
+    """Upper U with UᵀU = H⁻¹, fp32, or None where H is not positive definite.
 
     Factoring H from its last row up gives H = R Rᵀ with R upper triangular, hence U = R⁻¹. One
     factorisation and a triangular solve; the usual detour over H⁻¹ is slower and, close to
-    singular, refuses matrices that this one still factors.
+    singular, refuses matrices that this one still factors. With rows and columns reversed, R is
+    the ordinary lower factor.
+
+    Args:
+        damped: H, fp64, in the original order.
+        order: in which its columns are visited.
     """
-    damped = hessian + shift * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    lower, info = torch.linalg.cholesky_ex(reverse_order(damped, order))
     if int(info):
         return None
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).float().flip(0, 1)
     return upper if bool(torch.isfinite(upper).all()) else None
+
+
+def reverse_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns [in, in] from the one visited last to the first."""
+    last_first = order.flip(0)
+    return matrix[last_first.unsqueeze(1), last_first]
 
 
 class _Solver:

@@ -15,6 +15,7 @@ from torch import Tensor
 from compressor.errors import NumericalError
 
 _BLOCK = 256
+TOKENS_AT_ONCE = 2048  # widened to fp32 at a time: memory for a copy, against reads of the sum
 
 
 @contextmanager
@@ -60,16 +61,19 @@ class HessianAccumulator:
         Raises:
             NumericalError: the inputs hold NaN or infinity, or their squares overflow fp32.
         """
-        rows = inputs.to(self._sum)
-        width = self._sum.shape[0]
         with exact_products(inputs.dtype):
-            # Only blocks on and above the diagonal: the rest mirrors them.
-            for start in range(0, width, _BLOCK):
-                stop = min(start + _BLOCK, width)
-                self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+            for part in torch.split(inputs, TOKENS_AT_ONCE):
+                self._add_rows(part.to(self._sum))
         if not torch.isfinite(self._sum.diagonal()).all():
             raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
-        self.tokens += rows.shape[0]
+        self.tokens += inputs.shape[0]
+
+    def _add_rows(self, rows: Tensor) -> None:
+        """Only blocks on and above the diagonal: the rest mirrors them."""
+        width = self._sum.shape[0]
+        for start in range(0, width, _BLOCK):
+            stop = min(start + _BLOCK, width)
+            self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
     def merge(self, other: HessianAccumulator) -> None:
         """Count in everything `other` has seen."""

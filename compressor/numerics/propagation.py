@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.gptq import HessianFactor, damped
-from compressor.numerics.hessian import exact_products
+from compressor.numerics.gptq import HessianFactor, damped, reverse_order
+from compressor.numerics.hessian import TOKENS_AT_ONCE, exact_products
 
 
 class DriftAccumulator:
@@ -45,14 +45,16 @@ class DriftAccumulator:
             raise ValueError(
                 f"the streams pair token by token: {list(reference.shape)} and {list(inputs.shape)}"
             )
-        rows = inputs.to(self._sum)
         # Where the streams are bf16 and close, so is their difference, exactly; where they lie
         # further apart than a factor of two, it is rounded to bf16 on the way.
         with exact_products(torch.promote_types(reference.dtype, inputs.dtype)):
-            self._sum.addmm_((reference.to(self._sum) - rows).T, rows)
+            streams = (torch.split(rows, TOKENS_AT_ONCE) for rows in (reference, inputs))
+            for x, y in zip(*streams, strict=True):
+                rows = y.to(self._sum)
+                self._sum.addmm_((x.to(self._sum) - rows).T, rows)
         if not torch.isfinite(self._sum.diagonal()).all():
             raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
-        self.tokens += rows.shape[0]
+        self.tokens += inputs.shape[0]
 
     def matrix(self) -> Tensor:
         """G - H = (2/N)(X - X̃) X̃ᵀ, fp32 [in, in]; not symmetric.
@@ -87,5 +89,8 @@ def propagated_target(
     dense = weight.double()
     pull = dense @ drift.double()
     pull[:, factor.dead] = 0
-    step: Tensor = torch.linalg.solve(damped(factor), pull, left=False)
-    return dense.add(step, alpha=share).float()
+    # In the order in which `factorize` succeeded.
+    lower = torch.linalg.cholesky(reverse_order(damped(factor), factor.permutation))
+    order = factor.permutation.flip(0)
+    step = torch.cholesky_solve(pull[:, order].T, lower)
+    return dense.index_add_(1, order, step.T, alpha=share).float()

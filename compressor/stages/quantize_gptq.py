@@ -98,8 +98,9 @@ class QuantizeGptq(RounderConfig):
         "Which inputs a matrix is calibrated on: `block`, those of the decoder block with all "
         "earlier blocks rounded; `sublayer`, in addition with the earlier matrices of the same "
         "block rounded, so that o_proj sees the rounded q, k and v.",
-        effect="`sublayer` runs parts of a block again for every input: a quarter more passes. "
-        "On its own it gains little. `propagate` is exact only with it: with `block`, matrices "
+        effect="`sublayer` lets forwards stand still in front of each matrix, one forward in all; "
+        "where memory does not hold them, they run anew for each. `block` needs two. On its own "
+        "`sublayer` gains little. `propagate` is exact only with it: with `block`, matrices "
         "later in a block make up once more for what earlier ones made up for, so that more than "
         "about 0.5 harms.",
         source="GPTQ `--true-sequential`",

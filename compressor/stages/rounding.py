@@ -218,6 +218,7 @@ def round_block(
         for name in wave:
             seen = measured.pop(name, None)
             moments = seen.moments(_ratios(job, block)) if seen else None
+            del seen  # the sums behind the moments
             weights = [matrix.weight.float() for matrix in groups[name]]
             schemes = [job.schemes[matrix.info.name] for matrix in groups[name]]
             dtype = block.tensor(groups[name][0].info.tensor).dtype
@@ -337,7 +338,7 @@ def _measure(
     for batch in range(len(job.batches)):
         seen: dict[str, Tensor] = {}
         if original and (paired or last):
-            original.capture(_into(seen), paired, [batch], onward=last)
+            original.capture(_into(seen), paired, [batch], onward=last, ahead=True)
         block.capture(_pairing(found, seen), wave, [batch])
     if original and last:  # held-out tokens only go onward
         original.capture(_into({}), (), range(len(job.batches), len(block.inputs)), onward=True)

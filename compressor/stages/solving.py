@@ -66,10 +66,8 @@ def compensated(options: QuantizeGptq) -> Solve:
         targets = list(weights)
         if moments.drift is not None:
             drift = moments.drift * (1 - options.shrinkage)
-            targets = [
-                propagated_target(weight, factor, drift, share=options.propagate)
-                for weight in weights
-            ]
+            target = propagated_target(torch.cat(targets), factor, drift, share=options.propagate)
+            targets = list(torch.split(target, [len(weight) for weight in weights]))
         fallback = _fallback(factor, options.damping)
         solved: list[QTensor] = []
         for scheme, members in groupby(

@@ -23,10 +23,14 @@ def round_inputs(model: nn.Module, architecture: Architecture) -> None:
 
 
 class _Rounding:
-    """A forward pre-hook of a linear layer."""
+    """A forward pre-hook of a linear layer; gradients pass as if nothing were rounded."""
 
     def __init__(self, scheme: ActivationScheme) -> None:
         self._scheme = scheme
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (round_per_token(args[0], self._scheme), *args[1:])
+        inputs = args[0]
+        rounded = round_per_token(inputs.detach(), self._scheme)
+        if inputs.requires_grad:
+            rounded = rounded + (inputs - inputs.detach())
+        return (rounded, *args[1:])

@@ -12,6 +12,8 @@ import torch
 from compressor import resources
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.errors import PlanError
+from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
 from compressor.model.load import load_tokenizer
 from compressor.model.walk import BlockWalk
 from compressor.numerics.signround import LearnedRounding
@@ -20,7 +22,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.learning import _checkpoints
 from compressor.stages.quantize_autoround import QuantizeAutoround
 from compressor.stages.quantize_rtn import QuantizeRtn
-from compressor.types import BlockRecord, StageResult
+from compressor.types import ACTIVATIONS, BlockRecord, StageResult, TokenBatch
 from tests.model.conftest import build
 from tests.test_resume import RECIPE, at_line, attempt, events, result
 
@@ -60,8 +62,6 @@ def test_running_through_is_running_with(family: str, tmp_path: Path) -> None:
     """The same output as with the weights in place, gradients to all of them, nothing left."""
     build(family, torch.bfloat16).save_pretrained(tmp_path / "model")
     ids = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
-    from compressor.types import TokenBatch
-
     batches = (TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 2),)
     walk = BlockWalk(tmp_path / "model", batches, scratch=tmp_path / "scratch")
     block = next(walk.blocks())
@@ -79,6 +79,29 @@ def test_running_through_is_running_with(family: str, tmp_path: Path) -> None:
     for matrix in block.matrices:
         matrix.set_weight(weights[matrix.info.name].detach())
     assert torch.allclose(block.run(0), output, atol=1e-6)
+
+
+def test_gradients_pass_rounded_inputs(calibration: CalibrationSet, tmp_path: Path) -> None:
+    """Learning sees what serving will do to inputs, and still reaches the first matrices."""
+    names = Architecture.from_config(read_config(TINY)).block(0)
+    rounded = {matrix.name: ACTIVATIONS["int8"] for matrix in names}
+    slopes = []
+    for activations in ({}, rounded):
+        walk = BlockWalk(
+            TINY,
+            calibration.batches,
+            scratch=tmp_path / str(len(activations)),
+            activations=activations,
+        )
+        block = next(walk.blocks())
+        weights = {m.info.name: (0.9 * m.weight).requires_grad_() for m in block.matrices}
+        block.run_through(0, weights).square().sum().backward()  # type: ignore[no-untyped-call]
+        slopes.append([weight.grad for weight in weights.values()])
+    for plain, through in zip(*slopes, strict=True):
+        assert plain is not None
+        assert through is not None
+        assert (through - plain).norm() < 0.2 * plain.norm()
+        assert not torch.equal(through, plain)
 
 
 def test_learned_rounding_beats_nearest_in_every_block(
@@ -148,7 +171,6 @@ def test_rates_and_checks() -> None:
 
 
 def test_the_plan_refuses_experts_and_prices_the_steps(tmp_path: Path) -> None:
-    from compressor.model.files import read_config
     from compressor.plan import make_plan
     from compressor.recipe import load_recipe
 

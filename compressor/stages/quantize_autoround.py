@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.stages.base import Need, ReportProblem, option
 from compressor.stages.quantize_base import RounderConfig
+from compressor.types import WeightScheme
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 
 _BACKWARD = 2  # a backward pass costs twice the forward pass
 _PLANNED_BATCH = 8 * 512  # tokens; the plan does not see how batches are cut
+
+
+def _integers(scheme: WeightScheme) -> WeightScheme:
+    """The plain integer grid of that width, group and symmetry."""
+    return WeightScheme(scheme.bits, scheme.group_size, scheme.symmetry)
 
 
 class QuantizeAutoround(RounderConfig):
@@ -82,8 +88,14 @@ class QuantizeAutoround(RounderConfig):
         return Need("method", "quantize.autoround learns on the activations of calibration text")
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
-        """Refuses routed experts: gradients do not reach their fused weights."""
+        """Refuses routed experts, whose fused weights gradients do not reach, and float grids."""
         schemes = self.schemes(architecture)
+        if any(scheme != _integers(scheme) for scheme in schemes.values()):
+            problems(
+                "method",
+                "rounding is learned between neighbouring integers, on plain integer grids only",
+                "use quantize.gptq or quantize.rtn for this grid",
+            )
         experts = [name for name in schemes if architecture.matrix(name).expert is not None]
         if experts:
             problems(

@@ -22,7 +22,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.learning import _checkpoints
 from compressor.stages.quantize_autoround import QuantizeAutoround
 from compressor.stages.quantize_rtn import QuantizeRtn
-from compressor.types import ACTIVATIONS, BlockRecord, StageResult, TokenBatch
+from compressor.types import ACTIVATIONS, BlockRecord, StageResult, TokenBatch, WeightScheme
 from tests.model.conftest import build
 from tests.test_resume import RECIPE, at_line, attempt, events, result
 
@@ -187,6 +187,20 @@ def test_the_plan_refuses_experts_and_prices_the_steps(tmp_path: Path) -> None:
     build("mixtral", torch.bfloat16).save_pretrained(tmp_path / "experts")
     with pytest.raises(PlanError, match="routed expert"):
         planned(tmp_path / "experts")
+
+
+def test_the_plan_refuses_other_numbers_than_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FloatScheme(WeightScheme):
+        """A grid that says more than bits, group and symmetry."""
+
+    tiny = Architecture.from_config(read_config(TINY))
+    found: list[str] = []
+    stage().plan(tiny, lambda *problem: found.append(problem[1]))
+    assert not found
+    grids = {name: FloatScheme(4, 64) for name in stage().schemes(tiny)}
+    monkeypatch.setattr(QuantizeAutoround, "schemes", lambda *_: grids)
+    stage().plan(tiny, lambda *problem: found.append(problem[1]))
+    assert "plain integer grids only" in found[0]
 
 
 def test_killed_within_a_block(tmp_path: Path) -> None:

@@ -352,6 +352,34 @@ def publish(
     settings.emit(done, lambda: console.publication_text(done))
 
 
+@cli.command()
+@click.argument("model", type=click.Path())
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default="imatrix.gguf", show_default=True
+)
+@click.option("--mix", help="Calibration mix; compress ls mixes.")
+@click.option("--samples", type=int, help="Windows of text.")
+@click.option("--length", type=int, help="Tokens of a window.")
+@common
+@click.pass_obj
+def imatrix(settings: Settings, /, model: str, out: Path, **options: Any) -> None:
+    """Measure the importance of MODEL's inputs for llama-quantize --imatrix."""
+    from pydantic import ValidationError
+
+    from compressor.calibration import CalibrationConfig
+
+    try:
+        text = CalibrationConfig(**{k: v for k, v in options.items() if v is not None})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UsageError(f"--{wrong['loc'][0]}: {wrong['msg']}") from None
+    with _working(settings) as observer:
+        from compressor.importance import write_importance
+
+        path = write_importance(model, out, text, observer)
+    settings.emit({"path": str(path)}, lambda: f"{path}: llama-quantize --imatrix {path} …")
+
+
 # ---------------------------------------------------------------------- measuring
 
 

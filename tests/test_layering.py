@@ -17,7 +17,17 @@ WEIGHTS = {"model", "formats"}
 BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
 BESIDE |= {"stages", "order", "registry", "decoding", "training"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
-ENGINE |= {"claim", "facts", "recheck", "compare", "engine", "pipeline", "doctor", "drafts"}
+ENGINE |= {
+    "claim",
+    "facts",
+    "importance",
+    "recheck",
+    "compare",
+    "engine",
+    "pipeline",
+    "doctor",
+    "drafts",
+}
 TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)

@@ -9,8 +9,8 @@ Of a matrix [out, in] with codes c, zero-points z (signed here, unsigned there) 
 
 Version 1 (`checkpoint_format: gptq`) stores zero-points less one, which cannot say 0; it is written
 for symmetric grids, where every engine reads it. `gptq_v2` stores them as they are and is written
-as soon as one grid is asymmetric. The library's packer (GPTQModel 7.7, `pack_original`) is run
-beside ours in `tests/engines`.
+as soon as one grid is asymmetric. Tests build the words from this definition, bit by bit, and vLLM
+computes from them what it computes from compressed-tensors (`tests/engines`).
 """
 
 from __future__ import annotations

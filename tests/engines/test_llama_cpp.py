@@ -22,11 +22,13 @@ from compressor.compare import compare_models
 from compressor.evaluation.config import EvaluateConfig
 from compressor.formats import gguf
 from compressor.formats.exporters import Source
+from compressor.formats.imatrix import write_imatrix
+from compressor.importance import measure_importance
 from compressor.model.load import load_model, load_tokenizer
 from compressor.progress import SilentObserver
 from compressor.resources import builtin_model
 from compressor.text import evaluation_documents
-from compressor.types import WeightScheme
+from compressor.types import TokenBatch, WeightScheme
 from tests.formats.helpers import quantize_checkpoint
 from tools.engines import build_llama_cpp
 
@@ -146,6 +148,34 @@ def test_perplexity_and_divergence_are_ours(
     assert found["base"] == pytest.approx(base.overall.perplexity.value, rel=0.002)
     assert found["ours"] == pytest.approx(ours.overall.perplexity.value, rel=0.002)
     assert found["kl"] == pytest.approx(ours.overall.divergence.mean.value, rel=0.02)
+
+
+def test_importance_is_what_llama_cpp_measures(
+    tiny: Path, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    """On the same windows; llama.cpp multiplies bf16, so single inputs differ by a per cent."""
+    theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
+    options = ("-c", LENGTH, "-b", LENGTH, "-t", 1, "--chunks", 8)
+    llama("imatrix", "-m", dense, "-f", text, "-o", theirs, *options)
+    ids = torch.tensor(load_tokenizer(tiny)(text.read_text("utf-8")).input_ids[: 8 * LENGTH])
+    rows = ids.view(8, LENGTH)
+    batch = TokenBatch(rows, torch.ones_like(rows, dtype=torch.bool), ("prose",) * 8)
+    found = measure_importance(tiny, (batch,), SilentObserver())
+    write_imatrix(ours, found, dataset="prose", chunk=LENGTH)
+    mine, other = (
+        {t.name: np.array(t.data).reshape(-1) for t in library.GGUFReader(path).tensors}
+        for path in (ours, theirs)
+    )
+    assert len(mine) == 2 * 28
+    for name, values in mine.items():
+        if name.endswith("in_sum2"):
+            assert np.linalg.norm(values - other[name]) < 0.02 * np.linalg.norm(other[name]), name
+        else:
+            assert values == other[name] == 8 * LENGTH
+    small = tmp_path / "small.gguf"
+    done = llama("quantize", "--imatrix", ours, dense, small, "IQ4_NL", 1)
+    assert "loaded 28 importance matrix entries" in done.stdout + done.stderr
+    assert small.stat().st_size < 0.55 * dense.stat().st_size
 
 
 def test_its_converter_writes_the_same_tensors_and_keys(

@@ -287,7 +287,8 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
     )
     exports = tuple(_export_plan(export, base, final) for export in recipe.export)
     scored = 1 + recipe.evaluate.noise_floor + (len(stages) if recipe.evaluate.every_stage else 1)
-    spilled = 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
+    spilled = sum(_hidden_states(stage, base, calibration) for stage in recipe.stages)
+    spilled += 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
     scoring = scored * evaluation * 2 * base.parameters
     return Plan(
         model=model,
@@ -369,6 +370,12 @@ def _domains(recipe: Recipe) -> int:
     """Domains of the calibration text; text of the user's own is one."""
     config = recipe.calibration
     return 1 if config is None or config.source is not None else len(load_mix(config.mix).domains)
+
+
+def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
+    """Vectors that a stage which walks back keeps on disk beyond those of one block."""
+    counted = getattr(stage, "hidden_states", None)
+    return int(counted(base, tokens)) if counted else 0
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:

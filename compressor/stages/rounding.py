@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from compressor.formats.allocation import read_allocation
 from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
@@ -147,7 +148,7 @@ def round_model(
         The stage's result; `changed` names every tensor that rounding moved.
     """
     config = read_config(checkpoint)
-    architecture = Architecture.from_config(config)
+    architecture = Architecture.from_config(config).with_allotment(read_allocation(checkpoint))
     inputs = stage.rounded_inputs(architecture)
     job = Job(stage.schemes(architecture), solve, batches, sublayers, balance, inputs)
     walk, parent = open_walks(job, checkpoint, context, context.scratch, reference=reference)

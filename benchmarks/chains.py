@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:tiny")
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--chain", action="append", required=True, help="NAME=[STAGE, …] in YAML")
-    parser.add_argument("--documents", type=int, help="of each domain; all of the suite's if left out")
+    parser.add_argument(
+        "--documents", type=int, help="of each domain; all of the suite's if left out"
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/chains"))

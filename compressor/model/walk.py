@@ -172,10 +172,8 @@ class BlockWalk:
         with torch.enable_grad():
             final = self._skeleton.finish(hidden, self.batches[batch].mask)
         rows = final.detach()[mask]
-        parts = [
-            self._head_gradient(part, generator, observe)
-            for part in torch.split(rows, _HEAD_TOKENS)
-        ]
+        pieces = torch.split(rows, _HEAD_TOKENS)
+        parts = [self._head_gradient(piece, generator, observe) for piece in pieces]
         upstream = torch.zeros_like(final)
         upstream[mask] = torch.cat(parts)
         (gradient,) = torch.autograd.grad(final, hidden, upstream)

@@ -116,8 +116,11 @@ class AllocateBits(StageConfig):
 
     @property
     def label(self) -> str:
-        """Such as `3.5 bits per weight`."""
-        return self.target_size or f"{self.target_bpw:g} bits per weight"
+        """Such as `allocate 3.5 bits per linear weight`."""
+        if self.target_size is not None:
+            return f"allocate {self.target_size}"
+        of = "linear weight" if self.counting == "linear" else "weight"
+        return f"allocate {self.target_bpw:g} bits per {of}"
 
     @field_validator("target_size")
     @classmethod
@@ -140,7 +143,7 @@ class AllocateBits(StageConfig):
         return self
 
     @property
-    def schemes(self) -> tuple[WeightScheme, ...]:
+    def choices(self) -> tuple[WeightScheme, ...]:
         """Every grid to choose from."""
         return tuple(
             WeightScheme(bits, group_of(size), self.symmetry)
@@ -156,7 +159,7 @@ class AllocateBits(StageConfig):
         """What gets a grid, with the grids and their bytes."""
         ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
         chosen = [m for m in architecture.select(self.targets).matrices if m.name not in ignored]
-        return units(architecture, chosen, self.schemes, tie=self.fused == "tie")
+        return units(architecture, chosen, self.choices, tie=self.fused == "tie")
 
     def budget(self, architecture: Architecture, found: tuple[Unit, ...]) -> int:
         """Bytes for the units; what stays dense is paid already, so that this may be negative."""
@@ -243,7 +246,7 @@ class AllocateBits(StageConfig):
         found = self.units(before)
         matrices = sum(len(unit.matrices) for unit in found)
         return (
-            f"{len(self.schemes)} grids to choose from for {matrices} matrices in {len(found)} "
+            f"{len(self.choices)} grids to choose from for {matrices} matrices in {len(found)} "
             "units; sizes in this plan fill the budget, and the run's never exceed it",
         )
 

@@ -37,7 +37,7 @@ MODEL = Architecture.from_config(TINY)
 RECIPE = """\
 calibration: {samples: 4, length: 64, batch_size: 2}
 stages:
-  - {method: allocate.bits, target_bpw: 3.5, counting: linear, group_sizes: [32, 64], rows: 32}
+  - {method: allocate.bits, target_bpw: 3.5, counting: linear, group_sizes: [32, 64], rows: 8}
   - {method: quantize.rtn, force: true}
 evaluate: {documents: 2, length: 128, resamples: 200}
 """

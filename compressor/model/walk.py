@@ -506,7 +506,7 @@ class Block:
 
     def _watch(
         self, matrix: Matrix, seen: dict[str, tuple[Tensor, Tensor]]
-    ) -> torch.utils.hooks.RemovableHandle:
+    ) -> RemovableHandle:
         path = self._places[matrix.tensor].parameter.removesuffix(".weight")
         module: nn.Module = self._walk._skeleton.model.get_submodule(path)
 

@@ -119,6 +119,12 @@ RoundBlock = Callable[[Job, Block, Block | None], tuple[dict[str, QTensor], Bloc
 """Called with the job, a block and the parent's; gives codes by module, and the record."""
 
 
+def architecture_of(checkpoint: Path) -> Architecture:
+    """Of a checkpoint, with the grids that a stage before has chosen for the rounder."""
+    architecture = Architecture.from_config(read_config(checkpoint))
+    return architecture.with_allotment(read_allocation(checkpoint))
+
+
 def round_model(
     stage: RounderConfig,
     solve: Solve,
@@ -148,7 +154,7 @@ def round_model(
         The stage's result; `changed` names every tensor that rounding moved.
     """
     config = read_config(checkpoint)
-    architecture = Architecture.from_config(config).with_allotment(read_allocation(checkpoint))
+    architecture = architecture_of(checkpoint)
     inputs = stage.rounded_inputs(architecture)
     job = Job(stage.schemes(architecture), solve, batches, sublayers, balance, inputs)
     walk, parent = open_walks(job, checkpoint, context, context.scratch, reference=reference)

@@ -504,9 +504,7 @@ class Block:
             observe(name, *rows)
         return entered
 
-    def _watch(
-        self, matrix: Matrix, seen: dict[str, tuple[Tensor, Tensor]]
-    ) -> RemovableHandle:
+    def _watch(self, matrix: Matrix, seen: dict[str, tuple[Tensor, Tensor]]) -> RemovableHandle:
         path = self._places[matrix.tensor].parameter.removesuffix(".weight")
         module: nn.Module = self._walk._skeleton.model.get_submodule(path)
 

@@ -63,11 +63,13 @@ def calibration_of(name: str, tokenizer: Any, out: Path, size: tuple[int, int]) 
 class Bench:
     """One model, one suite, one folder of results."""
 
-    def __init__(self, model: str, suite: str, out: Path) -> None:
+    def __init__(self, model: str, suite: str, out: Path, documents: int | None = None) -> None:
         self.out, self.base = out, resolve(model).path
         self.tokenizer = load_tokenizer(self.base)
         self.session = Session(
-            config=EvaluateConfig(suite=suite, resamples=100, noise_floor=False),
+            config=EvaluateConfig(
+                suite=suite, documents=documents, resamples=100, noise_floor=False
+            ),
             base=self.base,
             base_sha256=combined_sha256(hash_files(self.base)),
             tokenizer=self.tokenizer,

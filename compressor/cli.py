@@ -165,6 +165,16 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Replace a value of the recipe, for example --set stages.0.bits=3.",
         ),
         click.option(
+            "--target-bpw",
+            type=float,
+            help="Bits per weight for the recipe's allocate.bits stage.",
+        ),
+        click.option(
+            "--target-size",
+            metavar="SIZE",
+            help="Size of all tensors for the recipe's allocate.bits stage, such as 60MB.",
+        ),
+        click.option(
             "--allow-outside",
             is_flag=True,
             help="Let the recipe name files outside its own folder.",
@@ -200,14 +210,16 @@ def cli() -> None:
 @click.pass_obj
 def run(
     settings: Settings,
+    /,
     recipe: str,
     model: str,
     overrides: tuple[str, ...],
     allow_outside: bool,
     out: Path | None,
+    **budget: Any,
 ) -> None:
     """Run RECIPE on MODEL; the same command again resumes it."""
-    loaded = _load(recipe, overrides, allow_outside)
+    loaded = _load(recipe, overrides, allow_outside, budget)
     folder = out or default_out(loaded.name, model)
     with _working(settings) as observer:
         from compressor.engine import run_recipe
@@ -234,21 +246,35 @@ def resume(settings: Settings, folder: Path) -> None:
 @common
 @click.pass_obj
 def plan(
-    settings: Settings, recipe: str, model: str, overrides: tuple[str, ...], allow_outside: bool
+    settings: Settings,
+    /,
+    recipe: str,
+    model: str,
+    overrides: tuple[str, ...],
+    allow_outside: bool,
+    **budget: Any,
 ) -> None:
     """Check RECIPE against MODEL and price it; reads no weight."""
     from compressor.model.load import read_config, resolve
     from compressor.plan import make_plan
 
-    loaded = _load(recipe, overrides, allow_outside)
+    loaded = _load(recipe, overrides, allow_outside, budget)
     source = resolve(model, config_only=True)
     made = make_plan(loaded, read_config(source.path), model)
     settings.emit(made.model_dump(), lambda: console.plan_text(made))
 
 
-def _load(recipe: str, overrides: Sequence[str], allow_outside: bool) -> Recipe:
-    from compressor.recipe import load_recipe
+def _load(
+    recipe: str, overrides: Sequence[str], allow_outside: bool, budget: dict[str, Any]
+) -> Recipe:
+    """Read the recipe; a budget on the command line is short for --set of its stage's options."""
+    from compressor.recipe import budget_overrides, load_recipe
 
+    given = [name for name, value in budget.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError("--target-bpw and --target-size are two budgets", "give one of them")
+    if given:
+        overrides = [*overrides, *budget_overrides(recipe, **budget)]
     return load_recipe(recipe, overrides, allow_outside=allow_outside)
 
 

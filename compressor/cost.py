@@ -14,13 +14,12 @@ from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
 from compressor.formats.exchange import matrix_bytes
-from compressor.formats.sizes import PackedSize, Role, bits_per_weight, packed_bytes
+from compressor.formats.sizes import STORED, PackedSize, Role, bits_per_weight, packed_bytes
 from compressor.formats.support import format_of
 from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.text import shards
 from compressor.types import WeightScheme
 
-_STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _OUTER: Mapping[str, Role] = {"embed": "embeddings", "position": "embeddings", "head": "head"}
 _BYTES_PER_TOKEN = 3.5  # of English text and code, for tokenizers of 32k entries and more
 _FLOPS_PER_CORE = {False: 4e10, True: 1e11}  # fp32 products without and with AVX-512, in practice
@@ -44,7 +43,7 @@ def linear_bits(architecture: Architecture) -> tuple[float, float]:
 
 
 def _bits(matrix: Matrix, scheme: WeightScheme, architecture: Architecture) -> float:
-    return bits_per_weight(matrix.shape, scheme, _STORED[architecture.dtype])
+    return bits_per_weight(matrix.shape, scheme, STORED[architecture.dtype])
 
 
 def checkpoint_bytes(architecture: Architecture, form: Container = "auto") -> int:
@@ -75,7 +74,7 @@ def _matrix_bytes(
 ) -> PackedSize:
     if form in ("auto", "pack-quantized", "int-quantized"):
         layout = format_of(scheme, matrix.activations, form)
-        return packed_bytes(matrix.shape, scheme, _STORED[architecture.dtype], layout)
+        return packed_bytes(matrix.shape, scheme, STORED[architecture.dtype], layout)
     return matrix_bytes(matrix.shape, scheme, form)
 
 

@@ -153,6 +153,7 @@ def make_plan(recipe: Recipe, config: Mapping[str, object], model: str) -> Plan:
         )
     problems = _order(recipe)
     chain = _chain(recipe, base, problems)
+    problems += _unspent(recipe, chain[-1])
     if not problems:  # else the exports would repeat what is wrong with the stages
         problems += _exports(recipe, chain[-1])
     problems += _texts(recipe)
@@ -180,6 +181,33 @@ def _chain(recipe: Recipe, base: Architecture, problems: list[Problem]) -> list[
     return chain
 
 
+def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:
+    """A stage that chooses grids with no stage after it that uses them."""
+    if not any(matrix.allotted for matrix in final.matrices) or any(
+        matrix.scheme for matrix in final.matrices
+    ):
+        return []
+    return [
+        recipe.problem(
+            ("stages", index, "method"),
+            f"{stage.method} chooses grids, and no stage after it rounds to them",
+            "add quantize.gptq or quantize.rtn behind it",
+        )
+        for index, stage in enumerate(recipe.stages)
+        if hasattr(stage, "choices")
+    ]
+
+
+def _possible(recipe: Recipe, final: Architecture) -> Iterator[Architecture]:
+    """What the run may come to: the plan's example, and every grid that a stage may choose."""
+    yield final
+    for scheme in (choice for stage in recipe.stages for choice in getattr(stage, "choices", ())):
+        size = scheme.group_size or 1
+        rounded = (matrix for matrix in final.matrices if matrix.allotted and matrix.scheme)
+        names = [matrix.name for matrix in rounded if matrix.shape[1] % size == 0]
+        yield final.with_scheme(names, scheme)
+
+
 def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProblem:
     """Turn a stage's (option, message, hint) into a problem at the option's place."""
 
@@ -200,19 +228,30 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
         if export.format != "compressed-tensors" and final.activations:
             found.append(_forgotten_inputs(recipe, index, final))
             continue
-        targets = [_target(matrix) for matrix in final.matrices if matrix.role != "position"]
+        targets = _targets(final)
+        possible = [_targets(one) for one in _possible(recipe, final)]
         if export.format in _PACKED and all(target.scheme is None for target in targets):
             message = f"nothing is quantized, so there is nothing to pack as {export.format}"
             hint = "add a quantize stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
-        for message in _summary(container_problems(targets, export.container, final.model_type)):
+        sentences = [
+            sentence
+            for one in possible
+            for sentence in container_problems(one, export.container, final.model_type)
+        ]
+        for message in _summary(list(dict.fromkeys(sentences))):
             hint = "change the stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
         if export.format == "gguf" and find_spec("gguf") is None:
             message = "GGUF export needs the package gguf, which is not installed"
             found.append(recipe.problem(("export", index, "format"), message, "pip install gguf"))
         for engine in export.engines:
-            for message in _summary(engine_problems(engine, targets, export.container)):
+            sentences = [
+                sentence
+                for one in possible
+                for sentence in engine_problems(engine, one, export.container)
+            ]
+            for message in _summary(list(dict.fromkeys(sentences))):
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
     return found
@@ -235,6 +274,10 @@ def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
     if len(sentences) > most:
         kept[-1] += f" (and {len(sentences) - most} more problems like these)"
     return kept
+
+
+def _targets(architecture: Architecture) -> list[Target]:
+    return [_target(matrix) for matrix in architecture.matrices if matrix.role != "position"]
 
 
 def _target(matrix: Matrix) -> Target:
@@ -287,7 +330,8 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
     )
     exports = tuple(_export_plan(export, base, final) for export in recipe.export)
     scored = 1 + recipe.evaluate.noise_floor + (len(stages) if recipe.evaluate.every_stage else 1)
-    spilled = 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
+    spilled = sum(_hidden_states(stage, base, calibration) for stage in recipe.stages)
+    spilled += 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
     scoring = scored * evaluation * 2 * base.parameters
     return Plan(
         model=model,
@@ -369,6 +413,12 @@ def _domains(recipe: Recipe) -> int:
     """Domains of the calibration text; text of the user's own is one."""
     config = recipe.calibration
     return 1 if config is None or config.source is not None else len(load_mix(config.mix).domains)
+
+
+def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
+    """Vectors that a stage which walks back keeps on disk beyond those of one block."""
+    counted = getattr(stage, "hidden_states", None)
+    return int(counted(base, tokens)) if counted else 0
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:

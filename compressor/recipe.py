@@ -204,6 +204,29 @@ def load_recipe(
     return validate_recipe(source, path, allow_outside=allow_outside)
 
 
+def budget_overrides(path_or_name: str | Path, **budget: object) -> list[str]:
+    """The overrides that give a recipe's `allocate.bits` another budget.
+
+    Args:
+        path_or_name: of the recipe.
+        budget: `target_bpw` and `target_size`; None for the one that is not meant.
+
+    Raises:
+        RecipeError: the recipe cannot be read, or no stage of it allocates bits.
+    """
+    path = find_recipe(path_or_name)
+    data = read_source(read_text(path), path.name).data
+    stages = data.get("stages") if isinstance(data, dict) else None
+    for index, stage in enumerate(stages if isinstance(stages, list) else ()):
+        if isinstance(stage, dict) and stage.get("method") == "allocate.bits":
+            return [
+                f"stages.{index}.{key}={'null' if value is None else value}"
+                for key, value in budget.items()
+            ]
+    message = f"{path.name} has no allocate.bits stage that a budget could be given to"
+    raise RecipeError([Problem(message, hint="compress mixed-3.5 MODEL --target-bpw 3.5")])
+
+
 def find_recipe(path_or_name: str | Path) -> Path:
     """The file of a recipe given by path or by shipped name.
 

@@ -91,6 +91,11 @@ BUILTIN = (
         "move outliers of activations into the weights, for 8-bit activations",
     ),
     Method(
+        "allocate.bits",
+        "compressor.stages.allocate_bits:AllocateBits",
+        "mixed precision: the bits of every matrix that cost the model least within a budget",
+    ),
+    Method(
         "quantize.rtn",
         "compressor.stages.quantize_rtn:QuantizeRtn",
         "round to nearest on a searched grid; no calibration text, seconds",

@@ -77,7 +77,7 @@ class Variant:
         """The variant's row of the report."""
         return ReportVariant(
             id=self.id,
-            label=self.stage.label if self.stage else self.id,
+            label=self._label(),
             parent=self.parent.id if self.parent else None,
             stage=self.stage_facts(),
             size=Size(
@@ -89,6 +89,16 @@ class Variant:
             artifact=artifact,
             load_snippets=load_snippets(artifact.path, artifact.format) if artifact else {},
         )
+
+    def _label(self) -> str:
+        """Of the stage; a rounder whose grids were allocated has no width of its own."""
+        if self.stage is None:
+            return self.id
+        before = self.parent.stage if self.parent else None
+        if before is not None and hasattr(before, "choices"):
+            method = self.stage.method.rpartition(".")[2].upper()
+            return f"{method}, {before.label}"
+        return self.stage.label
 
     def stage_facts(self) -> StageFacts | None:
         """What the stage did; None for the base."""

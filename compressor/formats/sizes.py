@@ -28,6 +28,9 @@ from compressor.formats.support import Format
 from compressor.types import WeightScheme
 
 Role = Literal["codes", "scales", "zero_points", "embeddings", "head", "rest"]
+STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+"""Dtypes as `config.json` names them -> as safetensors does."""
+
 _SHAPE_BYTES = 16  # weight_shape, int64 [2]
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|embed_positions)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")

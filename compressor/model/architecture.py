@@ -45,6 +45,7 @@ class Matrix:
         input_group: matrices with the same group see the same input, hence share one Hessian.
         scheme: the integer grid that a plan has assigned; None while dense.
         activations: how its inputs are rounded while the model runs; None when they are not.
+        allotted: the grid that a rounder is to use in place of its own; None leaves it the choice.
         expert: index of its expert in a mixture of experts.
         transposed_on_disk: stored [in, out].
     """
@@ -56,6 +57,7 @@ class Matrix:
     input_group: str
     scheme: WeightScheme | None = None
     activations: ActivationScheme | None = None
+    allotted: WeightScheme | None = None
     expert: int | None = None
     transposed_on_disk: bool = False
 
@@ -269,6 +271,19 @@ class Architecture:
         chosen = {self.matrix(name).name: scheme for name, scheme in schemes.items()}
         matrices = (
             replace(matrix, activations=chosen[matrix.name]) if matrix.name in chosen else matrix
+            for matrix in self.matrices
+        )
+        return replace(self, matrices=tuple(matrices))
+
+    def with_allotment(self, schemes: Mapping[str, WeightScheme]) -> Architecture:
+        """The same model with the grids that a rounder is to use, by the name of the matrix.
+
+        Raises:
+            ModelError: a name belongs to no matrix.
+        """
+        chosen = {self.matrix(name).name: scheme for name, scheme in schemes.items()}
+        matrices = (
+            replace(matrix, allotted=chosen[matrix.name]) if matrix.name in chosen else matrix
             for matrix in self.matrices
         )
         return replace(self, matrices=tuple(matrices))

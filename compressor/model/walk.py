@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compressor.errors import ModelError
+from compressor.errors import ModelError, ResumeError
 from compressor.model.activations import ActivationStore
 from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.model.experts import ExpertWatch, Place, place
@@ -39,6 +39,12 @@ from compressor.types import ActivationScheme, TokenBatch
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called with (input group, inputs [tokens, in], index of each token's domain [tokens])."""
+
+
+GradientObserver = Callable[[str, Tensor, Tensor], None]
+"""Called with (name of a matrix, inputs [tokens, in], gradients of its outputs [tokens, out])."""
+
+_HEAD_TOKENS = 256  # whose logits are in memory at once while the head is differentiated
 
 
 class BlockWalk:
@@ -101,6 +107,93 @@ class BlockWalk:
             block._close()
             self._inputs = block._outputs
 
+    def keep(self) -> None:
+        """Run all blocks and keep what enters each, and what leaves the last, to walk back.
+
+        A walk that was interrupted finds what it kept.
+        """
+        try:
+            self._inputs = self._saved(self.architecture.layers)
+        except ResumeError:
+            for block in self.blocks():
+                block.inputs.save(self._label)
+            self._inputs.save(self._label)
+
+    def outputs(self) -> Iterator[Tensor]:
+        """What leaves the last block, per batch [batch, length, hidden]; after all blocks ran."""
+        return iter(self._inputs)
+
+    def kept(self, index: int) -> Block:
+        """Any one block with its inputs, after `keep`; hand it back with `release`."""
+        return Block(self, index, self._saved(index))
+
+    def release(self, block: Block) -> None:
+        """Free a block that `kept` gave."""
+        block.inputs.free()
+        self._skeleton.release(block.module)
+        return_memory()
+
+    def gradients(self, index: int) -> ActivationStore:
+        """Gradients of what leaves block `index` - 1, as `ActivationStore.save` left them.
+
+        Raises:
+            ResumeError: none were saved.
+        """
+        return ActivationStore.load(self._gradients(index), self.memory_budget // 2, self._label)
+
+    def save_gradients(self, index: int, gradients: Iterable[Tensor]) -> None:
+        """Put the gradients of what enters block `index` on disk, one tensor per batch."""
+        store = ActivationStore(self._gradients(index), self.memory_budget // 2)
+        for gradient in gradients:
+            store.append(gradient)
+        store.save(self._label)
+
+    def sampled_gradient(
+        self,
+        batch: int,
+        hidden: Tensor,
+        generator: torch.Generator,
+        observe: GradientObserver | None = None,
+    ) -> Tensor:
+        """Gradient of Σ log p(y) over valid tokens, y drawn from the model's own predictions.
+
+        Args:
+            batch: whose mask applies.
+            hidden: what leaves the last block, [batch, length, hidden].
+            generator: draws y.
+            observe: called with "head", what enters it and the gradients of its logits.
+
+        Returns:
+            The gradient with respect to `hidden`, of its shape.
+        """
+        self._require_head()
+        mask = self.batches[batch].mask.to(self.device)
+        hidden = hidden.to(self.device, self.dtype).detach().requires_grad_()
+        with torch.enable_grad():
+            final = self._skeleton.finish(hidden, self.batches[batch].mask)
+        rows = final.detach()[mask]
+        pieces = torch.split(rows, _HEAD_TOKENS)
+        parts = [self._head_gradient(piece, generator, observe) for piece in pieces]
+        upstream = torch.zeros_like(final)
+        upstream[mask] = torch.cat(parts)
+        (gradient,) = torch.autograd.grad(final, hidden, upstream)
+        return gradient
+
+    def _head_gradient(
+        self, inputs: Tensor, generator: torch.Generator, observe: GradientObserver | None
+    ) -> Tensor:
+        """The same with respect to what enters the head, [tokens, width]."""
+        inputs = inputs.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = self._skeleton.logits(inputs)
+            chances = torch.log_softmax(logits.float(), -1)
+            drawn = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator)
+            likelihood = chances.gather(-1, drawn.to(self.device)).sum()
+        gradient, of_logits = torch.autograd.grad(likelihood, [inputs, logits])
+        if observe:
+            observe("head", inputs.detach(), of_logits)
+        return gradient
+
     def rest(self) -> tuple[str, ...]:
         """Names on disk of all tensors outside the blocks."""
         inside = tuple(self._prefix(index) for index in range(self.architecture.layers))
@@ -135,10 +228,7 @@ class BlockWalk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] as the model computes them, for hidden states [..., width]."""
-        head = self._skeleton.head
-        if next(head.parameters()).is_meta:
-            role = "embed" if self.architecture.tied else "head"
-            self._assign(head, self._table(role))
+        self._require_head()
         with torch.no_grad():
             return self._skeleton.logits(hidden)
 
@@ -186,6 +276,16 @@ class BlockWalk:
 
     def _prefix(self, index: int) -> str:
         return f"{self.architecture.blocks_path}.{index}."
+
+    def _require_head(self) -> None:
+        """Bring the head to life if it is not."""
+        head = self._skeleton.head
+        if next(head.parameters()).is_meta:
+            role = "embed" if self.architecture.tied else "head"
+            self._assign(head, self._table(role))
+
+    def _gradients(self, index: int) -> Path:
+        return self.scratch / f"gradients-{index:05d}"
 
     def _folder(self, index: int) -> Path:
         return self.scratch / f"inputs-{index:05d}"
@@ -378,6 +478,40 @@ class Block:
         """Output [batch, length, hidden] for one batch with the present weights."""
         mask = self._walk.batches[batch].mask
         return self._walk._skeleton.block(self.index, self.inputs[batch], mask)
+
+    def backward(self, batch: int, gradient: Tensor, observe: GradientObserver) -> Tensor:
+        """Gradient of what enters the block, given that of what leaves it, for one batch.
+
+        Args:
+            batch: its index.
+            gradient: [batch, length, hidden].
+            observe: called for every matrix that is no expert's, with valid tokens only.
+        """
+        valid, _ = self._walk._valid(self._walk.batches[batch])
+        hidden = self.inputs[batch].to(self._walk.device, self._walk.dtype)
+        hidden = hidden.detach().requires_grad_()
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        with ExitStack() as stack, torch.enable_grad():
+            for matrix in self.matrices:
+                if matrix.info.expert is None:
+                    stack.callback(self._watch(matrix.info, seen).remove)
+            output = self._walk._skeleton.block(self.index, hidden, self._walk.batches[batch].mask)
+        outputs = [out for _, out in seen.values()]
+        upstream = gradient.to(output)
+        entered, *found = torch.autograd.grad(output, [hidden, *outputs], upstream)
+        for (name, (inputs, _)), gradients in zip(seen.items(), found, strict=True):
+            rows = (t.reshape(-1, t.shape[-1])[valid] for t in (inputs.detach(), gradients))
+            observe(name, *rows)
+        return entered
+
+    def _watch(self, matrix: Matrix, seen: dict[str, tuple[Tensor, Tensor]]) -> RemovableHandle:
+        path = self._places[matrix.tensor].parameter.removesuffix(".weight")
+        module: nn.Module = self._walk._skeleton.model.get_submodule(path)
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[matrix.name] = (args[0], output)
+
+        return module.register_forward_hook(keep)
 
     def run_with(self, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Output [batch, length, hidden] for other inputs and other tensors of the disk's shapes.

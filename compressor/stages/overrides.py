@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -42,11 +43,12 @@ class Override(BaseModel):
 
     def applied(self, scheme: WeightScheme) -> WeightScheme:
         """The grid with what is written here in place of its own."""
-        group = scheme.group_size
-        if self.group_size is not None:
-            group = group_of(self.group_size)
-        return WeightScheme(
-            scheme.bits if self.bits is None else self.bits, group, self.symmetry or scheme.symmetry
+        size = self.group_size
+        return replace(
+            scheme,
+            bits=scheme.bits if self.bits is None else self.bits,
+            group_size=scheme.group_size if size is None else group_of(size),
+            symmetry=self.symmetry or scheme.symmetry,
         )
 
     def names(self, architecture: Architecture) -> frozenset[str]:

@@ -128,14 +128,14 @@ class RounderConfig(StageConfig):
         """The grid of every matrix that the stage rounds, by name, in model order."""
         ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
         chosen = {
-            matrix.name: self.scheme
+            matrix.name: matrix.allotted or self.scheme
             for matrix in architecture.select(self.targets).matrices
             if matrix.name not in ignored
         }
         for role, choice in (("embed", self.embeddings), ("head", self.head)):
             if choice == "quantize":
                 chosen |= {
-                    matrix.name: self.embedding_scheme
+                    matrix.name: matrix.allotted or self.embedding_scheme
                     for matrix in architecture.matrices
                     if matrix.role == role and matrix.name not in ignored
                 }
@@ -162,6 +162,7 @@ class RounderConfig(StageConfig):
             return architecture
         self._check_places(architecture, problems)
         self._check_overrides(architecture, schemes, problems)
+        self._check_allotment(architecture, schemes, problems)
         _check_rounded_once(chosen, problems)
         self._check_groups(chosen, schemes, problems)
         self._check_activations(chosen, problems)
@@ -234,6 +235,23 @@ class RounderConfig(StageConfig):
             elif not matched & schemes.keys():
                 message = f"{override.pattern!r} matches only matrices that the stage leaves alone"
                 problems(place, message, "add them to `targets`, or remove the override")
+
+    def _check_allotment(
+        self,
+        architecture: Architecture,
+        schemes: Mapping[str, WeightScheme],
+        problems: ReportProblem,
+    ) -> None:
+        """Grids that an earlier stage chose under a budget are used, all of them."""
+        allotted = [matrix for matrix in architecture.matrices if matrix.allotted]
+        if left := [matrix.name for matrix in allotted if matrix.name not in schemes]:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            message = f"allocate.bits chose a grid for {left[0]}{more}, and this stage leaves it"
+            problems("targets", message, "write the `targets` and `ignore` of allocate.bits here")
+        for name in ("bits", "group_size", "symmetry") if allotted else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                message = "allocate.bits chooses the grid of every matrix, so this has no effect"
+                problems(name, message, f"remove `{name}` here, or give choices in allocate.bits")
 
     def _check_groups(
         self, chosen: Sequence[Matrix], schemes: Mapping[str, WeightScheme], problems: ReportProblem

@@ -30,7 +30,14 @@ from compressor.model.load import load_tokenizer
 from compressor.model.walk import Block, BlockWalk
 from compressor.numerics.robust import chi_square_weights, trusted_radius
 from compressor.stages.context import StageContext
-from compressor.stages.rounding import Job, lockstep, open_walks, round_block, round_model
+from compressor.stages.rounding import (
+    Job,
+    architecture_of,
+    lockstep,
+    open_walks,
+    round_block,
+    round_model,
+)
 from compressor.stages.solving import compensated
 from compressor.types import StageResult, TokenBatch
 
@@ -251,7 +258,7 @@ class _Bench:
     ) -> None:
         self._stage, self._checkpoint, self._context = stage, checkpoint, context
         self._batches, self._balance = batches, balance
-        self._architecture = Architecture.from_config(read_config(checkpoint))
+        self._architecture = architecture_of(checkpoint)
         self._prefix = stage.tried_blocks(self._architecture.layers)
         self._scratch = context.scratch / "trial"
 

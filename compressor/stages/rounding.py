@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from compressor.formats.allocation import read_allocation
 from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
@@ -118,6 +119,12 @@ RoundBlock = Callable[[Job, Block, Block | None], tuple[dict[str, QTensor], Bloc
 """Called with the job, a block and the parent's; gives codes by module, and the record."""
 
 
+def architecture_of(checkpoint: Path) -> Architecture:
+    """Of a checkpoint, with the grids that a stage before has chosen for the rounder."""
+    architecture = Architecture.from_config(read_config(checkpoint))
+    return architecture.with_allotment(read_allocation(checkpoint))
+
+
 def round_model(
     stage: RounderConfig,
     solve: Solve,
@@ -147,7 +154,7 @@ def round_model(
         The stage's result; `changed` names every tensor that rounding moved.
     """
     config = read_config(checkpoint)
-    architecture = Architecture.from_config(config)
+    architecture = architecture_of(checkpoint)
     inputs = stage.rounded_inputs(architecture)
     job = Job(stage.schemes(architecture), solve, batches, sublayers, balance, inputs)
     walk, parent = open_walks(job, checkpoint, context, context.scratch, reference=reference)

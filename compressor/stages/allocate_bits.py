@@ -1,0 +1,269 @@
+"""`allocate.bits`: bits for every matrix such that the model loses least within a budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from compressor.stages.base import Need, ReportProblem, StageConfig, option
+from compressor.stages.budget import Unit, dense_bytes, parse_size, proxy, units
+from compressor.stages.overrides import GroupSize, group_of
+from compressor.types import Symmetry, WeightScheme
+
+if TYPE_CHECKING:
+    from compressor.calibration import CalibrationSet
+    from compressor.model.architecture import Architecture, Matrix
+    from compressor.stages.context import StageContext
+    from compressor.types import StageResult
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class AllocateBits(StageConfig):
+    """Mixed precision: the bits and groups of each matrix, by what its rounding costs the model.
+
+    Measures, by one walk forward and one back over calibration text, how far rounding each matrix
+    on each grid moves the predictions, and spends the bytes where they help most. Changes no
+    weight; the rounder after it takes its grids from here.
+    """
+
+    source: ClassVar[str] = (
+        "AutoScheme of AutoRound (budget and ties); Kronecker-factored Fisher information, "
+        "arXiv:1503.05671 (losses); multiple-choice knapsack, Kellerer et al. 2004, 11.5"
+    )
+
+    method: Literal["allocate.bits"] = "allocate.bits"
+    target_bpw: float | None = option(
+        None,
+        "Budget in bits per weight, scales and zero-points included; `counting` says of what. "
+        "Either this or `target_size`.",
+        effect="The result never exceeds it, and comes as close as the grids allow.",
+        gt=0,
+        le=32,
+    )
+    target_size: str | None = option(
+        None,
+        "Budget for all tensors of the deliverable, such as `60MB` or `1.5GiB`; tokenizer and file "
+        "headers come on top.",
+        effect="Embedding and head count, also where they stay dense.",
+    )
+    counting: Literal["checkpoint", "linear"] = option(
+        "checkpoint",
+        "What `target_bpw` averages over: `checkpoint`, all tensors with embedding and head; "
+        "`linear`, the linear layers of the decoder blocks alone.",
+        effect="The embedding of a small model in bf16 can take more than a checkpoint's whole "
+        "budget; `linear` is how 3.5 bits are usually meant.",
+    )
+    bits: tuple[Bits, ...] = option(
+        (2, 3, 4, 5, 6, 8),
+        "Widths to choose from.",
+        effect="Name those that your engine loads: the plan checks every one.",
+        min_length=1,
+    )
+    group_sizes: tuple[GroupSize, ...] = option(
+        (32, 64, 128),
+        "Group sizes to choose from; those that do not divide a matrix are left out for it.",
+        effect="Fewer make a simpler deliverable and a quicker stage.",
+        min_length=1,
+    )
+    symmetry: Symmetry = option(
+        "symmetric",
+        "Where the grids lie, as in the rounders.",
+    )
+    targets: tuple[str, ...] = option(
+        ("linear",),
+        "Matrices to choose bits for, written as in the rounder, which must round them all.",
+        effect="A pattern that matches nothing is an error.",
+        min_length=1,
+    )
+    ignore: tuple[str, ...] = option(
+        (),
+        "Matrices to leave dense, written like `targets`; they still count.",
+        effect="A pattern that matches nothing is an error.",
+    )
+    fused: Literal["tie", "free"] = option(
+        "tie",
+        "Whether q, k and v, and gate and up, get one grid each: `tie`, or `free`.",
+        effect="vLLM and SGLang merge them into one matrix and load only `tie`.",
+    )
+    rounder: Literal["gptq", "rtn"] = option(
+        "gptq",
+        "How the stage after this one rounds: with compensation, or to nearest.",
+        effect="Compensation helps some matrices far more than others.",
+    )
+    damping: float = option(
+        0.1,
+        "Damping that compensation will use; see quantize.gptq.",
+        effect="As in quantize.gptq.",
+        gt=0,
+        le=1,
+    )
+    tokens: int = option(
+        8192,
+        "Tokens of calibration text to measure on, in whole rows spread evenly over the text.",
+        effect="More is steadier; time and space for hidden states of all blocks grow with it.",
+        ge=1,
+    )
+    rows: int = option(
+        128,
+        "Rows of each matrix on which grids are tried.",
+        effect="The rest is extrapolated by weight and gradient; more is slower and finer.",
+        ge=1,
+    )
+    seed: int = option(0, "Draws the tokens whose gradients are taken.", ge=0, lt=2**63)
+
+    @property
+    def label(self) -> str:
+        """Such as `allocate 3.5 bits per linear weight`."""
+        if self.target_size is not None:
+            return f"allocate {self.target_size}"
+        of = "linear weight" if self.counting == "linear" else "weight"
+        return f"allocate {self.target_bpw:g} bits per {of}"
+
+    @field_validator("target_size")
+    @classmethod
+    def _is_size(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_size(text)
+        return text
+
+    @field_validator("bits", "group_sizes")
+    @classmethod
+    def _once(cls, choices: tuple[object, ...]) -> tuple[object, ...]:
+        if len(set(choices)) < len(choices):
+            raise ValueError("a choice is named twice")
+        return choices
+
+    @model_validator(mode="after")
+    def _one_target(self) -> AllocateBits:
+        if (self.target_bpw is None) == (self.target_size is None):
+            raise ValueError("allocate.bits needs one budget: `target_bpw` or `target_size`")
+        return self
+
+    @property
+    def choices(self) -> tuple[WeightScheme, ...]:
+        """Every grid to choose from."""
+        return tuple(
+            WeightScheme(bits, group_of(size), self.symmetry)
+            for bits in self.bits
+            for size in self.group_sizes
+        )
+
+    def calibration_need(self) -> Need | None:
+        """Losses are measured on text, always."""
+        return Need("method", "allocate.bits measures what rounding costs on calibration text")
+
+    def units(self, architecture: Architecture) -> tuple[Unit, ...]:
+        """What gets a grid, with the grids and their bytes."""
+        ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
+        chosen = [m for m in architecture.select(self.targets).matrices if m.name not in ignored]
+        return units(architecture, chosen, self.choices, tie=self.fused == "tie")
+
+    def budget(self, architecture: Architecture, found: tuple[Unit, ...]) -> int:
+        """Bytes for the units; what stays dense is paid already, so that this may be negative."""
+        dense = dense_bytes(architecture, found)
+        if self.target_size is not None:
+            return parse_size(self.target_size) - dense
+        assert self.target_bpw is not None
+        weights = architecture.parameters
+        if self.counting == "linear":
+            inner = [matrix for matrix in architecture.matrices if matrix.block is not None]
+            weights = sum(matrix.parameters for matrix in inner)
+            dense = (weights - sum(unit.parameters for unit in found)) * architecture.dtype_bytes
+        return int(self.target_bpw * weights / 8) - dense
+
+    def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
+        """The architecture with grids that fill the budget, as an example of those to come."""
+        for name in ("targets", "ignore"):
+            for missed in architecture.select(getattr(self, name)).unmatched:
+                message = f"the pattern {missed.pattern!r} matches no matrix of the model"
+                problems(name, message, missed.suggestion)
+        found = self.units(architecture)
+        if not self._check_places(found, problems):
+            return architecture
+        budget = self.budget(architecture, found)
+        least = sum(min(unit.costs) for unit in found)
+        if budget < least:
+            self._refuse(architecture, found, least - budget, problems)
+        chosen = proxy(found, max(budget, least))
+        return architecture.with_allotment(allotment(found, chosen))
+
+    def _check_places(self, found: tuple[Unit, ...], problems: ReportProblem) -> bool:
+        """Whether every matrix can be measured and given a grid."""
+        matrices: list[Matrix] = [matrix for unit in found for matrix in unit.matrices]
+        outside = [m.name for m in matrices if m.block is None or m.role == "router"]
+        experts = [m.name for m in matrices if m.expert is not None]
+        without = [unit.matrices[0] for unit in found if not unit.schemes]
+        if not matrices:
+            problems("targets", "nothing is left to choose bits for", "")
+        if outside:
+            message = f"{outside[0]} is no linear layer of a decoder block"
+            problems("targets", message, "use the pattern `linear`")
+        if experts:
+            message = f"{experts[0]} belongs to an expert, and engines want one grid for them all"
+            problems("targets", message, "choose `targets: [attention]`, and the rounder's too")
+        if without:
+            first = without[0]
+            message = f"no group size of the choices divides the {first.shape[1]} inputs"
+            problems("group_sizes", f"{message} of {first.name}", "add one, or `channel`")
+        return bool(matrices) and not (outside or experts or without)
+
+    def _refuse(
+        self,
+        architecture: Architecture,
+        found: tuple[Unit, ...],
+        lacking: int,
+        problems: ReportProblem,
+    ) -> None:
+        """Say by how much a budget is too small, and what takes the room."""
+        dense = dense_bytes(architecture, found)
+        least = dense + sum(min(unit.costs) for unit in found)
+        weights = 8 * least / architecture.parameters
+        hint = "raise it, offer fewer bits or larger groups"
+        if self.target_bpw is not None and self.counting == "checkpoint":
+            hint += ", or write `counting: linear` to leave out what stays dense"
+        problems(
+            "target_size" if self.target_size else "target_bpw",
+            f"the smallest choice of grids is {lacking / 1e6:.2f} MB over the budget: it takes "
+            f"{least / 1e6:.1f} MB ({weights:.2f} bits per weight), of which {dense / 1e6:.1f} MB "
+            "stay dense",
+            hint,
+        )
+
+    def changed(self, before: Architecture, after: Architecture) -> tuple[Matrix, ...]:
+        """None: only grids are chosen."""
+        del before, after
+        return ()
+
+    def hidden_states(self, architecture: Architecture, tokens: int) -> int:
+        """Vectors of the residual stream that are on disk at once: one per token and block."""
+        return (architecture.layers + 3) * min(tokens, self.tokens)
+
+    def remarks(self, before: Architecture) -> tuple[str, ...]:
+        """What there is to choose, and that the grids in the plan are an example."""
+        found = self.units(before)
+        matrices = sum(len(unit.matrices) for unit in found)
+        return (
+            f"{len(self.choices)} grids to choose from for {matrices} matrices in {len(found)} "
+            "units; sizes in this plan fill the budget, and the run's never exceed it",
+        )
+
+    def run(
+        self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
+    ) -> StageResult:
+        """Measure, choose, and leave the choice beside an unchanged checkpoint."""
+        from compressor.stages.allocating import allocate
+
+        assert calibration is not None  # calibration_need() says so; the recipe was checked
+        return allocate(self, checkpoint, calibration.batches, context)
+
+
+def allotment(found: tuple[Unit, ...], chosen: tuple[int, ...]) -> dict[str, WeightScheme]:
+    """The grid of every matrix, by name, from the place of its unit's choice."""
+    return {
+        matrix.name: unit.schemes[place]
+        for unit, place in zip(found, chosen, strict=True)
+        for matrix in unit.matrices
+    }

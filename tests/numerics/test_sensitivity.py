@@ -1,0 +1,96 @@
+"""Predicted losses: exact where the theory is, and close to what GPTQ then does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.numerics.gptq import factorize, gptq
+from compressor.numerics.grid import fit_grid
+from compressor.numerics.hessian import row_losses
+from compressor.numerics.rtn import rtn
+from compressor.numerics.sensitivity import compensated_columns, rounding_losses
+from compressor.types import WeightScheme
+
+GRIDS = (WeightScheme(2, 32), WeightScheme(3, 32), WeightScheme(4, 64), WeightScheme(8, None))
+
+
+def layer(out: int = 48, width: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight, the second moment of correlated inputs, and weights of the rows."""
+    random = torch.Generator().manual_seed(0)
+    mix = torch.randn(width, width, generator=random) / 8 + torch.eye(width)
+    inputs = torch.randn(4000, width, generator=random) @ mix * torch.linspace(0.2, 3, width)
+    weight = torch.randn(out, width, generator=random)
+    return weight, inputs.T @ inputs / 4000, torch.rand(out, generator=random) ** 3
+
+
+def test_all_rows_and_nearest_codes_give_the_exact_quadratic_form() -> None:
+    weight, moment, gamma = layer()
+    found = rounding_losses(weight, GRIDS, gamma, moment, rows=48, scale_dtype=torch.float32)
+    for scheme, loss in zip(GRIDS, found, strict=True):
+        rounded = rtn(weight, scheme, search="mse", scale_dtype=torch.float32).dequantize()
+        error = (weight - rounded).double()
+        exact = 0.5 * (gamma.double() * ((error @ moment.double()) * error).sum(1)).sum()
+        assert loss == pytest.approx(float(exact), rel=1e-4)
+    assert found == sorted(found, reverse=True)
+
+
+def test_the_form_is_the_divergence_of_a_softmax_to_second_order() -> None:
+    """A model that is one linear layer: KL(p ‖ q) of its outputs against ½ Σ γ_r e_r H e_rᵀ."""
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(40, 16, generator=random).double() / 8
+    inputs = torch.randn(20_000, 16, generator=random).double()
+    before = torch.log_softmax(inputs @ weight.T, -1)
+    gamma = (before.exp() * (1 - before.exp())).mean(0)  # E[(∂ log p(y) / ∂ o)²]
+    moment = inputs.T @ inputs / len(inputs)
+    scheme = WeightScheme(5, 16)
+    (loss,) = rounding_losses(weight, [scheme], gamma, moment, rows=40, scale_dtype=torch.float32)
+    rounded = rtn(weight, scheme, search="mse", scale_dtype=torch.float32).dequantize().double()
+    after = torch.log_softmax(inputs @ rounded.T, -1)
+    divergence = float((before.exp() * (before - after)).sum(-1).mean())
+    assert loss == pytest.approx(divergence, rel=0.1)
+
+
+def test_compensated_columns_are_those_of_the_ldl_decomposition() -> None:
+    _, moment, _ = layer()
+    factor = factorize(moment, damping=1e-4)
+    order = factor.permutation
+    damped = moment.double() + 1e-4 * moment.diagonal().double().mean() * torch.eye(64)
+    reverse = damped[order][:, order].flip(0, 1)  # H = L D Lᵀ from the last column up
+    lower = torch.linalg.cholesky(reverse)
+    diagonal = lower.diagonal().square().flip(0)
+    found = compensated_columns(moment, damping=1e-4)
+    assert torch.allclose(found[order].double(), diagonal, rtol=1e-4)
+    assert (found <= damped.diagonal() * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_compensation_is_predicted_within_a_quarter(bits: int) -> None:
+    weight, moment, _ = layer(out=256)
+    scheme = WeightScheme(bits, 32)
+    columns = compensated_columns(moment, damping=0.01)
+    nearest, expected = (
+        rounding_losses(
+            weight, [scheme], torch.ones(256), metric, rows=256, scale_dtype=torch.float32
+        )[0]
+        for metric in (moment, columns)
+    )
+    factor = factorize(moment, damping=0.01)
+    grid = fit_grid(weight, scheme, search="mse", scale_dtype=torch.float32)
+    solved = gptq(weight, factor, scheme, grid).quantized.dequantize()
+    actual = 0.5 * float(row_losses(weight - solved, moment).sum())
+    assert expected == pytest.approx(actual, rel=0.25)
+    assert actual < 0.7 * nearest
+
+
+def test_some_rows_stand_for_all() -> None:
+    weight, moment, _ = layer(out=2048)
+    gamma = torch.linspace(0, 1, 2048) ** 2
+    all_rows, some = (
+        rounding_losses(weight, GRIDS, gamma, moment, rows=rows, scale_dtype=torch.bfloat16)
+        for rows in (2048, 128)
+    )
+    assert some == pytest.approx(all_rows, rel=0.06)
+    nothing = rounding_losses(weight, GRIDS, gamma * 0, moment, rows=128, scale_dtype=torch.float32)
+    assert nothing == [0.0] * 4

@@ -1,0 +1,322 @@
+"""Bits under a budget: priced, refused, never exceeded, resumed, and better than uniform."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compressor import resources
+from compressor.cli import main
+from compressor.cost import checkpoint_bytes, linear_bits
+from compressor.engine import run_recipe
+from compressor.errors import ModelError, PlanError, RecipeError
+from compressor.formats.allocation import ALLOCATION, read_allocation, write_allocation
+from compressor.formats.headers import read_json
+from compressor.formats.sizes import measure
+from compressor.model.architecture import Architecture
+from compressor.plan import Plan, make_plan
+from compressor.progress import SilentObserver
+from compressor.recipe import budget_overrides, load_recipe
+from compressor.stages.allocate_bits import AllocateBits, allotment
+from compressor.stages.allocating import allocate
+from compressor.stages.budget import parse_size, proxy
+from compressor.stages.context import StageContext
+from compressor.stages.quantize_rtn import QuantizeRtn
+from compressor.types import BlockRecord, TokenBatch, WeightScheme
+from compressor.verify import verify_tensors
+
+TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
+MODEL = Architecture.from_config(TINY)
+RECIPE = """\
+calibration: {samples: 4, length: 64, batch_size: 2}
+stages:
+  - {method: allocate.bits, target_bpw: 3.5, counting: linear, group_sizes: [32, 64], rows: 8}
+  - {method: quantize.rtn, force: true}
+evaluate: {documents: 2, length: 128, resamples: 200}
+"""
+
+
+def load(folder: Path, *overrides: str, text: str = RECIPE) -> Any:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def plan(folder: Path, *overrides: str, text: str = RECIPE) -> Plan:
+    return make_plan(load(folder, *overrides, text=text), TINY, "builtin:tiny")
+
+
+def refusals(folder: Path, *overrides: str, text: str = RECIPE) -> list[Any]:
+    with pytest.raises(PlanError) as caught:
+        plan(folder, *overrides, text=text)
+    return list(caught.value.problems)
+
+
+# ---------------------------------------------------------------------- the budget
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bpw=st.floats(2.6, 9.0),
+    counting=st.sampled_from(["linear", "checkpoint"]),
+    bits=st.sets(st.integers(2, 8), min_size=1),
+    tie=st.sampled_from(["tie", "free"]),
+    symmetry=st.sampled_from(["symmetric", "asymmetric"]),
+)
+def test_no_choice_of_the_plan_exceeds_the_budget(
+    bpw: float, counting: Any, bits: set[int], tie: Any, symmetry: Any
+) -> None:
+    stage = AllocateBits(
+        target_bpw=bpw, counting=counting, bits=tuple(bits), fused=tie, symmetry=symmetry
+    )
+    found = stage.units(MODEL)
+    refused: list[str] = []
+    planned = stage.plan(MODEL, lambda option, message, _: refused.append(message))
+    if stage.budget(MODEL, found) < sum(min(unit.costs) for unit in found):
+        assert "over the budget" in refused[0]
+        return
+    assert not refused
+    rounded = planned
+    for matrix in planned.matrices:
+        rounded = rounded.with_scheme([matrix.name], matrix.allotted)
+    if counting == "linear":
+        assert linear_bits(rounded)[1] <= bpw
+    else:
+        assert 8 * checkpoint_bytes(rounded) / MODEL.parameters <= bpw
+
+
+def test_fused_matrices_are_one_unit() -> None:
+    tied = AllocateBits(target_bpw=4).units(MODEL)
+    free = AllocateBits(target_bpw=4, fused="free").units(MODEL)
+    assert [len(unit.matrices) for unit in tied[:4]] == [3, 1, 2, 1]
+    assert (len(tied), len(free)) == (16, 28)
+    assert tied[0].costs[0] == sum(unit.costs[0] for unit in free[:3])
+    down = tied[3]
+    assert {scheme.group_size for scheme in down.schemes} == {32, 64}  # 128 does not divide 832
+
+
+def test_the_example_of_the_plan_fills_the_budget() -> None:
+    found = AllocateBits(target_bpw=4).units(MODEL)
+    least, most = (sum(pick(unit.costs) for unit in found) for pick in (min, max))
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        budget = int(least + share * (most - least))
+        chosen = proxy(found, budget)
+        spent = sum(unit.costs[place] for unit, place in zip(found, chosen, strict=True))
+        assert budget - 80_000 < spent <= budget
+    assert set(allotment(found, chosen).values()) == {WeightScheme(8, 32)}
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("60MB", 60_000_000), ("1.5 GiB", 3 << 29), ("512KiB", 1 << 19), ("7B", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_a_size_is_the_budget_of_all_tensors() -> None:
+    stage = AllocateBits(target_size="5MB")
+    assert stage.budget(MODEL, stage.units(MODEL)) == 5_000_000 - 4096 * 320 * 2 - 9 * 320 * 2
+
+
+# ---------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("stages.0.target_bpw=null", "needs one budget"),
+        ("stages.0.target_size=5MB", "needs one budget"),
+        ("stages.0.bits=[4, 4]", "named twice"),
+        ("stages.0.bits=[1]", "at least 2"),
+    ],
+)
+def test_what_is_no_allocation_is_refused_by_the_recipe(
+    tmp_path: Path, value: str, words: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load(tmp_path, value)
+    assert words in caught.value.problems[0].message
+
+
+def test_a_size_is_written_with_a_unit(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="write it like 60MB"):
+        load(tmp_path, "stages.0.target_bpw=null", "stages.0.target_size='60'")
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "hint"),
+    [
+        (["stages.0.counting=checkpoint"], "over the budget: it takes 3.8 MB", "counting: linear"),
+        (["stages.0.targets=[dwn]"], "'dwn' matches no matrix", "'down'"),
+        (["stages.0.targets=[all]"], "no linear layer of a decoder block", "linear"),
+        (["stages.0.group_sizes=[48]"], "no group size of the choices divides the 320", "channel"),
+        (["stages.1.targets=[mlp]"], "chose a grid for model.layers.0.self_attn.q_proj", "ignore"),
+        (["stages.1.bits=3"], "chooses the grid of every matrix", "remove `bits`"),
+        (["stages.1.symmetry=asymmetric"], "chooses the grid of every", "remove `symmetry`"),
+        (["export=[{format: dense}]", "stages=[STAGE]"], "no stage after it rounds", "quantize"),
+        (
+            ["export=[{format: compressed-tensors, engines: [vllm-cpu]}]"],
+            "-bit codes; it loads 4",
+            "vllm-cpu",
+        ),
+        (
+            ["stages.0.fused=free", "export=[{format: compressed-tensors, engines: [vllm]}]"],
+            "one fused layer",
+            "vllm",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_by_the_plan(
+    tmp_path: Path, change: list[str], words: str, hint: str
+) -> None:
+    alone = RECIPE.splitlines()[2].strip(" -")
+    found = refusals(tmp_path, *(text.replace("STAGE", alone) for text in change))
+    assert words in found[0].message
+    assert hint in found[0].hint
+
+
+def test_an_engine_is_asked_about_every_grid_that_may_be_chosen(tmp_path: Path) -> None:
+    """The example in the plan happens to be 8 bits throughout; 3 would be chosen on the run."""
+    change = ["stages.0.target_bpw=8.5", "stages.0.bits=[3, 8]", "stages.0.group_sizes=[64]"]
+    engine = "export=[{format: compressed-tensors, engines: [sglang]}]"
+    (problem,) = refusals(tmp_path, *change, engine)
+    assert "3-bit codes" in problem.message
+    plan(tmp_path, *change, engine, "stages.0.bits=[4, 8]")
+
+
+def test_experts_are_not_allocated() -> None:
+    config = {
+        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 96,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "num_local_experts": 2,
+    }  # fmt: skip
+    refused: list[str] = []
+    architecture = Architecture.from_config(config)
+    stage = AllocateBits(target_bpw=30)
+    stage.plan(architecture, lambda option, message, _: refused.append(message))
+    assert "belongs to an expert" in refused[0]
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def test_a_budget_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(tmp_path)
+    path = str(tmp_path / "recipe.yaml")
+
+    def planned(*options: str) -> tuple[int, dict[str, Any]]:
+        with pytest.raises(SystemExit) as left:
+            main(["plan", path, "builtin:tiny", "--format", "json", *options])
+        return int(str(left.value.code or 0)), json.loads(capsys.readouterr().out)
+
+    sizes = []
+    for options in ((), ("--target-bpw", "4.5"), ("--target-size", "4.2MB")):
+        code, made = planned(*options)
+        assert code == 0
+        sizes.append(made["stages"][1]["packed_bytes"])
+    assert sizes[1] > sizes[0]
+    assert 4_100_000 < sizes[2] <= 4_200_000
+    code, error = planned("--target-size", "4.2MB", "--target-bpw", "3")
+    assert code == 2
+    assert "two budgets" in json.dumps(error)
+    with pytest.raises(RecipeError, match=r"has no allocate\.bits stage"):
+        budget_overrides("w4-gptq", target_bpw=3.0, target_size=None)
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def test_the_file_gives_the_grids_back(tmp_path: Path) -> None:
+    schemes = {"a": WeightScheme(3, 32), "b": WeightScheme(8, None, "asymmetric")}
+    write_allocation(tmp_path, schemes, {"a": 0.25, "b": 1e-9})
+    assert read_allocation(tmp_path) == schemes
+    assert read_allocation(tmp_path / "elsewhere") == {}
+    (tmp_path / ALLOCATION).write_text('{"a": {"bits": 3, "width": 4}}')
+    with pytest.raises(ModelError, match="damaged"):
+        read_allocation(tmp_path)
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def test_a_run_keeps_its_budget_and_comes_back_from_disk(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A run is checked on a few words of text. " * 20)
+    text = RECIPE.replace("documents: 2", "text: {own: text.txt}")
+    outcome = run_recipe(load(tmp_path, text=text), "builtin:tiny", tmp_path / "run")
+    chosen = read_allocation(outcome.folder / "stages" / "01-allocate.bits")
+    assert len(set(chosen.values())) > 2
+    for layer in range(4):
+        for roles in (("q", "k", "v"), ("gate", "up")):
+            of = {chosen[m.name] for m in MODEL.block(layer) if m.role in roles}
+            assert len(of) == 1
+    out = outcome.folder / "deliverable" / "compressed-tensors"
+    size = measure(out, MODEL.parameters)
+    assert 3.4 < size.bits_linear <= 3.5
+    notes = outcome.report.variants[1].stage.notes  # type: ignore[union-attr]
+    assert size.tensor_bytes == notes["allocated_bytes"] <= notes["budget_bytes"]
+    groups = read_json(out / "config.json")["quantization_config"]["config_groups"].values()
+    packed = {
+        name: (group["weights"]["num_bits"], group["weights"]["group_size"])
+        for group in groups
+        for name in group["targets"]
+    }
+    assert packed == {name: (s.bits, s.group_size) for name, s in chosen.items()}
+    assert outcome.report.variants[2].label == "RTN, allocate 3.5 bits per linear weight"
+    assert outcome.report.variants[2].artifact.max_logit_difference == 0  # type: ignore[union-attr]
+
+
+class Killed(Exception):
+    pass
+
+
+def test_an_interrupted_stage_goes_on_where_it_was_and_chooses_the_same(tmp_path: Path) -> None:
+    stage = AllocateBits(
+        target_bpw=3.5, counting="linear", group_sizes=(64,), bits=(3, 4), rows=16, tokens=128
+    )
+    base = resources.builtin_model("tiny")
+    ids = torch.randint(4096, (4, 32), generator=torch.Generator().manual_seed(0))
+    batches = (TokenBatch(ids, torch.ones(4, 32, dtype=torch.bool), ("own",) * 4),)
+
+    def run(folder: Path, blocks: int) -> list[int]:
+        """Run until so many blocks are done; the blocks reported."""
+        done: list[int] = []
+
+        def block_done(record: BlockRecord) -> None:
+            done.append(record.block)
+            if len(done) == blocks:
+                raise Killed
+
+        context = StageContext(
+            folder=folder / "out",
+            scratch=folder / "scratch",
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            activation_budget=1 << 30,
+            finished=(),
+            block_done=block_done,
+            observer=SilentObserver(),
+        )
+        with suppress(Killed):
+            allocate(stage, base, batches, context)
+        return done
+
+    assert run(tmp_path / "whole", 9) == [3, 2, 1, 0]
+    assert run(tmp_path / "parts", 2) == [3, 2]
+    assert not (tmp_path / "parts" / "out").exists()
+    assert run(tmp_path / "parts", 9) == [1, 0]
+    first, second = (tmp_path / name / "out" for name in ("whole", "parts"))
+    assert (first / ALLOCATION).read_bytes() == (second / ALLOCATION).read_bytes()
+    verify_tensors(base, second, ())
+
+
+def test_a_rounder_ignores_no_grid_it_was_given() -> None:
+    stage = AllocateBits(target_bpw=3.5, counting="linear", group_sizes=(64,))
+    allotted = stage.plan(MODEL, lambda *_: None)
+    schemes = QuantizeRtn().schemes(allotted)
+    assert schemes == {m.name: m.allotted for m in allotted.matrices if m.block is not None}

@@ -46,11 +46,12 @@ ACTIVATIONS = 2 << 30
 
 
 def stages_of(text: str) -> list[StageConfig]:
-    """`depth:layers=28+obs:ratio=0.1` as configured stages."""
+    """`depth:layers=28+obs:ratio=0.1` as configured stages; a list stands in brackets."""
     found = []
     for part in text.removesuffix("@biased").split("+"):
         name, _, rest = part.partition(":")
-        options = dict(pair.split("=", 1) for pair in rest.split(",") if pair)
+        pairs = (pair.split("=", 1) for pair in rest.split(",") if pair)
+        options = {key: json.loads(value) if value[0] == "[" else value for key, value in pairs}
         method = f"prune.{name}"
         config = registry().get(method)
         found.append(config.model_validate({"method": method} | options, strict=False))

@@ -195,6 +195,7 @@ class _Run:
         self.source = source
         self.signature = _signature(source.path)
         self.plan = plan
+        self.settled: dict[int, dict[str, Any]] = {}
         self.folder = folder
         self.observer = observer
         self.command = command
@@ -320,6 +321,8 @@ class _Run:
         variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
         event = self.journal.find("stage_done", stage=name)
         variant = variant.finished(event or self._run_stage(variant))
+        if stage.settles_shape:
+            self._settle(index, variant)
         event = self.journal.find("stage_verified", stage=name) or self._verify(variant)
         surprises = [] if index else self._unread_tensors()
         surprises += [] if event["loaded_whole"] else [_NOT_LOADED_WHOLE]
@@ -327,6 +330,12 @@ class _Run:
         last = max(i for i, stage in enumerate(self.recipe.stages) if not stage.beside)
         if self.recipe.evaluate.every_stage or index == last:
             self._evaluate(variant)
+
+    def _settle(self, index: int, variant: Variant) -> None:
+        """Plan again with what the stage decided, so that sizes and later stages are right."""
+        self.settled[index] = read_config(variant.checkpoint)
+        config = read_config(self.source.path)
+        self.plan = make_plan(self.recipe, config, self.plan.model, settled=self.settled)
 
     def _draft(self, index: int, stage: StageConfig) -> None:
         """Make a draft for the last variant, measure it, put it beside the deliverables."""

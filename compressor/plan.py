@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict
 
@@ -133,13 +134,21 @@ class Plan(Priced):
     rate: tuple[float, str]
 
 
-def make_plan(recipe: Recipe, config: Mapping[str, object], model: str) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    config: Mapping[str, object],
+    model: str,
+    *,
+    settled: Mapping[int, Mapping[str, object]] = MappingProxyType({}),
+) -> Plan:
     """Check a recipe against a model and price it.
 
     Args:
         recipe: as loaded; its problems point into its file.
         config: content of the model's `config.json`.
         model: the model as typed, for the plan's heading.
+        settled: by index of a stage that has run, the `config.json` it left; for stages of which
+            the plan could only guess it.
 
     Raises:
         PlanError: the chain cannot work on this model; carries every reason found.
@@ -152,7 +161,7 @@ def make_plan(recipe: Recipe, config: Mapping[str, object], model: str) -> Plan:
             "start from the original weights",
         )
     problems = _order(recipe)
-    chain = _chain(recipe, base, problems)
+    chain = _chain(recipe, base, problems, settled)
     problems += _unspent(recipe, chain[-1])
     if not problems:  # else the exports would repeat what is wrong with the stages
         problems += _exports(recipe, chain[-1])
@@ -173,11 +182,17 @@ def _order(recipe: Recipe) -> list[Problem]:
     ]
 
 
-def _chain(recipe: Recipe, base: Architecture, problems: list[Problem]) -> list[Architecture]:
+def _chain(
+    recipe: Recipe,
+    base: Architecture,
+    problems: list[Problem],
+    settled: Mapping[int, Mapping[str, object]],
+) -> list[Architecture]:
     """The architecture before the first stage and after each; adds to `problems`."""
     chain = [base]
     for index, stage in enumerate(recipe.stages):
-        chain.append(stage.plan(chain[-1], _reporter(recipe, index, problems)))
+        planned = stage.plan(chain[-1], _reporter(recipe, index, problems))
+        chain.append(Architecture.from_config(settled[index]) if index in settled else planned)
     return chain
 
 

@@ -71,6 +71,11 @@ BUILTIN = (
         "remove heads and channels and refit the others by least squares; no training",
     ),
     Method(
+        "prune.search",
+        "compressor.stages.prune_search:PruneSearch",
+        "try mixes of fewer blocks, heads and channels, and keep the best on held-out text",
+    ),
+    Method(
         "recover.distill",
         "compressor.stages.recover_distill:RecoverDistill",
         "train the smaller model to predict what the original predicts",

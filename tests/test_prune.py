@@ -18,10 +18,12 @@ from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
+from compressor.model.shape import resized, shape_of
 from compressor.plan import make_plan
 from compressor.progress import SilentObserver
 from compressor.registry import registry
 from compressor.resources import builtin_model
+from compressor.stages import mixing
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.stages.prune_width import PruneWidth
@@ -308,7 +310,76 @@ def test_dropped_blocks_are_the_ones_missed_least(tmp_path: Path, short: Calibra
     assert load_model(tmp_path / "out").config.num_hidden_layers == 3
 
 
+def test_the_search_keeps_the_mix_that_is_nearest_on_held_out_text(
+    tmp_path: Path, short: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixing, "_HELD", 1)
+    options = {"ratio": 0.25, "trial_tokens": 64, "attention": ("heads",)}
+    chosen = stage("prune.search", **options)
+    result = chosen.run(TINY, short, context(tmp_path / "out"))
+    verify_tensors(
+        TINY,
+        tmp_path / "out",
+        result.changed,
+        result.added,
+        removed=result.removed,
+        resized=result.resized,
+        renamed=result.renamed,
+    )
+    architecture = Architecture.from_config(read_config(TINY))
+    mixes = chosen.mixes(architecture)
+    assert {mix.layers for mix in mixes} == {4, 3}
+    assert {mix.heads for mix in mixes} == {4}
+    budget = 0.75 * architecture.parameters
+    for mix in mixes:
+        assert abs(resized(architecture, mix).parameters - budget) < 0.01 * budget
+    scores = [v for name, v in result.notes.items() if name.startswith("held-out KL")]
+    assert len(scores) == len(mixes)
+    best = mixes[scores.index(min(scores))]
+    assert shape_of(Architecture.from_config(read_config(tmp_path / "out"))) == best
+
+
+def test_a_block_that_is_gone_is_made_up_for(tmp_path: Path, other_text: CalibrationSet) -> None:
+    """The parent's stream still has what the dropped block added; the others aim at it."""
+    text = build_batches(CalibrationConfig(samples=32, length=128), load_tokenizer(TINY))
+    base = loss(TINY, other_text)
+    shape = replace(shape_of(Architecture.from_config(read_config(TINY))), layers=3)
+    harm = {}
+    for share in (0.0, 0.5):
+        folder = tmp_path / str(share)
+        mix = mixing.Mix(shape, (0, 2, 3), damping=2.0, shrinkage=0.0, propagate=share)
+        result = mixing.prune_mix(mix, TINY, text.batches, context(folder))
+        verify_tensors(TINY, folder, result.changed, removed=result.removed, renamed=result.renamed)
+        assert bool(result.changed) == (share > 0)
+        assert not any(".layers.0." in name for name in result.changed)
+        harm[share] = loss(folder, other_text) - base
+    assert harm[0.5] < 0.9 * harm[0.0]
+
+
+def test_a_search_is_planned_again_when_it_has_decided(tmp_path: Path, recipe_file) -> None:
+    recipe = recipe_file(
+        """\
+calibration: {samples: 4, length: 64}
+stages:
+  - {method: prune.search, ratio: 0.25, depths: [1], attention: [whole], multiple: 64}
+  - {method: quantize.rtn, group_size: 64, grid: minmax}
+evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false, every_stage: false}
+"""
+    )
+    outcome = run_recipe(recipe, "builtin:tiny", tmp_path / "run")
+    config = read_config(tmp_path / "run" / "deliverable" / "compressed-tensors")
+    assert config["num_hidden_layers"] == 3
+    assert config["intermediate_size"] % 64 == 0
+    sizes = [variant.size.tensor_bytes for variant in outcome.report.variants]
+    stored = tmp_path / "run" / "stages" / "01-prune.search"
+    reader = CheckpointReader(stored)
+    assert sizes[1] == sum(reader.info(name).nbytes for name in reader)
+
+
 REFUSED = {
+    "searched size": ("method: prune.search\n    ratio: 0.2\n    heads: 4", "what the search"),
+    "no budget to search": ("method: prune.search", "exactly one of ratio"),
+    "nothing found": ("method: prune.search\n    ratio: 0.95", "no mix of blocks"),
     "nothing asked": ("method: prune.obs", "nothing says how much goes"),
     "two budgets": ("method: prune.obs\n    ratio: 0.2\n    parameters: 1000", "both say how much"),
     "budget and size": ("method: prune.obs\n    ratio: 0.2\n    intermediate: 64", "given too"),

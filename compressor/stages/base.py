@@ -77,6 +77,11 @@ class StageConfig(BaseModel, ABC):
         """What the stage needs the widths of its model to be a multiple of."""
         return 1
 
+    @property
+    def settles_shape(self) -> bool:
+        """Whether its run decides the architecture that it leaves; `plan` gives a likely one."""
+        return False
+
     def before(self, later: Sequence[StageConfig]) -> Self:
         """The stage with every option settled that depends on the stages after it.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -66,8 +65,10 @@ class Job:
         batches: calibration tokens; none when `choose` wants no inputs.
         refits: whether `choose` changes the columns that stay.
         refits_bias: whether it changes biases of readers.
-        parent: run the parent beside, and offer every reader the chance to undo what pruning has
-            done to the residual stream so far; also to those that lose no unit.
+        parent: checkpoint to run beside, to offer every reader the chance to undo what pruning
+            has done to the residual stream so far; also to those that lose no unit.
+        layers: the parent's blocks that the model still has, ascending; None for all. What the
+            others added to the stream is missing from it like anything else.
         domain_weights: share of every domain in the inputs' moments; None counts tokens.
     """
 
@@ -76,7 +77,8 @@ class Job:
     batches: Sequence[TokenBatch] = ()
     refits: bool = False
     refits_bias: bool = False
-    parent: bool = False
+    parent: Path | None = None
+    layers: Sequence[int] | None = None
     domain_weights: Mapping[str, float] | None = None
 
 
@@ -89,14 +91,14 @@ def prune_widths(job: Job, checkpoint: Path, context: StageContext) -> StageResu
         context: where to work and whom to tell.
     """
     architecture = Architecture.from_config(read_config(checkpoint))
-    if job.shape == shape_of(architecture):
-        job = replace(job, batches=(), refits=False, refits_bias=False, parent=False)
+    if job.shape == shape_of(architecture) and not (job.parent and job.layers):
+        job = replace(job, batches=(), refits=False, refits_bias=False, parent=None)
     walks = _walks(job, checkpoint, context)
     writer = CheckpointWriter(context.folder)
     records = list(context.finished)
     with context.observer.task("pruning blocks", architecture.layers) as task:
         task.advance(len(records))
-        for block, original in _lockstep(walks, len(records)):
+        for block, original in _lockstep(job, walks, len(records)):
             keep, record = _prune_block(job, architecture, block, original)
             state = cut_block(architecture, block.index, keep, block.state())
             writer.write_shard(shard_name(block.index), state)
@@ -126,8 +128,7 @@ def _result(
     changed = set()
     for index in range(before.layers):
         for reader, levels in readers(before, index, job.shape):
-            # Nothing has been done yet to what the first attention reads.
-            stream = job.parent and (index or reader.role != "o")
+            stream = job.parent and _lacks(job, before, index, reader)
             if job.refits and (levels or (stream and paired(before, reader.expert))):
                 changed.add(reader.tensor)
             if job.refits_bias and levels and f"{reader.name}.bias" in shapes:
@@ -155,23 +156,43 @@ def size_notes(before: Architecture, after: Architecture) -> dict[str, float]:
 
 def _walks(job: Job, checkpoint: Path, context: StageContext) -> list[BlockWalk]:
     """The model that is pruned and, if asked for, its parent; they share the memory."""
-    scratch = [context.scratch, context.scratch / "parent"][: 1 + job.parent]
+    models = [(checkpoint, context.scratch)]
+    if job.parent:
+        models.append((job.parent, context.scratch / "parent"))
     return [
         BlockWalk(
-            checkpoint,
+            model,
             job.batches,
             device=context.device,
             dtype=context.dtype,
             scratch=folder,
-            memory_budget=context.activation_budget // len(scratch),
+            memory_budget=context.activation_budget // len(models),
         )
-        for folder in scratch
+        for model, folder in models
     ]
 
 
-def _lockstep(walks: Sequence[BlockWalk], start: int) -> Iterator[tuple[Block, Block | None]]:
-    originals: Iterator[Block | None] = walks[1].blocks(start) if walks[1:] else repeat(None)
-    return zip(walks[0].blocks(start), originals, strict=False)
+def _lockstep(
+    job: Job, walks: Sequence[BlockWalk], start: int
+) -> Iterator[tuple[Block, Block | None]]:
+    """Every block with the parent's; those that the model has no longer are only walked through."""
+    if len(walks) == 1:
+        yield from ((block, None) for block in walks[0].blocks(start))
+        return
+    layers = job.layers or range(walks[1].architecture.layers)
+    originals = walks[1].blocks(layers[start - 1] + 1 if start else 0)
+    for block in walks[0].blocks(start):
+        yield block, next(other for other in originals if other.index == layers[block.index])
+
+
+def _lacks(job: Job, architecture: Architecture, index: int, reader: Matrix) -> bool:
+    """Whether anything that went has changed the stream before a reader."""
+    now = shape_of(architecture)
+    heads = (now.heads, now.kv_heads) != (job.shape.heads, job.shape.kv_heads)
+    if index > 0 and (heads or now.channels != job.shape.channels):
+        return True
+    earlier = bool(job.layers) and (job.layers or ())[index] > index
+    return earlier or (reader.role != "o" and heads)
 
 
 # ---------------------------------------------------------------------- what goes where
@@ -216,7 +237,11 @@ def _prune_block(
             Place(block, block.matrix(info.name), levels)
             for info, levels in half
             if levels
-            or (original and paired(architecture, info.expert) and (block.index or onward))
+            or (
+                original
+                and paired(architecture, info.expert)
+                and _lacks(job, architecture, block.index, info)
+            )
         ]
         measured: dict[str, Inputs] = {}
         if job.batches and places:

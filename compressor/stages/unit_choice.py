@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from compressor.model.architecture import Architecture, Matrix
 from compressor.model.load import load_model
+from compressor.numerics.hessian import shrink
 from compressor.numerics.pruning import (
     best_columns,
     flap_scores,
@@ -55,11 +56,12 @@ def scored(score: Score, *, bias: bool = False) -> Choose:
     return choose
 
 
-def compensated(damping: float, propagate: float) -> Choose:
+def compensated(damping: float, shrinkage: float, propagate: float) -> Choose:
     """Remove what costs least to make up for, and make up for it (OBS).
 
     Args:
         damping: ridge, as a share of the mean of H's diagonal.
+        shrinkage: share by which correlations between inputs are scaled down before.
         propagate: share of the residual stream's error that readers aim to undo.
     """
 
@@ -68,7 +70,8 @@ def compensated(damping: float, propagate: float) -> Choose:
         if inputs is None:
             columns = best_columns(weight.square().sum(0), place.levels)
             return Choice(columns, weight[:, columns], weight, fallback=_UNREACHED)
-        target, moment = weight.double(), ridged(inputs.hessian, damping)
+        target = weight.double()
+        moment = ridged(shrink(inputs.hessian, shrinkage), damping)
         if inputs.drift is not None and propagate:
             target = shifted(target, moment, propagate * inputs.drift.double())
         columns = obs_columns(target, moment, place.levels)

@@ -192,7 +192,9 @@ def _lack_between(
     place: Place, original: Block, batch: int, factor: float, inputs: Tensor
 ) -> Tensor:
     """What the stream lacks behind attention, [valid tokens, hidden]."""
-    block, group = place.block, place.reader.info.input_group
+    block = place.block
+    # The parent's block may have another number, where blocks before it are gone.
+    group = next(m.info.input_group for m in original.matrices if m.info.role == "o")
     parents: dict[str, tuple[Tensor, Tensor]] = {}
     original.capture(_into(parents), [group], [batch])
     before = block.valid(batch, original.inputs[batch]) - block.valid(batch, block.inputs[batch])

@@ -1,0 +1,235 @@
+"""Drop blocks and narrow the others in one stage; try several sizes and keep the best.
+
+What a trial found is on disk before the next one begins, so that an interrupted search goes on with
+the next mix, and the final pass at its next block.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compressor.calibration import build_development
+from compressor.formats.atomic import atomic_write_json
+from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
+from compressor.model.load import load_tokenizer
+from compressor.model.shape import Shape, resized, shape_of
+from compressor.model.walk import BlockWalk
+from compressor.stages.context import StageContext
+from compressor.stages.depth import greedy, one_shot, spread_rows, write_layers
+from compressor.stages.prune_depth import PruneDepth
+from compressor.stages.pruning import Job, prune_widths, size_notes
+from compressor.stages.unit_choice import compensated
+from compressor.types import StageResult, TokenBatch
+
+if TYPE_CHECKING:
+    from compressor.stages.prune_search import PruneSearch
+
+_HELD = 2  # windows of every domain that a mix is judged on
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A size with the blocks that stay for it.
+
+    Attributes:
+        shape: sizes that are left.
+        layers: the parent's blocks that stay, ascending.
+        damping, shrinkage, propagate: of the least squares; see `prune.obs`.
+        weights: of domains in second moments; None counts tokens.
+    """
+
+    shape: Shape
+    layers: tuple[int, ...]
+    damping: float
+    shrinkage: float
+    propagate: float
+    weights: Mapping[str, float] | None = None
+
+
+def search(
+    stage: PruneSearch, checkpoint: Path, batches: Sequence[TokenBatch], context: StageContext
+) -> StageResult:
+    """Try every mix of the stage on some of the text, and do the best on all of it.
+
+    Args:
+        stage: says which mixes, and what decides.
+        checkpoint: the parent, a plain Hugging Face directory.
+        batches: calibration tokens.
+        context: where to work and whom to tell.
+    """
+    architecture = Architecture.from_config(read_config(checkpoint))
+    shapes = stage.mixes(architecture)
+    order = _dropping_order(stage, shapes, checkpoint, batches, context)
+    mixes = [
+        Mix(
+            shape,
+            tuple(
+                sorted(
+                    set(range(architecture.layers))
+                    - set(order[: architecture.layers - shape.layers])
+                )
+            ),
+            stage.damping,
+            stage.shrinkage,
+            stage.propagate,
+        )
+        for shape in shapes
+    ]
+    found = _tried(stage, mixes, checkpoint, batches, context)
+    scores = [_score(stage, distances) for distances in found]
+    best = min(range(len(mixes)), key=lambda number: (scores[number], number))
+    result = prune_mix(mixes[best], checkpoint, batches, context)
+    tried = (
+        f"{s.layers} blocks, {s.heads}/{s.kv_heads} heads, {s.channels} channels" for s in shapes
+    )
+    notes = {f"held-out KL, {mix}": score for mix, score in zip(tried, scores, strict=True)}
+    return replace(result, notes=result.notes | notes)
+
+
+def _score(stage: PruneSearch, distances: Mapping[str, float]) -> float:
+    values = list(distances.values())
+    return max(values) if stage.objective == "worst" else sum(values) / len(values)
+
+
+def _dropping_order(
+    stage: PruneSearch,
+    shapes: Sequence[Shape],
+    checkpoint: Path,
+    batches: Sequence[TokenBatch],
+    context: StageContext,
+) -> list[int]:
+    """The blocks that go first to last, as many as any mix loses."""
+    layers = Architecture.from_config(read_config(checkpoint)).layers
+    most = layers - min(shape.layers for shape in shapes)
+    if not most:
+        return []
+    choose = greedy if stage.order == "greedy" else one_shot
+    return choose(PruneDepth(layers=layers - most), most, checkpoint, batches, context).blocks
+
+
+def _tried(
+    stage: PruneSearch,
+    mixes: Sequence[Mix],
+    checkpoint: Path,
+    batches: Sequence[TokenBatch],
+    context: StageContext,
+) -> list[dict[str, float]]:
+    """KL to the parent in nats per token by domain, for every mix; none is tried where one is."""
+    if len(mixes) == 1:
+        return [{"": 0.0}]
+    progress = context.scratch / "trials.json"
+    found: list[dict[str, float]] = json.loads(progress.read_text()) if progress.is_file() else []
+    rows = spread_rows(batches, stage.trial_tokens)
+    with context.observer.task("trying mixes", len(mixes)) as task:
+        task.advance(len(found))
+        held = Held(checkpoint, context)
+        for mix in mixes[len(found) :]:
+            folder = context.scratch / "trial"
+            shutil.rmtree(folder, ignore_errors=True)
+            trial = replace(
+                context,
+                folder=folder / "checkpoint",
+                scratch=folder / "scratch",
+                finished=(),
+                block_done=lambda _: None,
+            )
+            result = prune_mix(mix, checkpoint, rows, trial)
+            found.append(held.distances(result.checkpoint))
+            shutil.rmtree(folder)
+            atomic_write_json(progress, found)
+            task.advance()
+    return found
+
+
+def prune_mix(
+    mix: Mix, checkpoint: Path, batches: Sequence[TokenBatch], context: StageContext
+) -> StageResult:
+    """Drop the blocks of a mix and narrow the others.
+
+    Args:
+        mix: what stays.
+        checkpoint: the parent.
+        batches: calibration tokens.
+        context: where to work and whom to tell.
+    """
+    architecture = Architecture.from_config(read_config(checkpoint))
+    whole = len(mix.layers) == architecture.layers
+    shallow, shorter = checkpoint, None
+    if not whole:
+        shape = replace(shape_of(architecture), layers=len(mix.layers))
+        shallow = context.scratch / "shallow"
+        inner = replace(context, folder=shallow, finished=(), block_done=lambda _: None)
+        shorter = write_layers(checkpoint, architecture, shape, mix.layers, inner, {})
+    parent = checkpoint if mix.propagate > 0 and architecture.prenorm else None
+    job = Job(
+        mix.shape,
+        compensated(mix.damping, mix.shrinkage, mix.propagate),
+        batches,
+        refits=True,
+        parent=parent,
+        layers=None if whole else mix.layers,
+        domain_weights=mix.weights,
+    )
+    result = prune_widths(job, shallow, context)
+    if shorter is None:
+        return result
+    notes = size_notes(architecture, resized(architecture, mix.shape))
+    gone = sorted(set(range(architecture.layers)) - set(mix.layers))
+    notes |= {f"block dropped, {number}": float(block) for number, block in enumerate(gone, 1)}
+    return replace(result, removed=shorter.removed, renamed=shorter.renamed, notes=notes)
+
+
+class Held:
+    """Development text, and what the parent predicts on it.
+
+    Args:
+        checkpoint: the parent.
+        context: device, precision and scratch folder.
+    """
+
+    def __init__(self, checkpoint: Path, context: StageContext) -> None:
+        self._context = context
+        longest = Architecture.from_config(read_config(checkpoint)).max_positions
+        self.batches = [
+            TokenBatch(batch.input_ids[:_HELD], batch.mask[:_HELD], batch.domains[:_HELD])
+            for batch in build_development(load_tokenizer(checkpoint), longest=longest)
+        ]
+        self._parent, self._states = self._run(checkpoint)
+
+    def distances(self, checkpoint: Path) -> dict[str, float]:
+        """KL to the parent in nats per token, by domain."""
+        walk, states = self._run(checkpoint)
+        found = {}
+        for batch, expected, other in zip(self.batches, self._states, states, strict=True):
+            total = 0.0
+            for row, valid in enumerate(batch.mask):
+                p = torch.log_softmax(
+                    self._parent.logits(expected[row : row + 1, valid]).double(), -1
+                )
+                q = torch.log_softmax(walk.logits(other[row : row + 1, valid]).double(), -1)
+                total += float((p.exp() * (p - q)).sum())
+            found[batch.domains[0]] = total / int(batch.mask.sum())
+        return found
+
+    def _run(self, checkpoint: Path) -> tuple[BlockWalk, list[Tensor]]:
+        """The model, and what enters its head."""
+        walk = BlockWalk(
+            checkpoint,
+            self.batches,
+            device=self._context.device,
+            dtype=torch.float32,
+            scratch=self._context.scratch / "held",
+            memory_budget=self._context.activation_budget,
+        )
+        for block in walk.blocks():
+            block.forward()
+        return walk, list(walk.final_hidden())

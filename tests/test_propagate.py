@@ -160,6 +160,30 @@ def test_routed_experts_keep_their_own_target(tmp_path: Path) -> None:
     assert all(torch.isfinite(value.float()).all() for value in weights.values())
 
 
+def test_experts_are_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four passes instead of two for every expert, and the same bytes."""
+    from compressor.stages import rounding
+
+    build("mixtral", torch.bfloat16).save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 96, (4, 16), generator=torch.Generator().manual_seed(0))
+    batches = (TokenBatch(ids, torch.ones(4, 16, dtype=torch.bool), ("prose",) * 4),)
+    text = CalibrationSet(batches, (), {"prose": 64}, "")
+    waves: list[int] = []
+    measure = rounding._measure
+    monkeypatch.setattr(
+        rounding, "_measure", lambda *args: (waves.append(len(args[-1])), measure(*args))[1]
+    )
+    written = []
+    for room, expected in ((1 << 30, [1, 1, 3, 3]), (1, [1] * 8)):
+        monkeypatch.setattr(rounding, "_MOMENTS_AT_ONCE", room)
+        folder = tmp_path / str(room)
+        outcome = stage(bits=4, group_size=16).run(tmp_path / "model", text, context(folder))
+        assert waves == expected * 2
+        waves.clear()
+        written.append(checkpoint_bytes(outcome))
+    assert written[0] == written[1]
+
+
 KILLS: dict[str, tuple[Any, ...]] = {
     "the parent's activations are on disk, the rounded model's not": (
         at_rename, "/reference/inputs-00002/activations.json", "after"),

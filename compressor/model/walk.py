@@ -219,7 +219,8 @@ class BlockWalk:
         """After the last block: per batch what enters the head, [batch, length, width]."""
         for hidden, batch in zip(self._inputs, self.batches, strict=True):
             with torch.no_grad():
-                yield self._skeleton.finish(hidden, batch.mask)
+                finished = self._skeleton.finish(hidden, batch.mask)
+            yield finished  # outside: who reads two models in turn would end without gradients
 
     def finish(self, batch: int, hidden: Tensor) -> Tensor:
         """What would enter the head, [batch, length, width], for other outputs of the blocks."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +39,7 @@ from compressor.types import (
     WeightScheme,
 )
 
+_MOMENTS_AT_ONCE = 1 << 30
 _ON_GRID = ("its weights lie on the grid already", "they stay as they are")
 
 
@@ -255,12 +256,38 @@ def chosen_groups(
     return groups
 
 
-def _waves(groups: Collection[str], sublayers: bool) -> Iterator[list[str]]:
-    """Input groups measured together: all at once, or each after the ones before were rounded."""
-    if sublayers:
-        yield from ([name] for name in groups)
-    else:
+def _waves(groups: Mapping[str, Sequence[BlockMatrix]], sublayers: bool) -> Iterator[list[str]]:
+    """Input groups measured together: all at once, or each after the ones before were rounded.
+
+    Experts do not feed each other: their inputs go together, and after them what enters their
+    down matrices, as many as memory for moments allows.
+    """
+    if not sublayers:
         yield list(groups)
+        return
+    expert = {name: members[0].info.expert for name, members in groups.items()}
+    for routed, run in groupby(groups, lambda name: expert[name] is not None):
+        if not routed:
+            yield from ([name] for name in run)
+            continue
+        for _, side in groupby(sorted(run, key=_is_inner), _is_inner):
+            yield from _bounded(side, {name: groups[name][0].info.shape[1] for name in groups})
+
+
+def _is_inner(group: str) -> bool:
+    """Whether an expert's group is what enters its down matrix."""
+    return group.endswith(".out")
+
+
+def _bounded(names: Iterable[str], widths: Mapping[str, int]) -> Iterator[list[str]]:
+    """Cut into lists whose fp32 moments [in, in] take `_MOMENTS_AT_ONCE` bytes at most."""
+    wave: list[str] = []
+    for name in names:
+        if wave and 4 * sum(widths[other] ** 2 for other in [*wave, name]) > _MOMENTS_AT_ONCE:
+            yield wave
+            wave = []
+        wave.append(name)
+    yield wave
 
 
 class _Measured:

@@ -127,6 +127,7 @@ def test_a_full_budget_runs_anew(checkpoints: Checkpoints, tmp_path: Path) -> No
     block = next(walk.blocks())
     block.capture(lambda *_: None, ["model.layers.0.attention.in"])
     assert list(block._standing) == [0]
+    assert torch.is_grad_enabled()  # what stands still has its own state
 
 
 def test_a_passage_stands_goes_on_and_unwinds() -> None:

@@ -203,7 +203,9 @@ def test_capture_goes_onward(variant: str, checkpoints: Checkpoints, tmp_path: P
     for _ in plain.blocks():
         pass
     for ours, expected in zip(kept.final_hidden(), plain.final_hidden(), strict=True):
+        assert torch.is_grad_enabled()
         assert torch.equal(ours, expected)
+    assert torch.is_grad_enabled()
 
 
 def test_capture_goes_onward_in_order_only(checkpoints: Checkpoints, tmp_path: Path) -> None:

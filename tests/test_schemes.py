@@ -17,7 +17,7 @@ from compressor.journal import Journal
 from compressor.model.architecture import SERVING, Architecture, serving_config
 from compressor.model.load import load_model, read_config
 from compressor.model.walk import BlockWalk
-from compressor.numerics.activations import round_per_token
+from compressor.numerics.activations import round_inputs
 from compressor.plan import Plan, make_plan
 from compressor.recipe import load_recipe
 from compressor.types import ACTIVATIONS, TokenBatch
@@ -140,7 +140,7 @@ def test_moments_are_those_of_rounded_inputs(tmp_path: Path) -> None:
         block = next(walk.blocks())
         group = block.matrix(name).info.input_group
         block.capture(lambda _, inputs, __: seen.append(inputs.clone()), [group])
-    assert torch.equal(round_per_token(seen[0], scheme), seen[1])
+    assert torch.equal(round_inputs(seen[0], scheme), seen[1])
     assert not torch.equal(seen[0], seen[1])
 
 

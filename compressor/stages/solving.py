@@ -101,14 +101,13 @@ def _solve_rows(
     solved = gptq(
         stacked, factor, scheme, grid, sweeps=options.sweeps, block_size=options.block_size
     ).quantized
-    ends = list(accumulate(len(weight) for weight in weights))
-    return [_rows(solved, slice(start, end)) for start, end in pairwise([0, *ends])]
+    return _apart(solved, weights)
 
 
-def _rows(stacked: QTensor, rows: slice) -> QTensor:
-    zero_point = None if stacked.zero_point is None else stacked.zero_point[rows].contiguous()
-    codes, scale = stacked.codes[rows].contiguous(), stacked.scale[rows].contiguous()
-    return QTensor(codes, scale, zero_point, stacked.scheme)
+def _apart(stacked: QTensor, weights: Sequence[Tensor]) -> list[QTensor]:
+    """The matrices that were rounded as one."""
+    ends = accumulate(len(weight) for weight in weights)
+    return [stacked.rows(start, end) for start, end in pairwise([0, *ends])]
 
 
 def _fallback(factor: HessianFactor, damping: float) -> tuple[str, str] | None:

@@ -168,7 +168,8 @@ class QTensor:
         shared = self.scheme.rows
         scale = self.scale[start // shared : stop // shared].contiguous()
         codes = self.codes[start:stop].contiguous()
-        return replace(self, codes=codes, scale=scale, zero_point=zero_point)
+        divisor = None if self.divisor is None else self.divisor.clone()  # parts share no memory
+        return replace(self, codes=codes, scale=scale, zero_point=zero_point, divisor=divisor)
 
 
 def step_sizes(scale: Tensor, divisor: Tensor | None, scheme: WeightScheme) -> Tensor:

@@ -236,7 +236,7 @@ def test_fp4_is_planned(tmp_path: Path, weights: str, label: str, bits: float) -
             "which no override can change",
             "`ignore`",
         ),
-        (floats("nvfp4").replace("rtn", "autoround"), "rounds to integers", "quantize.gptq"),
+        (floats("nvfp4").replace("rtn", "autoround"), "plain integer grids", "quantize.gptq"),
         (floats("fp8") + "export: [{format: gptq}]\n", "gptq holds integer codes", ""),
     ],
 )

@@ -32,8 +32,6 @@ class QuantizeAutoround(RounderConfig):
 
     runs_parent: ClassVar[bool] = True
 
-    rounds_floats: ClassVar[bool] = False
-
     method: Literal["quantize.autoround"] = "quantize.autoround"
     grid: Literal["minmax", "mse"] = option(
         "mse",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
@@ -28,9 +28,6 @@ __all__ = ["GroupSize", "RounderConfig"]
 
 class RounderConfig(StageConfig):
     """Options common to the methods that round weights to integer codes."""
-
-    rounds_floats: ClassVar[bool] = True
-    """Whether the method knows grids of floats."""
 
     weights: Literal["int", "fp8", "fp8-block", "mxfp4", "nvfp4"] = option(
         "int",
@@ -199,7 +196,6 @@ class RounderConfig(StageConfig):
         self._check_allotment(architecture, schemes, problems)
         _check_rounded_once(chosen, problems)
         if self.weights in FORMATS:
-            self._check_method(problems)
             for problem in format_problems(self.weights, dict(self), architecture, chosen):
                 problems(*problem)
         else:
@@ -209,11 +205,6 @@ class RounderConfig(StageConfig):
             names = [name for name, own in schemes.items() if own == scheme]
             architecture = architecture.with_scheme(names, scheme)
         return architecture.with_activations(self.rounded_inputs(architecture))
-
-    def _check_method(self, problems: ReportProblem) -> None:
-        if not self.rounds_floats:
-            message = f"{self.method} rounds to integers, not to {self.weights}"
-            problems("weights", message, "use quantize.gptq or quantize.rtn for float formats")
 
     def _check_activations(self, chosen: Sequence[Matrix], problems: ReportProblem) -> None:
         allowed = ("none", *inputs_of(self.weights))

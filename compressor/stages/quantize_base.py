@@ -290,7 +290,7 @@ class RounderConfig(StageConfig):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             message = f"allocate.bits chose a grid for {left[0]}{more}, and this stage leaves it"
             problems("targets", message, "write the `targets` and `ignore` of allocate.bits here")
-        for name in ("bits", "group_size", "symmetry") if allotted else ():
+        for name in ("weights", "bits", "group_size", "symmetry") if allotted else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 message = "allocate.bits chooses the grid of every matrix, so this has no effect"
                 problems(name, message, f"remove `{name}` here, or give choices in allocate.bits")

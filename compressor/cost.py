@@ -15,7 +15,7 @@ from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
 from compressor.formats.exchange import matrix_bytes
 from compressor.formats.sizes import STORED, PackedSize, Role, bits_per_weight, packed_bytes
-from compressor.formats.support import format_of
+from compressor.formats.support import LAYOUTS, format_of
 from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.text import shards
 from compressor.types import WeightScheme
@@ -72,7 +72,7 @@ def role_bytes(architecture: Architecture, form: Container = "auto") -> dict[Rol
 def _matrix_bytes(
     matrix: Matrix, scheme: WeightScheme, architecture: Architecture, form: Container
 ) -> PackedSize:
-    if form in ("auto", "pack-quantized", "int-quantized"):
+    if form in LAYOUTS:
         layout = format_of(scheme, matrix.activations, form)
         return packed_bytes(matrix.shape, scheme, STORED[architecture.dtype], layout)
     return matrix_bytes(matrix.shape, scheme, form)

@@ -6,7 +6,7 @@ Torch is imported for annotations only, so that the command line starts without 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Symmetry = Literal["symmetric", "full_range", "asymmetric"]
+Number = Literal["int", "float"]
+Scales = Literal["dense", "e8m0", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,36 @@ class Problem:
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """An integer grid for a weight matrix of shape [out, in].
+    """A grid for a weight matrix of shape [out, in].
 
     Attributes:
-        bits: width of one code, 2 to 8.
+        bits: width of one code: 2 to 8 for integers, 4 (e2m1) or 8 (e4m3) for floats.
         group_size: inputs that share one scale; None means one scale per output channel.
         symmetry: `symmetric` (scale > 0, no zero-point), `full_range` (the scale is signed so
             that the element of largest magnitude lands on -2^(bits-1)), or `asymmetric`.
+        number: what a code stands for before it is scaled: itself, or a floating-point number.
+        scales: how scales are stored: `dense`, like the weights they replace; `e8m0`, powers of
+            two; `e4m3`, 8-bit floats that one fp32 number for the whole matrix divides.
+        rows: output channels that share one scale.
     """
 
     bits: int
     group_size: int | None
     symmetry: Symmetry = "symmetric"
+    number: Number = "int"
+    scales: Scales = "dense"
+    rows: int = 1
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code; signed for every symmetry, as compressed-tensors has it."""
+        """Smallest and largest code; signed for every symmetry, as compressed-tensors has it.
+
+        A float's code is the bit pattern of its magnitude under its sign, so that codes are in the
+        order of what they stand for: e2m1 ends at 6 (code 7), e4m3 at 448 (code 126).
+        """
+        if self.number == "float":
+            largest = (1 << (self.bits - 1)) - (1 if self.bits == 4 else 2)  # e4m3 ends in a NaN
+            return -largest, largest
         return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
 
     def groups(self, in_features: int) -> int:
@@ -62,57 +78,104 @@ class WeightScheme:
 class ActivationScheme:
     """How the inputs of a matrix are rounded while the model runs.
 
-    Every token has one scale, which its own largest magnitude decides ("dynamic"), and no
-    zero-point; nothing is calibrated and nothing stored.
+    Every token has one scale, or one for each group of inputs, which its own largest magnitude
+    decides ("dynamic"), and no zero-point; nothing is calibrated and nothing stored.
 
     Attributes:
-        number: what the inputs become: integers or floating-point numbers.
+        number: what the inputs become: integers or floats (e4m3).
         bits: width of one of them.
+        group_size: inputs of a token that share one scale; None for all of them.
     """
 
-    number: Literal["int", "float"]
+    number: Number
     bits: int
+    group_size: int | None = None
 
     @property
     def name(self) -> str:
-        """As recipes write it, such as `int8`."""
-        return f"{'int' if self.number == 'int' else 'fp'}{self.bits}"
+        """Such as `int8` or `fp8-g128`."""
+        group = "" if self.group_size is None else f"-g{self.group_size}"
+        return f"{'int' if self.number == 'int' else 'fp'}{self.bits}{group}"
 
 
 ACTIVATIONS: Mapping[str, ActivationScheme] = {
-    scheme.name: scheme for scheme in (ActivationScheme("int", 8),)
+    scheme.name: scheme
+    for scheme in (
+        ActivationScheme("int", 8),
+        ActivationScheme("float", 8),
+        ActivationScheme("float", 8, 128),
+    )
 }
-"""Every rounding of inputs that exists, by its name in recipes."""
+"""Every rounding of inputs that exists, by name."""
+
+FLOATS: Mapping[int, tuple[int, int]] = {4: (1, 1), 8: (3, 7)}
+"""Bits of the mantissa and bias of the exponent, by width: e2m1 and e4m3 (OCP, 2023)."""
 
 
 @dataclass(frozen=True)
 class QTensor:
     """What a rounder produced for one matrix: weight = scale * (codes - zero_point).
 
+    Codes of a float grid stand for floats, which take the place of `codes - zero_point`.
+
     Attributes:
         codes: int8 [out, in], within `scheme.code_range`.
-        scale: [out, groups] in the dtype it is stored in (bf16, fp16 or fp32).
+        scale: [out / rows, groups] in the dtype of the dense weight (bf16, fp16 or fp32); what
+            the scheme stores in fewer bits is exact in it.
         zero_point: int8 [out, groups] within `scheme.code_range`, or None when symmetric.
         scheme: the grid.
+        divisor: fp32 [1], by which every scale is divided; None unless scales are `e4m3`.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: WeightScheme
+    divisor: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Dense weight [out, in] in the dtype of `scale`.
 
-        The arithmetic (subtract and multiply in the scale's dtype) is the one that
-        compressed-tensors performs at load, so that dense and packed checkpoints agree bit for bit.
+        The arithmetic (subtract and multiply in the scale's dtype, in fp32 if scales are divided)
+        is the one that compressed-tensors performs at load, so that dense and packed checkpoints
+        agree bit for bit.
         """
         out, in_features = self.codes.shape
-        groups = self.scale.shape[1]
-        codes = self.codes.to(self.scale.dtype).view(out, groups, in_features // groups)
+        scale = step_sizes(self.scale, self.divisor, self.scheme)
+        grouped = self.numbers().to(scale.dtype).view(out, scale.shape[1], -1)
         if self.zero_point is not None:
-            codes = codes - self.zero_point.to(self.scale.dtype).unsqueeze(-1)
-        return (codes * self.scale.unsqueeze(-1)).view(out, in_features)
+            grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
+        return (grouped * scale.unsqueeze(-1)).view(out, in_features).to(self.scale.dtype)
+
+    def numbers(self) -> Tensor:
+        """What the codes [out, in] stand for before zero-point and scale: int8, or fp32."""
+        if self.scheme.number == "int":
+            return self.codes
+        mantissa_bits, bias = FLOATS[self.scheme.bits]
+        magnitude = self.codes.int().abs()
+        exponent = magnitude >> mantissa_bits
+        normal = exponent.clamp_max(1)  # exponent 0: subnormal, without the leading one
+        fraction = (magnitude & (1 << mantissa_bits) - 1) + (normal << mantissa_bits)
+        units = fraction << (exponent - normal)
+        return (units * self.codes.sign()).float() * 2.0 ** (1 - bias - mantissa_bits)
+
+    def rows(self, start: int, stop: int) -> QTensor:
+        """The part that belongs to output channels from `start` up to `stop`.
+
+        Both are multiples of the channels that share a scale.
+        """
+        zero_point = None if self.zero_point is None else self.zero_point[start:stop].contiguous()
+        shared = self.scheme.rows
+        scale = self.scale[start // shared : stop // shared].contiguous()
+        codes = self.codes[start:stop].contiguous()
+        divisor = None if self.divisor is None else self.divisor.clone()  # parts share no memory
+        return replace(self, codes=codes, scale=scale, zero_point=zero_point, divisor=divisor)
+
+
+def step_sizes(scale: Tensor, divisor: Tensor | None, scheme: WeightScheme) -> Tensor:
+    """What numbers are multiplied with, [out, groups], from scales as they are stored."""
+    divided = scale if divisor is None else scale.float() / divisor
+    return divided if scheme.rows == 1 else divided.repeat_interleave(scheme.rows, 0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from compressor.journal import Journal
 from compressor.model.architecture import SERVING, Architecture, serving_config
 from compressor.model.load import load_model, read_config
 from compressor.model.walk import BlockWalk
-from compressor.numerics.activations import round_per_token
+from compressor.numerics.activations import round_inputs
 from compressor.plan import Plan, make_plan
 from compressor.recipe import load_recipe
 from compressor.types import ACTIVATIONS, TokenBatch
@@ -140,7 +140,7 @@ def test_moments_are_those_of_rounded_inputs(tmp_path: Path) -> None:
         block = next(walk.blocks())
         group = block.matrix(name).info.input_group
         block.capture(lambda _, inputs, __: seen.append(inputs.clone()), [group])
-    assert torch.equal(round_per_token(seen[0], scheme), seen[1])
+    assert torch.equal(round_inputs(seen[0], scheme), seen[1])
     assert not torch.equal(seen[0], seen[1])
 
 
@@ -185,6 +185,73 @@ def test_engines_multiply_int8_by_int8(tmp_path: Path, engine: str) -> None:
 
 
 def test_the_plan_says_that_inputs_are_rounded(tmp_path: Path) -> None:
-    (remark,) = plan(tmp_path, W8A8).stages[0].remarks
-    assert "28 matrices" in remark
-    assert "int8" in remark
+    for stages in (W8A8, W8A8.replace("rtn", "gptq")):
+        (remark,) = plan(tmp_path, stages).stages[0].remarks
+        assert "28 matrices" in remark
+        assert "int8" in remark
+
+
+# ---------------------------------------------------------------------- float formats
+
+
+def floats(weights: str, more: str = "") -> str:
+    return f"  - {{method: quantize.rtn, weights: {weights}{more}}}\n"
+
+
+def test_fp8_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
+    fp8 = ran(tmp_path, floats("fp8", ", activations: fp8"))
+    made = plan(tmp_path, floats("fp8", ", activations: fp8"))
+    assert fp8.exported["max_logit_difference"] == 0
+    assert fp8.outcome.report.variants[1].label == "RTN FP8A8 channel"
+    size = fp8.outcome.report.variants[1].size
+    assert made.stages[0].by_role == size.by_role.model_dump()
+    assert size.bits_linear == pytest.approx(made.stages[0].bits_linear)
+    # The lock spells out what the format fixed, and is itself a recipe.
+    lock = load_recipe(fp8.folder / "recipe.lock.yaml")
+    options = lock.stages[0].model_dump()
+    assert (options["bits"], options["group_size"]) == (8, "channel")
+
+
+@pytest.mark.parametrize(
+    ("weights", "label", "bits"), [("mxfp4", "RTN MXFP4", 4.25), ("nvfp4", "RTN NVFP4", 4.5)]
+)
+def test_fp4_is_planned(tmp_path: Path, weights: str, label: str, bits: float) -> None:
+    made = plan(tmp_path, floats(weights))
+    assert made.stages[0].bits_linear == pytest.approx(bits, abs=0.01)
+    assert load_recipe(tmp_path / "recipe.yaml").stages[0].label == label
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "hint"),
+    [
+        (floats("mxfp4", ", bits: 8"), "mxfp4 has bits 4, not 8", "leave `bits` out"),
+        (floats("nvfp4", ", group_size: 64"), "nvfp4 has group_size 16", "`weights: int`"),
+        (floats("mxfp4", ", symmetry: asymmetric"), "symmetry symmetric", "leave `symmetry` out"),
+        (floats("mxfp4", ", activations: fp8"), "engines do not multiply", "mxfp4 weights: none"),
+        (floats("fp8", ", activations: int8"), "engines do not multiply", "none, fp8"),
+        (floats("int", ", activations: fp8"), "engines do not multiply", "none, int8"),
+        (floats("fp8-block"), "blocks of 128 x 128 do not divide", "`weights: fp8`"),
+        (
+            floats("fp8", ", overrides: [{pattern: down, bits: 4}]"),
+            "which no override can change",
+            "`ignore`",
+        ),
+        (floats("nvfp4").replace("rtn", "autoround"), "plain integer grids", "quantize.gptq"),
+        (floats("fp8") + "export: [{format: gptq}]\n", "gptq holds integer codes", ""),
+    ],
+)
+def test_what_a_float_format_fixes(tmp_path: Path, stage: str, words: str, hint: str) -> None:
+    if "int" in stage:
+        stage = stage.replace("weights: int", "weights: int, group_size: 64")
+    told = refused(tmp_path, stage)
+    assert words in told
+    assert hint in told
+
+
+def test_fp4_wants_a_model_in_bf16(tmp_path: Path) -> None:
+    assert "bfloat16" in refused(tmp_path, floats("nvfp4"), TINY | {"dtype": "float32"})
+    assert plan(tmp_path, floats("fp8"), TINY | {"dtype": "float32"})
+
+
+def test_experts_keep_integers(tmp_path: Path) -> None:
+    assert "integer codes only" in refused(tmp_path, floats("fp8"), MIXTRAL)

@@ -14,7 +14,18 @@ from typing import Literal
 
 from compressor.types import ACTIVATIONS, Symmetry
 
-Container = Literal["dense", "auto", "pack-quantized", "int-quantized", "gptq", "awq", "gguf"]
+Container = Literal[
+    "dense",
+    "auto",
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized",
+    "gptq",
+    "awq",
+    "gguf",
+]
 
 _ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
 _SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
@@ -81,6 +92,9 @@ CONTAINERS: Mapping[Container, str] = {
     "dense": "ordinary weights, for any program (format dense)",
     "pack-quantized": "codes of 2 to 8 bits packed into words (format compressed-tensors)",
     "int-quantized": "one byte a code: 8 bits by channel, or beside rounded inputs (same format)",
+    "float-quantized": "fp8 weights by channel or block of 128 x 128 (same format)",
+    "mxfp4-pack-quantized": "MXFP4: e2m1 in groups of 32 with powers of two (same format)",
+    "nvfp4-pack-quantized": "NVFP4: e2m1 in groups of 16 with fp8 scales (same format)",
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
     "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
@@ -94,6 +108,7 @@ _ROUND = Limits(
     evidence="run",
 )
 _BYTES = Limits(inputs=frozenset(("int8",)))
+_FP8 = Limits(inputs=frozenset(("fp8", "fp8-g128")))
 _DENSE = Limits(embeddings=True, mixed_fused=True)
 _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
@@ -107,6 +122,9 @@ ENGINES: Mapping[str, Engine] = {
             "dense": _ROUND,
             "pack-quantized": _ROUND,
             "int-quantized": _ROUND,
+            "float-quantized": _ROUND,
+            "mxfp4-pack-quantized": _ROUND,
+            "nvfp4-pack-quantized": _ROUND,
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, needs=_GPTQMODEL),
             "awq": Limits(_FOUR, multiple=8, mixed_fused=True, needs="gptqmodel"),
         },
@@ -118,6 +136,9 @@ ENGINES: Mapping[str, Engine] = {
             "dense": _DENSE,
             "pack-quantized": Limits(),
             "int-quantized": _BYTES,
+            "float-quantized": _FP8,
+            "mxfp4-pack-quantized": Limits(),
+            "nvfp4-pack-quantized": Limits(),
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
         },
@@ -140,6 +161,7 @@ ENGINES: Mapping[str, Engine] = {
             "dense": _DENSE,
             "pack-quantized": Limits(frozenset((4, 8)), _SYMMETRIC),
             "int-quantized": _BYTES,
+            "float-quantized": _FP8,
             "gptq": Limits(_GPTQ_WIDTHS, _SYMMETRIC, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
         },

@@ -84,6 +84,8 @@ def write_codes(path: Path, codes: Mapping[str, QTensor]) -> None:
         tensors[f"{module}.scale"] = quantized.scale
         if quantized.zero_point is not None:
             tensors[f"{module}.zero_point"] = quantized.zero_point
+        if quantized.divisor is not None:
+            tensors[f"{module}.divisor"] = quantized.divisor
         schemes[module] = {**asdict(quantized.scheme), "in_features": quantized.codes.shape[1]}
     save_tensors(path, tensors, {_KEY: json.dumps(schemes, sort_keys=True)})
 
@@ -115,9 +117,12 @@ def _load(path: Path, module: str, entry: Mapping[str, object]) -> QTensor:
             packed = handle.get_tensor(f"{module}.codes")
             scale = handle.get_tensor(f"{module}.scale")
             zero_point = handle.get_tensor(f"{module}.zero_point") if asymmetric else None
+            divided = scheme.scales == "e4m3"
+            divisor = handle.get_tensor(f"{module}.divisor") if divided else None
     except SafetensorError as error:
         raise ModelError(f"cannot read the codes of {module} from {path}: {error}") from error
-    return QTensor(unpack_bytes(packed, scheme.bits, in_features), scale, zero_point, scheme)
+    codes = unpack_bytes(packed, scheme.bits, in_features)
+    return QTensor(codes, scale, zero_point, scheme, divisor)
 
 
 class CodesReader(Mapping[str, QTensor]):

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.mx_utils import compress_mx_scale
+from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 from compressed_tensors.compressors.pack_quantized.helpers import (
     pack_to_int32,
     unpack_from_int32,
@@ -191,7 +193,12 @@ def compress(quantized: QTensor, form: Format = "pack-quantized") -> dict[str, T
             first, `weight_shape` int64 [2] and, if asymmetric, `weight_zero_point` int32
             [ceil(out·bits/32), groups]; int-quantized gives `weight` int8 [out, in] and
             `weight_zero_point` int8 [out, groups]. Both give `weight_scale` [out, groups].
+            float-quantized gives `weight` fp8 [out, in] and `weight_scale` [out / rows, groups];
+            the two of fp4 give `weight_packed` uint8 [out, in / 2], first code lowest, and
+            `weight_scale` of a byte, NVFP4 also `weight_global_scale` fp32 [1].
     """
+    if quantized.scheme.number == "float":
+        return _compress_floats(quantized)
     tensors = {"weight_scale": quantized.scale}
     zero_point, bits = quantized.zero_point, quantized.scheme.bits
     if form == "int-quantized":
@@ -204,10 +211,26 @@ def compress(quantized: QTensor, form: Format = "pack-quantized") -> dict[str, T
     return tensors
 
 
+def _compress_floats(quantized: QTensor) -> dict[str, Tensor]:
+    numbers, scale = quantized.numbers(), quantized.scale
+    if quantized.scheme.bits == 8:
+        return {"weight": numbers.to(torch.float8_e4m3fn), "weight_scale": scale}
+    packed = pack_fp4_to_uint8(numbers.bfloat16())
+    if quantized.divisor is None:
+        exponents = compress_mx_scale(scale.float(), torch.uint8)
+        return {"weight_packed": packed, "weight_scale": exponents}
+    return {
+        "weight_packed": packed,
+        "weight_scale": scale.to(torch.float8_e4m3fn),
+        "weight_global_scale": quantized.divisor,
+    }
+
+
 def decompress(
     tensors: Mapping[str, Tensor], scheme: WeightScheme, form: Format = "pack-quantized"
 ) -> Tensor:
     """Dense weight [out, in] that the library makes of stored tensors, in the scales' dtype."""
+    form = format_of(scheme, None, form)
     arguments = QuantizationScheme(targets=["Linear"], weights=_weight_arguments(scheme))
     compressor = BaseCompressor.get_value_from_registry(form)
     weight: Tensor = compressor.decompress(dict(tensors), arguments)["weight"]
@@ -315,6 +338,8 @@ def _exact_targets(modules: Sequence[str]) -> list[str]:
 
 
 def _weight_arguments(scheme: WeightScheme) -> QuantizationArgs:
+    if scheme.number == "float":
+        return _float_arguments(scheme)
     return QuantizationArgs(
         num_bits=scheme.bits,
         type="int",
@@ -324,9 +349,29 @@ def _weight_arguments(scheme: WeightScheme) -> QuantizationArgs:
     )
 
 
+def _float_arguments(scheme: WeightScheme) -> QuantizationArgs:
+    strategies = {"dense": "channel", "e8m0": "group", "e4m3": "tensor_group"}
+    strategy = strategies[scheme.scales] if scheme.rows == 1 else "block"
+    return QuantizationArgs(
+        num_bits=scheme.bits,
+        type="float",
+        strategy=strategy,
+        group_size=None if scheme.rows > 1 else scheme.group_size,
+        block_structure=[scheme.rows, scheme.group_size] if scheme.rows > 1 else None,
+        scale_dtype={"dense": None, "e8m0": torch.uint8, "e4m3": torch.float8_e4m3fn}[
+            scheme.scales
+        ],
+    )
+
+
 def _input_arguments(scheme: ActivationScheme) -> QuantizationArgs:
     return QuantizationArgs(
-        num_bits=scheme.bits, type=scheme.number, symmetric=True, strategy="token", dynamic=True
+        num_bits=scheme.bits,
+        type=scheme.number,
+        symmetric=True,
+        strategy="token" if scheme.group_size is None else "group",
+        group_size=scheme.group_size,
+        dynamic=True,
     )
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 from compressor.formats.capabilities import Container
 from compressor.formats.sizes import PackedSize
-from compressor.formats.support import Target, export_problems
+from compressor.formats.support import LAYOUTS, Target, export_problems
 from compressor.types import WeightScheme
 
 GGUF_BLOCK = 32  # inputs
@@ -55,12 +55,15 @@ def container_problems(
         container: other than `dense`, which holds anything.
         model_type: of the configuration.
     """
-    if container in ("auto", "pack-quantized", "int-quantized"):
+    if container in LAYOUTS:
         return export_problems(targets, container)
     if container == "dense":
         return []
     quantized = [(target, target.scheme) for target in targets if target.scheme is not None]
     rule = _RULES[container]
+    floats = [target for target, scheme in quantized if scheme.number == "float"]
+    if floats:
+        return [f"{floats[0].name} has a float grid, and {container} holds integer codes"]
     problems = [sentence for target, scheme in quantized for sentence in rule(target, scheme)]
     if container == "awq" and len(schemes := {scheme for _, scheme in quantized}) > 1:
         problems.append(f"AWQ has one grid for all matrices, and here there are {len(schemes)}")

@@ -37,6 +37,7 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
 _SUFFIX_ROLES: Mapping[str, Role] = {
     "weight_packed": "codes",
     "weight_scale": "scales",
+    "weight_global_scale": "scales",
     "weight_zero_point": "zero_points",
     "qweight": "codes",  # of GPTQ and AWQ, as are the next two
     "scales": "scales",
@@ -106,18 +107,31 @@ def packed_bytes(
         shape: [out, in].
         scheme: the grid; its group size divides `in`.
         scale_dtype: as safetensors names it.
-        form: int-quantized stores a byte per code and per zero-point, and no shape.
+        form: int-quantized stores a byte per code and per zero-point, and no shape. Float grids
+            have one layout each.
     """
     out, in_features = shape
     groups = scheme.groups(in_features)
     scales = out * groups * DTYPE_BITS[scale_dtype] // 8
     asymmetric = scheme.symmetry == "asymmetric"
+    if scheme.number == "float":
+        return _float_bytes(shape, scheme, scale_dtype)
     if form == "int-quantized":
         zeros = out * groups if asymmetric else 0
         return PackedSize(codes=out * in_features, scales=scales, zero_points=zeros, shape=0)
     zeros = _words(out, scheme.bits) * 4 * groups if asymmetric else 0
     codes = out * _words(in_features, scheme.bits) * 4
     return PackedSize(codes=codes, scales=scales, zero_points=zeros, shape=_SHAPE_BYTES)
+
+
+def _float_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_dtype: str) -> PackedSize:
+    """Two fp4 to a byte, or fp8; scales of a byte if they are not dense; a divisor in fp32."""
+    out, in_features = shape
+    width = DTYPE_BITS[scale_dtype] // 8 if scheme.scales == "dense" else 1
+    scales = out // scheme.rows * scheme.groups(in_features) * width
+    divisor = 4 if scheme.scales == "e4m3" else 0
+    codes = out * in_features * scheme.bits // 8
+    return PackedSize(codes=codes, scales=scales + divisor, zero_points=0, shape=0)
 
 
 def _words(elements: int, bits: int) -> int:
@@ -173,7 +187,7 @@ def _role(name: str, info: TensorInfo) -> Role:
         return "embeddings"
     if _HEAD.search(name):
         return "head"
-    if name.endswith(".weight") and info.dtype == "I8":
+    if name.endswith(".weight") and info.dtype in ("I8", "F8_E4M3"):
         return "codes"
     return _SUFFIX_ROLES.get(name.rpartition(".")[2], "rest")
 
@@ -199,6 +213,8 @@ def _linear_bits(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float
 
 def _weights(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> int:
     """Number of linear weights that a tensor stores; 0 for anything else."""
+    if name.endswith(".weight_packed") and info.dtype == "U8":
+        return 2 * info.elements  # fp4
     if name.endswith(".weight_packed"):
         shape = tensors[name.removesuffix("packed") + "shape"]
         with shape.file.open("rb") as stream:

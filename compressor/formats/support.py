@@ -10,6 +10,8 @@ models
   scheme for all matrices. *int-quantized* zero-points are not packed and load as is.
 - Quantized embeddings: likewise only through `dequantize`, tied or not.
 - Rounded inputs, beside symmetric weights of any layout: load as is.
+- Floats (fp8 by channel or block, MXFP4, NVFP4) in linear layers and heads: load as is. The two of
+  4 bits arrive as bf16 whatever the checkpoint is, so that it must be bf16.
 - Experts of a mixture: packed per expert under their names on disk, symmetric, one scheme for
   all; once anything is quantized, dense experts do not load, nor do int-quantized ones.
 - GPT-2's Conv1D stores [in, out], so groups along the last dimension run over outputs: refused.
@@ -19,15 +21,22 @@ The other containers have their rules in `exchange`; what engines load is in `ca
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from compressor.formats.capabilities import ENGINES, Container, Limits
-from compressor.types import ActivationScheme, WeightScheme
+from compressor.types import ActivationScheme, Scales, WeightScheme
 
-Format = Literal["pack-quantized", "int-quantized"]
+Format = Literal[
+    "pack-quantized",
+    "int-quantized",
+    "float-quantized",
+    "mxfp4-pack-quantized",
+    "nvfp4-pack-quantized",
+]
 Form = Literal["auto", Format]
+LAYOUTS: tuple[Form, ...] = ("auto", *get_args(Format))
 Kind = Literal["linear", "head", "embedding", "expert", "router", "conv1d"]
 
 
@@ -50,6 +59,11 @@ class Target:
     activations: ActivationScheme | None = None
 
 
+_FLOAT_LAYOUTS: Mapping[Scales, Format] = {
+    "dense": "float-quantized",
+    "e8m0": "mxfp4-pack-quantized",
+    "e4m3": "nvfp4-pack-quantized",
+}
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -58,8 +72,10 @@ def format_of(
 ) -> Format:
     """The layout of a matrix; `auto` is the one that engines load, packed where it may be.
 
-    Kernels that multiply int8 by int8 read weights of a byte each.
+    Kernels that multiply int8 by int8 read weights of a byte each. Floats have one layout each.
     """
+    if scheme.number == "float":
+        return _FLOAT_LAYOUTS[scheme.scales]
     if form != "auto":
         return form
     bytewise = activations is not None and scheme.bits == 8
@@ -119,6 +135,10 @@ def _matrix_problems(target: Target, form: Form) -> Iterable[str]:
             f"{target.name} is a Conv1D stored as [in, out], and compressed-tensors groups "
             "along the last dimension, which there is the output"
         )
+    if scheme.number == "float" and target.kind in ("expert", "embedding"):
+        yield f"{target.name} is an {target.kind}, which transformers loads with integer codes only"
+    if out % scheme.rows:
+        yield f"{target.name} has {out} outputs, not a multiple of {scheme.rows}"
     if target.kind == "router":
         yield f"{target.name} is a router, which compressed-tensors cannot hold"
     if not 2 <= scheme.bits <= 8:
@@ -174,9 +194,9 @@ def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> 
 
 def _container(target: Target, form: Container) -> Container:
     """What holds a matrix; that of compressed-tensors may depend on its scheme."""
-    if form != "auto" or target.scheme is None:
+    if target.scheme is None or form in ("dense", "gptq", "awq", "gguf"):
         return form
-    return format_of(target.scheme, target.activations)
+    return format_of(target.scheme, target.activations, form)  # type: ignore[arg-type]
 
 
 def _limit_problems(limits: Limits, target: Target) -> Iterable[str]:
@@ -208,7 +228,7 @@ def _input_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Ite
             f"{target.name} sees inputs rounded to {inputs.name}, for which it has no kernel in "
             "this layout"
         )
-    elif limits.inputs_by_channel and not _by_channel(scheme):
+    elif limits.inputs_by_channel and scheme.rows == 1 and not _by_channel(scheme):
         yield (
             f"{target.name} has {scheme.bits}-bit weights and inputs rounded to {inputs.name}; "
             "it multiplies those with 8-bit weights by channel"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from compressor.model.architecture import Architecture
-from compressor.numerics.activations import round_per_token
+from compressor.numerics.activations import round_inputs as rounded
 from compressor.types import ActivationScheme
 
 
@@ -30,7 +30,7 @@ class _Rounding:
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs = args[0]
-        rounded = round_per_token(inputs.detach(), self._scheme)
+        steps = rounded(inputs.detach(), self._scheme)
         if inputs.requires_grad:
-            rounded = rounded + (inputs - inputs.detach())
-        return (rounded, *args[1:])
+            steps = steps + (inputs - inputs.detach())
+        return (steps, *args[1:])

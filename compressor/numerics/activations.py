@@ -11,22 +11,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.numerics.floats import LARGEST, round_to_float_
 from compressor.types import ActivationScheme
 
 
-def round_per_token(inputs: Tensor, scheme: ActivationScheme) -> Tensor:
-    """The inputs [..., in] on the grid of their token, in their own dtype and shape.
+def round_inputs(inputs: Tensor, scheme: ActivationScheme) -> Tensor:
+    """The inputs [..., in] on the grid of their token or group, in their own dtype and shape.
 
-    A token's scale is its largest magnitude over half the width of the grid, and the dtype's
-    epsilon where all of it is zero.
+    A scale is the largest magnitude over half the width of the grid, and the dtype's epsilon
+    where all of it is zero.
     """
+    size = inputs.shape[-1] if scheme.group_size is None else scheme.group_size
+    grouped = inputs.reshape(*inputs.shape[:-1], -1, size)
     lowest, highest = _range(scheme)
-    scale = inputs.abs().amax(-1, keepdim=True) / ((highest - lowest) / 2)
+    scale = grouped.abs().amax(-1, keepdim=True) / ((highest - lowest) / 2)
     scale = torch.where(scale == 0, torch.finfo(inputs.dtype).eps, scale)
-    steps = (inputs / scale).clamp_(lowest, highest)
-    return steps.round_().mul_(scale)
+    steps = (grouped / scale).clamp_(lowest, highest)
+    numbers = steps.round_() if scheme.number == "int" else round_to_float_(steps, scheme.bits)
+    return numbers.mul_(scale).flatten(-2)
 
 
 def _range(scheme: ActivationScheme) -> tuple[float, float]:
     """Smallest and largest number on the grid before it is scaled."""
+    if scheme.number == "float":
+        return -LARGEST[scheme.bits], LARGEST[scheme.bits]
     return -(2.0 ** (scheme.bits - 1)), 2.0 ** (scheme.bits - 1) - 1

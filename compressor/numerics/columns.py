@@ -5,11 +5,13 @@ Everything is transposed, [in, out], so that one column of the matrix is one con
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compressor.numerics.floats import float_codes, round_to_float_
 from compressor.numerics.grid import Grid
 from compressor.types import WeightScheme
 
@@ -26,29 +28,32 @@ class GridColumns:
 
     def __init__(self, grid: Grid, scheme: WeightScheme, order: Tensor) -> None:
         self._group = order // (len(order) // grid.scale.shape[1])
-        self._scale = grid.scale.float().T
+        self._scale = grid.steps(scheme).T
         self._zero = None if grid.zero_point is None else grid.zero_point.float().T
-        self._code_range = scheme.code_range
+        self._scheme = scheme
         self._dtype = grid.scale.dtype
 
     def leaf(self, start: int, stop: int) -> Leaf:
         """The columns visited from `start` up to `stop`."""
         group = self._group[start:stop]
+        if self._scheme.number == "float":
+            return FloatLeaf(self._scale[group], self._scheme, self._dtype)
         zero = None if self._zero is None else self._zero[group]
-        return Leaf(self._scale[group], zero, self._code_range, self._dtype)
+        return IntLeaf(self._scale[group], zero, self._scheme, self._dtype)
 
 
-class Leaf:
-    """A few columns of a grid with the buffers to round them one at a time."""
+class Leaf(ABC):
+    """A few columns of a grid with the buffers to round them one at a time.
 
-    def __init__(
-        self, scale: Tensor, zero: Tensor | None, code_range: tuple[int, int], dtype: torch.dtype
-    ) -> None:
-        self._zero = zero
+    Args:
+        scale: what numbers are multiplied with, fp32 [columns, out].
+        dtype: of the dense weight.
+    """
+
+    def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
         self._all_steps = torch.empty_like(scale)
         self._steps = self._all_steps.unbind()
         self._scale = scale.unbind()
-        self._bounds = _step_bounds(zero, code_range, len(scale))
         self._point = torch.empty_like(scale[0])
         self._stored = None if dtype == torch.float32 else torch.empty_like(scale[0], dtype=dtype)
 
@@ -58,15 +63,53 @@ class Leaf:
         Runs once per column, so every call into torch counts.
         """
         steps, point = self._steps[index], self._point
-        torch.div(column, self._scale[index], out=steps).round_()
-        torch.clamp(steps, *self._bounds[index], out=steps)
+        torch.div(column, self._scale[index], out=steps)
+        self._round(index, steps)
         torch.mul(steps, self._scale[index], out=point)
         return point if self._stored is None else point.copy_(self._stored.copy_(point))
+
+    @abstractmethod
+    def _round(self, index: int, steps: Tensor) -> None:
+        """Make weights over their scale [out] numbers of the grid, in place."""
+
+    @abstractmethod
+    def codes(self) -> Tensor:
+        """int8 [columns, out], once all of them have been rounded."""
+
+
+class IntLeaf(Leaf):
+    """Columns whose numbers are integers, shifted by a zero-point or not."""
+
+    def __init__(
+        self, scale: Tensor, zero: Tensor | None, scheme: WeightScheme, dtype: torch.dtype
+    ) -> None:
+        super().__init__(scale, dtype)
+        self._zero = zero
+        self._bounds = _step_bounds(zero, scheme.code_range, len(scale))
+
+    def _round(self, index: int, steps: Tensor) -> None:
+        torch.clamp(steps.round_(), *self._bounds[index], out=steps)
 
     def codes(self) -> Tensor:
         """int8 [columns, out], once all of them have been rounded."""
         codes = self._all_steps if self._zero is None else self._all_steps + self._zero
         return codes.to(torch.int8)
+
+
+class FloatLeaf(Leaf):
+    """Columns whose numbers are small floats."""
+
+    def __init__(self, scale: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> None:
+        super().__init__(scale, dtype)
+        self._bits = scheme.bits
+
+    def _round(self, index: int, steps: Tensor) -> None:
+        del index
+        round_to_float_(steps, self._bits)
+
+    def codes(self) -> Tensor:
+        """int8 [columns, out], once all of them have been rounded."""
+        return float_codes(self._all_steps, self._bits)
 
 
 def _step_bounds(

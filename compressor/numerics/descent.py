@@ -8,6 +8,8 @@ eq. 9). It works after any rounder.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -40,14 +42,14 @@ def coordinate_descent(
     pull = pull.div_(pull.diagonal().clone().unsqueeze(1)).fill_diagonal_(0)
     target = weight.float().T.contiguous()[order]
     error = target - quantized.dequantize().float().T.contiguous()[order]
-    columns = GridColumns(Grid(quantized.scale, quantized.zero_point), quantized.scheme, order)
+    columns = GridColumns(Grid.of(quantized), quantized.scheme, order)
     codes = quantized.codes.T.contiguous()
     with full_precision():
         for _ in range(sweeps):
             for start in range(0, len(order), block_size):
                 stop = min(start + block_size, len(order))
                 codes[order[start:stop]] = _revisit(target, error, pull, columns, start, stop)
-    return QTensor(codes.T.contiguous(), quantized.scale, quantized.zero_point, quantized.scheme)
+    return replace(quantized, codes=codes.T.contiguous())
 
 
 def _revisit(

@@ -11,7 +11,7 @@ loses the weight for inputs which the calibration text happened to miss.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -133,7 +133,7 @@ def gptq(
     columns = GridColumns(grid, scheme, factor.permutation)
     with full_precision():
         codes = _Solver(target, factor, columns, block_size).codes()
-    solved = QTensor(codes, grid.scale, grid.zero_point, scheme)
+    solved = grid.tensor(codes, scheme)
     if sweeps and not factor.failed:
         solved = coordinate_descent(
             target, solved, damped(factor, torch.float32), order=factor.permutation, sweeps=sweeps
@@ -148,7 +148,7 @@ def _best_rows(
     loss = row_losses(target - solved.dequantize().float(), hessian)
     keep = nearest_loss < loss
     codes = torch.where(keep.unsqueeze(1), nearest.codes, solved.codes)
-    best = QTensor(codes, solved.scale, solved.zero_point, solved.scheme)
+    best = replace(solved, codes=codes)
     return GPTQOutcome(best, int(keep.sum()), torch.minimum(loss, nearest_loss), nearest_loss)
 
 

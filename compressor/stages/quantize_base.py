@@ -5,11 +5,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
+
+from pydantic import model_validator
 
 from compressor.stages.base import ReportProblem, StageConfig, option
 from compressor.stages.overrides import GroupSize, Override, group_of, overridden
-from compressor.types import ACTIVATIONS, ActivationScheme, Symmetry, WeightScheme
+from compressor.stages.weight_formats import (
+    FORMATS,
+    fixed_by,
+    float_label,
+    format_problems,
+    inputs_of,
+)
+from compressor.types import ActivationScheme, Symmetry, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture, Matrix, Selection
@@ -20,6 +29,16 @@ __all__ = ["GroupSize", "RounderConfig"]
 class RounderConfig(StageConfig):
     """Options common to the methods that round weights to integer codes."""
 
+    weights: Literal["int", "fp8", "fp8-block", "mxfp4", "nvfp4"] = option(
+        "int",
+        "What weights become: `int`, integers of `bits`; `fp8` (e4m3) with a scale per output "
+        "channel, or per block of 128 x 128; `mxfp4`, 4-bit floats in groups of 32 with powers of "
+        "two as scales; `nvfp4`, in groups of 16 with fp8 scales.",
+        effect="A float format fixes `bits`, `group_size` and `symmetry`. fp8 is close to lossless "
+        "and runs on Hopper, Ada and newer; nvfp4 is more accurate than mxfp4 and costs a quarter "
+        "of a bit more; integers of 4 bits in groups are as accurate, and load everywhere.",
+        source="OCP Microscaling Formats 1.0; OCP 8-bit Floating Point 1.0",
+    )
     bits: int = option(
         4,
         "Width of one code.",
@@ -41,10 +60,11 @@ class RounderConfig(StageConfig):
         effect="`asymmetric` helps most at 2 and 3 bits and adds bits/group_size per weight; "
         "`full_range` gains about as much without zero-points.",
     )
-    activations: Literal["none", "int8"] = option(
+    activations: Literal["none", "int8", "fp8"] = option(
         "none",
-        "What the inputs of the targets are rounded to while the model runs: `int8` has one scale "
-        "for each token, found on the spot.",
+        "What the inputs of the targets are rounded to while the model runs, with one scale for "
+        "each token, found on the spot: `int8` beside integer weights, `fp8` beside fp8 weights "
+        "(beside blocks with one scale for each 128 inputs of a token).",
         effect="Engines multiply 8-bit weights and inputs faster than 16-bit ones where they are "
         "bound by arithmetic (long prompts, large batches), at some accuracy. What is measured, "
         "and what GPTQ calibrates on, are rounded inputs.",
@@ -93,6 +113,13 @@ class RounderConfig(StageConfig):
         effect="Needed for 2 bits without compensation.",
     )
 
+    @model_validator(mode="after")
+    def _take_what_the_format_fixes(self) -> Self:
+        """Defaults become the format's values; what is written stays, for the plan to judge."""
+        fixed = fixed_by(self.weights).items()
+        vars(self).update({k: v for k, v in fixed if k not in self.model_fields_set})
+        return self
+
     @property
     def label(self) -> str:
         """Such as `GPTQ W4 g64`."""
@@ -103,7 +130,7 @@ class RounderConfig(StageConfig):
     @property
     def activation_scheme(self) -> ActivationScheme | None:
         """How the inputs of the targeted linear layers are rounded; None when they are not."""
-        return ACTIVATIONS.get(self.activations)
+        return inputs_of(self.weights).get(self.activations)
 
     @property
     def width_multiple(self) -> int:
@@ -114,11 +141,15 @@ class RounderConfig(StageConfig):
     @property
     def scheme(self) -> WeightScheme:
         """The grid of the targeted linear layers."""
+        if self.weights in FORMATS:
+            return FORMATS[self.weights].scheme
         return self._scheme(self.bits)
 
     @property
     def embedding_scheme(self) -> WeightScheme:
-        """The grid of the embedding and the head."""
+        """The grid of the embedding and the head: integers, by channel beside a float format."""
+        if self.weights in FORMATS:
+            return WeightScheme(self.embedding_bits, None)
         return self._scheme(self.embedding_bits)
 
     def _scheme(self, bits: int) -> WeightScheme:
@@ -164,7 +195,11 @@ class RounderConfig(StageConfig):
         self._check_overrides(architecture, schemes, problems)
         self._check_allotment(architecture, schemes, problems)
         _check_rounded_once(chosen, problems)
-        self._check_groups(chosen, schemes, problems)
+        if self.weights in FORMATS:
+            for problem in format_problems(self.weights, dict(self), architecture, chosen):
+                problems(*problem)
+        else:
+            self._check_groups(chosen, schemes, problems)
         self._check_activations(chosen, problems)
         for scheme in dict.fromkeys(schemes.values()):
             names = [name for name, own in schemes.items() if own == scheme]
@@ -172,6 +207,13 @@ class RounderConfig(StageConfig):
         return architecture.with_activations(self.rounded_inputs(architecture))
 
     def _check_activations(self, chosen: Sequence[Matrix], problems: ReportProblem) -> None:
+        allowed = ("none", *inputs_of(self.weights))
+        if self.activations not in allowed:
+            problems(
+                "activations",
+                f"engines do not multiply {self.weights} weights by {self.activations} inputs",
+                f"beside {self.weights} weights: {', '.join(allowed)}",
+            )
         experts = [matrix for matrix in chosen if matrix.expert is not None]
         if experts and self.activations != "none":
             problems(
@@ -248,7 +290,7 @@ class RounderConfig(StageConfig):
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             message = f"allocate.bits chose a grid for {left[0]}{more}, and this stage leaves it"
             problems("targets", message, "write the `targets` and `ignore` of allocate.bits here")
-        for name in ("bits", "group_size", "symmetry") if allotted else ():
+        for name in ("weights", "bits", "group_size", "symmetry") if allotted else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 message = "allocate.bits chooses the grid of every matrix, so this has no effect"
                 problems(name, message, f"remove `{name}` here, or give choices in allocate.bits")
@@ -282,6 +324,8 @@ class RounderConfig(StageConfig):
 
 def grid_label(scheme: WeightScheme, inputs: ActivationScheme | None = None) -> str:
     """Such as `W4 g64`, `W3 channel asym` or `W8A8 channel`."""
+    if scheme.number == "float":
+        return float_label(scheme, inputs)
     group = "channel" if scheme.group_size is None else f"g{scheme.group_size}"
     kind = {"symmetric": "", "full_range": " full range", "asymmetric": " asym"}[scheme.symmetry]
     return f"W{scheme.bits}{f'A{inputs.bits}' if inputs else ''} {group}{kind}"

@@ -158,12 +158,14 @@ class QuantizeGptq(RounderConfig):
         return plain * (1 + pairs * self.tried_blocks(after.layers) / after.layers)
 
     def remarks(self, before: Architecture) -> tuple[str, ...]:
-        """What `robust` costs."""
+        """What every rounder says, and what `robust` costs."""
+        said = super().remarks(before)
         if not self.robust:
-            return ()
+            return said
         blocks, layers = self.tried_blocks(before.layers), before.layers
         widest = max(matrix.shape[1] for matrix in before.matrices if matrix.block is not None)
         return (
+            *said,
             f"robust tries {self._pairs} pairs of damping and propagate on {blocks} of {layers} "
             "blocks, and keeps two moments of every domain of the text apart: up to "
             f"{8 * widest**2 / 1e6:.0f} MB a domain",

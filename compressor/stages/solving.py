@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,11 @@ def nearest(search: Search) -> Solve:
         importance = None if moments is None else moments.hessian.diagonal()
         used: Search = "mse" if blind else search
         fallback = (_UNREACHED, "its grid ignores importance") if blind else None
-        return [
-            Rounded(
-                rtn(weight, scheme, search=used, importance=importance, scale_dtype=dtype), fallback
-            )
-            for weight, scheme in zip(weights, schemes, strict=True)
-        ]
+
+        def rounded(stacked: Tensor, scheme: WeightScheme) -> QTensor:
+            return rtn(stacked, scheme, search=used, importance=importance, scale_dtype=dtype)
+
+        return [Rounded(qtensor, fallback) for qtensor in _stacked(weights, schemes, rounded)]
 
     return solve
 
@@ -69,28 +68,44 @@ def compensated(options: QuantizeGptq) -> Solve:
             target = propagated_target(torch.cat(targets), factor, drift, share=options.propagate)
             targets = list(torch.split(target, [len(weight) for weight in weights]))
         fallback = _fallback(factor, options.damping)
-        solved: list[QTensor] = []
-        for scheme, members in groupby(
-            zip(schemes, targets, strict=True), key=lambda pair: pair[0]
-        ):
-            solved += _solve_rows([target for _, target in members], scheme, factor, options, dtype)
+
+        def solved(stacked: Tensor, scheme: WeightScheme) -> QTensor:
+            return _solve_rows(stacked, scheme, factor, options, dtype)
+
         return [
             Rounded(qtensor, fallback, target)
-            for qtensor, target in zip(solved, targets, strict=True)
+            for qtensor, target in zip(_stacked(targets, schemes, solved), targets, strict=True)
         ]
 
     return solve
 
 
-def _solve_rows(
+def _stacked(
     weights: Sequence[Tensor],
+    schemes: Sequence[WeightScheme],
+    rounded: Callable[[Tensor, WeightScheme], QTensor],
+) -> list[QTensor]:
+    """Neighbours of one scheme rounded as one matrix, and taken apart again.
+
+    Rows do not interact, so one solve serves all; and what an engine fuses (q, k and v, gate and
+    up) gets one divisor, where scales have one.
+    """
+    found: list[QTensor] = []
+    for scheme, pairs in groupby(zip(schemes, weights, strict=True), key=lambda pair: pair[0]):
+        members = [weight for _, weight in pairs]
+        together = rounded(torch.cat(members), scheme)
+        ends = accumulate(len(weight) for weight in members)
+        found += [together.rows(start, end) for start, end in pairwise([0, *ends])]
+    return found
+
+
+def _solve_rows(
+    stacked: Tensor,
     scheme: WeightScheme,
     factor: HessianFactor,
     options: QuantizeGptq,
     dtype: torch.dtype,
-) -> list[QTensor]:
-    """Matrices of one scheme stacked by rows: rows do not interact, so one solve serves all."""
-    stacked = torch.cat(list(weights))
+) -> QTensor:
     grid = fit_grid(
         stacked,
         scheme,
@@ -98,17 +113,10 @@ def _solve_rows(
         importance=factor.hessian.diagonal(),
         scale_dtype=dtype,
     )
-    solved = gptq(
+    outcome = gptq(
         stacked, factor, scheme, grid, sweeps=options.sweeps, block_size=options.block_size
-    ).quantized
-    ends = list(accumulate(len(weight) for weight in weights))
-    return [_rows(solved, slice(start, end)) for start, end in pairwise([0, *ends])]
-
-
-def _rows(stacked: QTensor, rows: slice) -> QTensor:
-    zero_point = None if stacked.zero_point is None else stacked.zero_point[rows].contiguous()
-    codes, scale = stacked.codes[rows].contiguous(), stacked.scale[rows].contiguous()
-    return QTensor(codes, scale, zero_point, stacked.scheme)
+    )
+    return outcome.quantized
 
 
 def _fallback(factor: HessianFactor, damping: float) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.numerics.activations import round_per_token
+from compressor.numerics.activations import round_inputs
 from compressor.types import ACTIVATIONS, ActivationScheme
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +42,7 @@ def test_equals_the_library_bit_for_bit(
     name: str, seed: int, width: int, dtype: torch.dtype, spread: float
 ) -> None:
     inputs = tokens(seed, width, dtype, spread)
-    rounded = round_per_token(inputs, ACTIVATIONS[name])
+    rounded = round_inputs(inputs, ACTIVATIONS[name])
     assert rounded.dtype == dtype
     assert torch.equal(rounded, library(inputs, ACTIVATIONS[name]))
 
@@ -50,17 +50,17 @@ def test_equals_the_library_bit_for_bit(
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_token_does_not_depend_on_the_others(name: str) -> None:
     inputs = tokens(1, 32, torch.float32)
-    together = round_per_token(inputs, ACTIVATIONS[name])
-    alone = round_per_token(inputs[1, 3], ACTIVATIONS[name])
+    together = round_inputs(inputs, ACTIVATIONS[name])
+    alone = round_inputs(inputs[1, 3], ACTIVATIONS[name])
     assert torch.equal(together[1, 3], alone)
     # one scale for all tokens, as a static scheme has, gives something else
-    flat = round_per_token(inputs.reshape(1, -1), ACTIVATIONS[name]).view_as(inputs)
+    flat = round_inputs(inputs.reshape(1, -1), ACTIVATIONS[name]).view_as(inputs)
     assert not torch.equal(together, flat)
 
 
 def test_int8_errs_by_half_a_step_at_most() -> None:
     inputs = tokens(2, 64, torch.float32)
-    error = (round_per_token(inputs, ACTIVATIONS["int8"]) - inputs).abs()
+    error = (round_inputs(inputs, ACTIVATIONS["int8"]) - inputs).abs()
     step = inputs.abs().amax(-1, keepdim=True) / 127.5
     assert (error <= 0.5 * step * (1 + 1e-5)).all()
     assert error.amax() > 0.4 * step[error.amax(-1, keepdim=True) == error.amax()].min()
@@ -72,7 +72,7 @@ def test_zero_tokens_stay_zero_and_inputs_stay_whole(name: str, dtype: torch.dty
     inputs = tokens(3, 16, dtype)
     inputs[0, 0] = 0
     before = inputs.clone()
-    rounded = round_per_token(inputs, ACTIVATIONS[name])
+    rounded = round_inputs(inputs, ACTIVATIONS[name])
     assert torch.equal(inputs, before)
     assert not rounded[0, 0].any()
     assert rounded.isfinite().all()
@@ -83,6 +83,6 @@ def test_kernels_that_divide_by_127_differ_by_their_step() -> None:
     inputs = tokens(4, 256, torch.float32)
     scale = inputs.abs().amax(-1, keepdim=True) / 127
     kernel = (inputs / scale).round() * scale
-    ours = round_per_token(inputs, ACTIVATIONS["int8"])
+    ours = round_inputs(inputs, ACTIVATIONS["int8"])
     errors = [float((rounded - inputs).square().mean().sqrt()) for rounded in (kernel, ours)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)

@@ -18,7 +18,11 @@ from compressor.decoding.binding import (
     require_target,
     tokenizer_sha256,
 )
+from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head
+from compressor.decoding.decode import Limits, decode
+from compressor.decoding.load import load_draft
+from compressor.decoding.proposals import Chain
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.engine import run_recipe
 from compressor.errors import ModelError, PlanError
@@ -166,6 +170,18 @@ def test_a_draft_is_bound_to_its_target_packed_or_dense(run: Path) -> None:
         require_target(draft, packed, "0" * 64)
     with pytest.raises(ModelError, match="it is no draft"):
         read_binding(run)
+
+
+@pytest.mark.parametrize("place", ["draft", EAGLE])
+def test_a_delivered_draft_speeds_up_the_delivered_target(run: Path, place: str) -> None:
+    packed = load_model(run / "deliverable" / "compressed-tensors", "cpu", torch.float32)
+    tokenizer = tokenizer_sha256(run / "deliverable" / "compressed-tensors")
+    draft = load_draft(run / "deliverable" / place, packed, tokenizer)
+    target, prompts = CachedModel(packed, draft.layers), [[5, 6, 7], [8, 9]]
+    plain = decode(target, prompts, Limits(12))
+    assert decode(target, prompts, Limits(12), draft=draft, shape=Chain(2)).tokens == plain.tokens
+    with pytest.raises(ModelError, match="another tokenizer"):
+        load_draft(run / "deliverable" / place, packed, None)
 
 
 def test_the_same_run_again_does_nothing_and_a_lost_draft_is_the_same(

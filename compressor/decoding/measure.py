@@ -195,7 +195,7 @@ class _Measuring:
         gains = {name: seconds["plain"] / taken for name, taken in seconds.items()}
         del gains["plain"]
         return DraftSpeed(
-            batch=batch,
+            batch=len(groups[0]),
             plain_tokens_per_second=tokens / seconds["plain"],
             draft_cost=costs.draft,
             verify_costs=costs.verify,
@@ -267,7 +267,8 @@ class _Measuring:
         for _ in range(_ROUNDS):
             for count in range(most):
                 began = time.perf_counter()
-                target.forward(ids[context : context + count + 1].expand(rows, -1))
+                found = target.forward(ids[context : context + count + 1].expand(rows, -1))
+                found.logits[0, -1, 0].item()  # wait for an accelerator
                 taken[count].append(time.perf_counter() - began)
                 target.commit([[]] * rows)
         return [median(times) for times in taken]

@@ -128,11 +128,3 @@ class DraftEagle3(DraftConfig):
         from compressor.stages.drafting_eagle3 import untrained_eagle3
 
         return untrained_eagle3(self, target, folder)
-
-    def load(self, folder: Path, target: Any, tokenizer_sha256: str | None) -> Any:
-        """The trained head."""
-        from compressor.decoding.binding import require_target
-        from compressor.stages.drafting_eagle3 import load_eagle3
-
-        binding = require_target(folder, target, tokenizer_sha256)
-        return load_eagle3(folder, target, binding.layers)

@@ -22,7 +22,6 @@ from compressor.decoding.results import Acceptance, DraftDomain, DraftMeasuremen
 from compressor.model.quiet import quiet
 from compressor.numerics.speculative import (
     Sampling,
-    acceptance_length,
     accepted_by_position,
     best_drafted,
 )
@@ -296,9 +295,11 @@ class _Blocks:
 
 
 def _acceptance(runs: Sequence[tuple[int, int]], drafted: int) -> Acceptance:
-    by_position = accepted_by_position(runs, drafted)
+    """τ counts every block, also those for which nothing was proposed."""
     return Acceptance(
-        by_position=tuple(by_position), length=acceptance_length(by_position), blocks=len(runs)
+        by_position=tuple(accepted_by_position(runs, drafted)),
+        length=1 + sum(accepted for _, accepted in runs) / max(1, len(runs)),
+        blocks=len(runs),
     )
 
 

@@ -108,9 +108,8 @@ class DraftEagle3(DraftConfig):
 
     def parameters(self, architecture: Architecture) -> int:
         """The layer, the fusion and the trimmed head."""
-        hidden, heads = architecture.hidden, architecture.heads + architecture.kv_heads
-        attention = architecture.head_dim * hidden * (2 * heads + 2 * architecture.kv_heads)
-        attention += architecture.head_dim * hidden * architecture.heads
+        hidden = architecture.hidden
+        attention = 7 * architecture.head_dim * hidden * architecture.heads  # q, k, v read twice
         mlp = 3 * hidden * architecture.intermediate
         return 3 * hidden**2 + attention + mlp + hidden * self.draft_vocab(architecture.vocab)
 

@@ -54,9 +54,7 @@ def layer_config(target: Any) -> LlamaConfig:
         intermediate_size=sizes.intermediate,
         num_hidden_layers=1,
         num_attention_heads=sizes.heads,
-        # What the draft learns of the newest token passes through the values alone: with few
-        # heads of them that is a narrow door, and one layer's cache is small anyway.
-        num_key_value_heads=sizes.heads,
+        num_key_value_heads=sizes.kv_heads,
         head_dim=sizes.head_dim,
         max_position_embeddings=sizes.max_positions,
         rms_norm_eps=getattr(config, "rms_norm_eps", 1e-5),
@@ -254,10 +252,8 @@ def start_from_target(head: Eagle3, target: Any, rows: Head, highest: int = 2) -
         head.fc.weight[:, width * highest : width * (highest + 1)].fill_diagonal_(1.0)
         for name in ("q_proj", "k_proj", "v_proj"):
             weight = getattr(layer.self_attn, name).weight
-            own = getattr(block.self_attn, name).weight.unflatten(0, (-1, architecture.head_dim))
-            copies = architecture.heads // len(own)  # heads that share keys and values get a copy
             weight.zero_()
-            weight[:, width:] = own.repeat_interleave(copies, 0).flatten(0, 1)
+            weight[:, width:] = getattr(block.self_attn, name).weight
         layer.self_attn.o_proj.weight.copy_(block.self_attn.o_proj.weight)
         for name in ("gate_proj", "up_proj", "down_proj"):
             getattr(layer.mlp, name).weight.copy_(getattr(block.mlp, name).weight)

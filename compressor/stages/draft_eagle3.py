@@ -109,7 +109,8 @@ class DraftEagle3(DraftConfig):
     def parameters(self, architecture: Architecture) -> int:
         """The layer, the fusion and the trimmed head."""
         hidden = architecture.hidden
-        attention = 7 * architecture.head_dim * hidden * architecture.heads  # q, k, v read twice
+        heads = 3 * architecture.heads + 4 * architecture.kv_heads  # q, k and v read twice the width
+        attention = architecture.head_dim * hidden * heads
         mlp = 3 * hidden * architecture.intermediate
         return 3 * hidden**2 + attention + mlp + hidden * self.draft_vocab(architecture.vocab)
 

@@ -109,7 +109,7 @@ class DraftEagle3(DraftConfig):
     def parameters(self, architecture: Architecture) -> int:
         """The layer, the fusion and the trimmed head."""
         hidden = architecture.hidden
-        heads = 3 * architecture.heads + 4 * architecture.kv_heads  # q, k and v read twice the width
+        heads = 3 * architecture.heads + 4 * architecture.kv_heads  # q, k, v read 2·H
         attention = architecture.head_dim * hidden * heads
         mlp = 3 * hidden * architecture.intermediate
         return 3 * hidden**2 + attention + mlp + hidden * self.draft_vocab(architecture.vocab)

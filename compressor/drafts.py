@@ -8,6 +8,7 @@ from typing import Any
 
 from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
+from compressor.decoding.load import load_draft
 from compressor.decoding.measure import Protocol, measure_draft
 from compressor.decoding.prompts import as_prompt
 from compressor.decoding.proposals import Tree
@@ -38,7 +39,7 @@ def measure(variant: Variant, session: Session) -> DraftMeasurement:
     assert isinstance(stage, DraftConfig)
     assert parent is not None
     model = load_model(parent.checkpoint, session.device, session.dtype)
-    draft = stage.load(variant.checkpoint, model, tokenizer_sha256(parent.checkpoint))
+    draft = load_draft(variant.checkpoint, model, tokenizer_sha256(parent.checkpoint))
     measurement = measure_draft(
         CachedModel(model, draft.layers),
         draft,

@@ -18,7 +18,11 @@ from compressor.decoding.binding import (
     require_target,
     tokenizer_sha256,
 )
+from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head
+from compressor.decoding.decode import Limits, decode
+from compressor.decoding.load import load_draft
+from compressor.decoding.proposals import Chain
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.engine import run_recipe
 from compressor.errors import ModelError, PlanError
@@ -168,6 +172,18 @@ def test_a_draft_is_bound_to_its_target_packed_or_dense(run: Path) -> None:
         read_binding(run)
 
 
+@pytest.mark.parametrize("place", ["draft", EAGLE])
+def test_a_delivered_draft_speeds_up_the_delivered_target(run: Path, place: str) -> None:
+    packed = load_model(run / "deliverable" / "compressed-tensors", "cpu", torch.float32)
+    tokenizer = tokenizer_sha256(run / "deliverable" / "compressed-tensors")
+    draft = load_draft(run / "deliverable" / place, packed, tokenizer)
+    target, prompts = CachedModel(packed, draft.layers), [[5, 6, 7], [8, 9]]
+    plain = decode(target, prompts, Limits(12))
+    assert decode(target, prompts, Limits(12), draft=draft, shape=Chain(2)).tokens == plain.tokens
+    with pytest.raises(ModelError, match="another tokenizer"):
+        load_draft(run / "deliverable" / place, packed, None)
+
+
 def test_the_same_run_again_does_nothing_and_a_lost_draft_is_the_same(
     run: Path, tmp_path: Path
 ) -> None:
@@ -185,7 +201,7 @@ def test_the_same_run_again_does_nothing_and_a_lost_draft_is_the_same(
     after = {path.name: path.read_bytes() for path in (copy / "stages" / STAGE).iterdir()}
     assert before == after
     events = [event["event"] for event in Journal(copy / "journal.jsonl").events]
-    assert events.count("draft_measured") == 1
+    assert events.count("draft_measured") == 2  # one of the two drafts again
 
 
 def test_the_plan_refuses_what_cannot_be_drafted(recipe_file: Any) -> None:

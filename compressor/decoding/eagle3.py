@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -27,9 +29,12 @@ from transformers.models.llama.modeling_llama import (
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Head
 from compressor.decoding.proposals import Committed, NetworkDraft, descend, extended
+from compressor.errors import ModelError
 from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
 from compressor.numerics.speculative import ROOT
 
+WEIGHTS = "model.safetensors"
 Kept = tuple[Tensor, Tensor]  # keys and values [B, kv heads, T, head size]
 
 
@@ -335,6 +340,31 @@ class Eagle3Draft(NetworkDraft):
         whole = torch.full(shape, -torch.inf)
         whole[..., self.head.ids.cpu()] = logits.float().cpu()
         return whole
+
+
+def load_eagle3(folder: Path, target: Any, layers: Sequence[int]) -> Eagle3Draft:
+    """A head in the flat dialect, ready to propose.
+
+    Args:
+        folder: of the draft.
+        target: loaded; lends its embedding.
+        layers: features of the target that the draft fuses.
+
+    Raises:
+        ModelError: the folder holds no EAGLE-3 head.
+    """
+    config = read_config(folder)
+    if "draft_vocab_size" not in config:
+        raise ModelError(f"{folder} holds no EAGLE-3 head: no draft_vocab_size in config.json")
+    tensors = load_file(folder / WEIGHTS)
+    shift = tensors.pop("d2t")
+    del tensors["t2d"]
+    table = target.get_input_embeddings().weight
+    ids = (shift + torch.arange(len(shift))).to(table.device)
+    known = {name: config[name] for name in LlamaConfig().to_dict() if name in config}
+    head = Eagle3(LlamaConfig(**known), ids, table)
+    head.load_state_dict({name: value.to(table.dtype) for name, value in tensors.items()})
+    return Eagle3Draft(head.to(table.device, table.dtype).eval(), tuple(layers))
 
 
 def draft_vocabulary(counts: Tensor, size: int) -> Tensor:

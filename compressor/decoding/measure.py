@@ -22,7 +22,6 @@ from compressor.decoding.results import Acceptance, DraftDomain, DraftMeasuremen
 from compressor.model.quiet import quiet
 from compressor.numerics.speculative import (
     Sampling,
-    acceptance_length,
     accepted_by_position,
     best_drafted,
 )
@@ -195,7 +194,7 @@ class _Measuring:
         gains = {name: seconds["plain"] / taken for name, taken in seconds.items()}
         del gains["plain"]
         return DraftSpeed(
-            batch=batch,
+            batch=len(groups[0]),
             plain_tokens_per_second=tokens / seconds["plain"],
             draft_cost=costs.draft,
             verify_costs=costs.verify,
@@ -267,7 +266,8 @@ class _Measuring:
         for _ in range(_ROUNDS):
             for count in range(most):
                 began = time.perf_counter()
-                target.forward(ids[context : context + count + 1].expand(rows, -1))
+                found = target.forward(ids[context : context + count + 1].expand(rows, -1))
+                found.logits[0, -1, 0].item()  # wait for an accelerator
                 taken[count].append(time.perf_counter() - began)
                 target.commit([[]] * rows)
         return [median(times) for times in taken]
@@ -295,9 +295,11 @@ class _Blocks:
 
 
 def _acceptance(runs: Sequence[tuple[int, int]], drafted: int) -> Acceptance:
-    by_position = accepted_by_position(runs, drafted)
+    """τ counts every block, also those for which nothing was proposed."""
     return Acceptance(
-        by_position=tuple(by_position), length=acceptance_length(by_position), blocks=len(runs)
+        by_position=tuple(accepted_by_position(runs, drafted)),
+        length=1 + sum(accepted for _, accepted in runs) / max(1, len(runs)),
+        blocks=len(runs),
     )
 
 

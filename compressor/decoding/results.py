@@ -18,9 +18,13 @@ class Acceptance(Frozen):
     """How often the target agrees, over whole blocks of drafted tokens."""
 
     by_position: tuple[float, ...] = Field(
-        description="a_1 ... a_n: share of blocks in which the first j tokens were all accepted"
+        description="a_1 ... a_n: of the blocks that proposed j tokens, the share in which the "
+        "first j were all accepted"
     )
-    length: float = Field(description="τ = 1 + Σ a_j: tokens per pass, the bonus token included")
+    length: float = Field(
+        description="τ: tokens per pass over all blocks, the bonus token included; 1 + Σ a_j where "
+        "every block proposes n"
+    )
     blocks: int
 
 

@@ -407,7 +407,8 @@ def _draft_acceptance(draft: Draft) -> Table:
     return Table(
         f"acceptance-{draft.id}",
         f"{draft.label}: share of blocks in which the first tokens were all accepted, by their "
-        "number. Sampled: temperature 1. Prompt lookup counts only blocks in which it proposed.",
+        "number. Sampled: temperature 1. Prompt lookup proposes in some blocks only: its shares "
+        "are of these, its τ is of all.",
         ("text", "decoding", "blocks", "τ", *(str(place) for place in range(1, places + 1))),
         tuple(
             (

@@ -145,11 +145,3 @@ class DraftConfig(StageConfig):
             target: loaded.
             folder: of the trained draft.
         """
-
-    @abstractmethod
-    def load(self, folder: Path, target: Any, tokenizer_sha256: str | None) -> Any:
-        """The draft that the stage left in a folder, ready to propose for its target.
-
-        Raises:
-            ModelError: it belongs to another target.
-        """

@@ -108,9 +108,9 @@ class DraftEagle3(DraftConfig):
 
     def parameters(self, architecture: Architecture) -> int:
         """The layer, the fusion and the trimmed head."""
-        hidden, heads = architecture.hidden, architecture.heads + architecture.kv_heads
-        attention = architecture.head_dim * hidden * (2 * heads + 2 * architecture.kv_heads)
-        attention += architecture.head_dim * hidden * architecture.heads
+        hidden = architecture.hidden
+        heads = 3 * architecture.heads + 4 * architecture.kv_heads  # q, k, v read 2·H
+        attention = architecture.head_dim * hidden * heads
         mlp = 3 * hidden * architecture.intermediate
         return 3 * hidden**2 + attention + mlp + hidden * self.draft_vocab(architecture.vocab)
 
@@ -128,11 +128,3 @@ class DraftEagle3(DraftConfig):
         from compressor.stages.drafting_eagle3 import untrained_eagle3
 
         return untrained_eagle3(self, target, folder)
-
-    def load(self, folder: Path, target: Any, tokenizer_sha256: str | None) -> Any:
-        """The trained head."""
-        from compressor.decoding.binding import require_target
-        from compressor.stages.drafting_eagle3 import load_eagle3
-
-        binding = require_target(folder, target, tokenizer_sha256)
-        return load_eagle3(folder, target, binding.layers)

@@ -83,14 +83,3 @@ class DraftStandalone(DraftConfig):
         del folder
         blocks = chosen_blocks(self.blocks, self.layers, target.config.num_hidden_layers)
         return ModelDraft(CachedModel(standalone(target, blocks)))
-
-    def load(self, folder: Path, target: Any, tokenizer_sha256: str | None) -> Any:
-        """The distilled model."""
-        from compressor.decoding.binding import require_target
-        from compressor.decoding.cached import CachedModel
-        from compressor.decoding.proposals import ModelDraft
-        from compressor.model.load import load_model
-
-        require_target(folder, target, tokenizer_sha256)
-        parameter = next(target.parameters())
-        return ModelDraft(CachedModel(load_model(folder, parameter.device, parameter.dtype)))

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
 
 from compressor.calibration import CalibrationSet
 from compressor.decoding.corpus import Corpus, Head
 from compressor.decoding.eagle3 import (
+    WEIGHTS,
     Eagle3,
     Eagle3Draft,
     draft_vocabulary,
     layer_config,
+    load_eagle3,
     start_from_target,
     unroll,
 )
-from compressor.errors import ModelError
 from compressor.formats.atomic import atomic_write_json
 from compressor.formats.eagle3 import flat_config, speculators_config, speculators_tensors
 from compressor.formats.shards import save_tensors
@@ -34,8 +33,6 @@ from compressor.types import StageResult
 
 if TYPE_CHECKING:
     from compressor.stages.draft_eagle3 import DraftEagle3
-
-_WEIGHTS = "model.safetensors"
 
 
 def distil_eagle3(
@@ -151,39 +148,14 @@ def _save(
         "name_or_path": checkpoint.name,
         "architectures": read_config(checkpoint).get("architectures"),
     }
-    save_tensors(folder / _WEIGHTS, tensors, {"format": "pt"})
+    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     atomic_write_json(folder / "config.json", flat_config(layer, len(ids), sizes.layers, layers))
     other = folder / "speculators"
-    save_tensors(other / _WEIGHTS, speculators_tensors(tensors), {"format": "pt"})
+    save_tensors(other / WEIGHTS, speculators_tensors(tensors), {"format": "pt"})
     atomic_write_json(
         other / "config.json",
         speculators_config(layer, len(ids), layers, config.drafted, verifier),
     )
-
-
-def load_eagle3(folder: Path, target: Any, layers: Sequence[int]) -> Eagle3Draft:
-    """A head in the flat dialect, ready to propose.
-
-    Args:
-        folder: of the draft.
-        target: loaded; lends its embedding.
-        layers: features of the target that the draft fuses.
-
-    Raises:
-        ModelError: the folder holds no EAGLE-3 head.
-    """
-    config = read_config(folder)
-    if "draft_vocab_size" not in config:
-        raise ModelError(f"{folder} holds no EAGLE-3 head: no draft_vocab_size in config.json")
-    tensors = load_file(folder / _WEIGHTS)
-    shift = tensors.pop("d2t")
-    del tensors["t2d"]
-    table = target.get_input_embeddings().weight
-    ids = (shift + torch.arange(len(shift))).to(table.device)
-    known = {name: config[name] for name in LlamaConfig().to_dict() if name in config}
-    head = Eagle3(LlamaConfig(**known), ids, table)
-    head.load_state_dict({name: value.to(table.dtype) for name, value in tensors.items()})
-    return Eagle3Draft(head.to(table.device, table.dtype).eval(), tuple(layers))
 
 
 def untrained_eagle3(config: DraftEagle3, target: Any, folder: Path) -> Eagle3Draft:

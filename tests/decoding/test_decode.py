@@ -14,10 +14,11 @@ from torch import Tensor
 from compressor import resources
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.decode import Decoded, Limits, decode, first_difference, margin
+from compressor.decoding.measure import _acceptance
 from compressor.decoding.proposals import Chain, Committed, ModelDraft, PromptLookup, Tree
 from compressor.errors import ModelError, UsageError
 from compressor.model.load import load_model, load_tokenizer
-from compressor.numerics.speculative import Sampling, warp
+from compressor.numerics.speculative import Sampling, acceptance_length, warp
 from tests.model.conftest import build
 
 TIE = 1e-3  # a smaller difference of two logits may be decided by the order of additions
@@ -242,3 +243,11 @@ def test_sampled_text_follows_the_target(shape: Any) -> None:
     expected.append(draws - sum(expected))
     assert expected[-1] >= 5
     assert stats.chisquare(seen, expected).pvalue > 1e-3
+
+
+def test_acceptance_counts_blocks_without_a_proposal() -> None:
+    found = _acceptance([(2, 2), (0, 0), (2, 0)], 2)
+    assert found.by_position == (0.5, 0.5)
+    assert found.length == 1 + 2 / 3
+    whole = _acceptance([(2, 2), (2, 1), (2, 0)], 2)
+    assert whole.length == pytest.approx(acceptance_length(whole.by_position))

@@ -21,6 +21,7 @@ from compressor.decoding.eagle3 import (
     Eagle3Draft,
     draft_vocabulary,
     layer_config,
+    load_eagle3,
     start_from_target,
     unroll,
 )
@@ -32,7 +33,7 @@ from compressor.model.load import load_model, read_config
 from compressor.numerics.speculative import ROOT, Sampling
 from compressor.progress import SilentObserver
 from compressor.stages.draft_eagle3 import DraftEagle3
-from compressor.stages.drafting_eagle3 import Lesson, _save, likeliest, load_eagle3
+from compressor.stages.drafting_eagle3 import Lesson, _save, likeliest
 from compressor.types import TokenBatch
 from tests.model.conftest import build
 

@@ -180,4 +180,7 @@ def write(folder: Path, name: str, lines: list[str], cells: Mapping[str, dict[st
 def _brief(evaluation: Evaluation) -> dict[str, Any]:
     """Without the quoted text and the curves."""
     drop = {"worst_tokens": True, "kl_by_position": True, "seconds": True, "peak_bytes": True}
-    return evaluation.model_dump(mode="json", exclude=drop)
+    brief = evaluation.model_dump(mode="json", exclude=drop)
+    for score in (brief["overall"], *brief["domains"].values()):
+        del score["divergence"]["ccdf"]
+    return brief

@@ -102,7 +102,6 @@ def test_log_probabilities_are_those_of_the_dense_weights(
     noise = float((expected(checkpoint, texts, torch.bfloat16) - ours).abs().mean())
     difference = float((theirs - ours).abs().mean())
     assert difference < 4 * noise
-    print(form, f"difference {difference:.4f}, bf16 noise {noise:.4f}")
     unrounded = float((theirs - expected(builtin_model("tiny"), texts)).abs().mean())
     assert unrounded > 3 * difference  # it computes the rounded model, not the original
     assert abs(float((theirs - ours).mean())) < noise

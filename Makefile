@@ -31,6 +31,7 @@ real: $(VENV)/ready
 engines: export OMP_NUM_THREADS = 1
 engines: $(VENV)/ready
 	$(BIN)/python tools/engines/build_llama_cpp.py
+	$(BIN)/python tools/engines/install_vllm.py
 	$(BIN)/python -m pytest -m engines
 
 # The report is opened in a real browser by the tests; without one those tests say so.

@@ -148,10 +148,10 @@ ENGINES: Mapping[str, Engine] = {
         "0.32 on x86 CPU",
         {
             "dense": _DENSE,
-            "pack-quantized": Limits(_FOUR, multiple=32, group_multiple=2),
+            "pack-quantized": Limits(_FOUR, multiple=32, group_multiple=2, evidence="run"),
             "int-quantized": _BYTES,
-            "gptq": Limits(_FOUR, multiple=32),
-            "awq": Limits(_FOUR, multiple=32),
+            "gptq": Limits(_FOUR, multiple=32, evidence="run"),
+            "awq": Limits(_FOUR, multiple=32, evidence="run"),
         },
     ),
     "sglang": Engine(

@@ -101,8 +101,8 @@ def test_log_probabilities_are_those_of_the_dense_weights(
     ours = expected(checkpoint, texts)
     noise = float((expected(checkpoint, texts, torch.bfloat16) - ours).abs().mean())
     difference = float((theirs - ours).abs().mean())
+    worst = float((theirs - ours).abs().max())
     assert difference < 4 * noise
-    print(form, f"difference {difference:.4f}, bf16 noise {noise:.4f}")
     unrounded = float((theirs - expected(builtin_model("tiny"), texts)).abs().mean())
     assert unrounded > 3 * difference  # it computes the rounded model, not the original
     assert abs(float((theirs - ours).mean())) < noise
@@ -113,5 +113,5 @@ def test_log_probabilities_are_those_of_the_dense_weights(
             logits = model(torch.cat([ids, torch.tensor([written])], 1)).logits[0]
         steps = logits[ids.shape[1] - 1 : -1].log_softmax(-1)
         chosen = steps.gather(1, torch.tensor(written)[:, None])[:, 0]
-        # Greedy in bf16 may take the second of two words that are as likely as each other.
-        assert float((steps.amax(-1) - chosen).max()) < 0.1
+        # Greedy may take the second of two words between which its own error does not decide.
+        assert float((steps.amax(-1) - chosen).max()) < 2 * worst

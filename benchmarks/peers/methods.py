@@ -112,7 +112,7 @@ def _gptqmodel(name: str, *options: str) -> Method:
 
 # The order is that of the tables, and that in which cells are computed.
 METHODS = (
-    _ours("rtn", "recipes/w4-rtn.yaml", "stages.0.bits={bits}"),
+    _ours("rtn", "recipes/w4-rtn.yaml", "stages.0.bits={bits}", "stages.0.force=true"),
     _ours("gptq", "recipes/w4-gptq.yaml", "stages.0.bits={bits}"),
     _ours("gptq-full-range", "recipes/w4-gptq.yaml", "stages.0.bits={bits}",
           "stages.0.symmetry=full_range"),

@@ -356,6 +356,30 @@ def test_a_block_that_is_gone_is_made_up_for(tmp_path: Path, other_text: Calibra
     assert harm[0.5] < 0.9 * harm[0.0]
 
 
+def test_a_robust_stage_weighs_domains_and_keeps_the_best_round(
+    tmp_path: Path, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code is farthest in the first trial, gains weight, and does not win by measuring worse."""
+    distances = iter([0.5, 0.3, 0.4])
+
+    def measured(_: object, mix: mixing.Mix, __: object) -> dict[str, dict[str, float]]:
+        weights.append(dict(mix.weights or {}))
+        means = dict.fromkeys(weights[0], 0.1) | {"code": next(distances)}
+        return {"mean": means, "error": dict.fromkeys(means, 0.001)}
+
+    weights: list[dict[str, float]] = []
+    monkeypatch.setattr(mixing.Held, "trial", measured)
+    result = prune(tmp_path / "out", text, "prune.obs", intermediate=640, robust=True, rounds=3)
+    assert [sum(shares.values()) for shares in weights] == pytest.approx([1, 1, 1])
+    assert weights[1]["code"] > 1.4 * weights[0]["code"]
+    assert all(weights[1][name] < weights[0][name] for name in weights[0] if name != "code")
+    kept = {n.removeprefix("weight of "): v for n, v in result.notes.items() if "weight of" in n}
+    assert kept == weights[1]
+    assert result.notes["worst held-out KL, round 2"] == 0.3
+    plain = prune(tmp_path / "plain", text, "prune.obs", intermediate=640)
+    assert [m.loss for m in plain.metrics] != [m.loss for m in result.metrics]
+
+
 def test_a_search_is_planned_again_when_it_has_decided(tmp_path: Path, recipe_file) -> None:
     recipe = recipe_file(
         """\

@@ -23,14 +23,16 @@ from compressor.model.files import read_config
 from compressor.model.load import load_tokenizer
 from compressor.model.shape import Shape, resized, shape_of
 from compressor.model.walk import BlockWalk
+from compressor.numerics.robust import chi_square_weights, trusted_radius
 from compressor.stages.context import StageContext
 from compressor.stages.depth import greedy, one_shot, spread_rows, write_layers
 from compressor.stages.prune_depth import PruneDepth
-from compressor.stages.pruning import Job, prune_widths, size_notes
+from compressor.stages.pruning import Job, domains_of, prune_widths, size_notes
 from compressor.stages.unit_choice import compensated
 from compressor.types import StageResult, TokenBatch
 
 if TYPE_CHECKING:
+    from compressor.stages.prune_obs import PruneObs
     from compressor.stages.prune_search import PruneSearch
 
 _HELD = 2  # windows of every domain that a mix is judged on
@@ -133,21 +135,82 @@ def _tried(
         task.advance(len(found))
         held = Held(checkpoint, context)
         for mix in mixes[len(found) :]:
-            folder = context.scratch / "trial"
-            shutil.rmtree(folder, ignore_errors=True)
-            trial = replace(
-                context,
-                folder=folder / "checkpoint",
-                scratch=folder / "scratch",
-                finished=(),
-                block_done=lambda _: None,
-            )
-            result = prune_mix(mix, checkpoint, rows, trial)
-            found.append(held.distances(result.checkpoint))
-            shutil.rmtree(folder)
+            found.append(held.trial(mix, rows)["mean"])
             atomic_write_json(progress, found)
             task.advance()
     return found
+
+
+def prune_robustly(
+    stage: PruneObs,
+    shape: Shape,
+    checkpoint: Path,
+    batches: Sequence[TokenBatch],
+    context: StageContext,
+) -> StageResult:
+    """Prune with weights of domains in second moments that protect the worst domain.
+
+    Round by round, the model pruned with the present weights is measured on development text, and
+    the weights lean from the text's own shares towards the domains that are farthest from the
+    parent, in the χ² ball of DRPruning (arXiv:2411.14055) that noise leaves. The round whose worst
+    domain is nearest decides; the first is the plain one.
+
+    Args:
+        stage: rounds, radius and the least squares.
+        shape: sizes that are left.
+        checkpoint: the parent.
+        batches: calibration tokens.
+        context: where to work and whom to tell.
+    """
+    layers = tuple(range(Architecture.from_config(read_config(checkpoint)).layers))
+    names = domains_of(batches)
+    base = _shares(batches)
+    rows = spread_rows(batches, stage.trial_tokens)
+    progress = context.scratch / "rounds.json"
+    rounds: list[dict[str, dict[str, float]]] = (
+        json.loads(progress.read_text()) if progress.is_file() else []
+    )
+    held = Held(checkpoint, context) if len(rounds) < stage.rounds else None
+    weights = base
+    with context.observer.task("weighing domains", stage.rounds) as task:
+        for number in range(stage.rounds):
+            if number == len(rounds):
+                assert held is not None
+                shares = dict(zip(names, weights.tolist(), strict=True))
+                rounds.append(
+                    {"weights": shares} | held.trial(stage.mix(shape, layers, shares), rows)
+                )
+                atomic_write_json(progress, rounds)
+            weights = _leaning(base, rounds[number], names, stage.radius)
+            task.advance()
+    worst = [max(found["mean"].get(name, 0.0) for name in names) for found in rounds]
+    best = min(range(len(rounds)), key=lambda number: (worst[number], number))
+    mix = stage.mix(shape, layers, rounds[best]["weights"])
+    result = prune_mix(mix, checkpoint, batches, context)
+    notes = {f"worst held-out KL, round {number}": kl for number, kl in enumerate(worst, 1)}
+    notes |= {f"weight of {name}": share for name, share in rounds[best]["weights"].items()}
+    return replace(result, notes=result.notes | notes)
+
+
+def _shares(batches: Sequence[TokenBatch]) -> Tensor:
+    """Share of every domain, sorted by name, in the tokens; fp64."""
+    names = domains_of(batches)
+    counts = dict.fromkeys(names, 0)
+    for batch in batches:
+        for domain, mask in zip(batch.domains, batch.mask, strict=True):
+            counts[domain] += int(mask.sum())
+    tokens = torch.tensor([counts[name] for name in names]).double()
+    return tokens / tokens.sum()
+
+
+def _leaning(
+    base: Tensor, found: Mapping[str, Mapping[str, float]], names: Sequence[str], radius: float
+) -> Tensor:
+    """Shares for the next round; the user's own text has no development text to lean by."""
+    if any(name not in found["mean"] for name in names):
+        return base
+    means, errors = (torch.tensor([found[k][n] for n in names]).double() for k in ("mean", "error"))
+    return chi_square_weights(base, means, trusted_radius(radius, means, errors))
 
 
 def prune_mix(
@@ -197,7 +260,7 @@ class Held:
     """
 
     def __init__(self, checkpoint: Path, context: StageContext) -> None:
-        self._context = context
+        self._checkpoint, self._context = checkpoint, context
         longest = Architecture.from_config(read_config(checkpoint)).max_positions
         self.batches = [
             TokenBatch(batch.input_ids[:_HELD], batch.mask[:_HELD], batch.domains[:_HELD])
@@ -205,19 +268,38 @@ class Held:
         ]
         self._parent, self._states = self._run(checkpoint)
 
-    def distances(self, checkpoint: Path) -> dict[str, float]:
-        """KL to the parent in nats per token, by domain."""
+    def trial(self, mix: Mix, batches: Sequence[TokenBatch]) -> dict[str, dict[str, float]]:
+        """`distances` of the model that a mix makes on these tokens, which is not kept."""
+        folder = self._context.scratch / "trial"
+        shutil.rmtree(folder, ignore_errors=True)
+        context = replace(
+            self._context,
+            folder=folder / "checkpoint",
+            scratch=folder / "scratch",
+            finished=(),
+            block_done=lambda _: None,
+        )
+        result = prune_mix(mix, self._checkpoint, batches, context)
+        found = self.distances(result.checkpoint)
+        shutil.rmtree(folder)
+        return found
+
+    def distances(self, checkpoint: Path) -> dict[str, dict[str, float]]:
+        """KL to the parent in nats per token by domain: `mean`, and `error`, that of the mean."""
         walk, states = self._run(checkpoint)
-        found = {}
+        found: dict[str, dict[str, float]] = {"mean": {}, "error": {}}
         for batch, expected, other in zip(self.batches, self._states, states, strict=True):
-            total = 0.0
+            values = []
             for row, valid in enumerate(batch.mask):
                 p = torch.log_softmax(
                     self._parent.logits(expected[row : row + 1, valid]).double(), -1
                 )
                 q = torch.log_softmax(walk.logits(other[row : row + 1, valid]).double(), -1)
-                total += float((p.exp() * (p - q)).sum())
-            found[batch.domains[0]] = total / int(batch.mask.sum())
+                values.append(float((p.exp() * (p - q)).sum(-1).mean()))
+            windows = torch.tensor(values).double()
+            error = float(windows.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            found["mean"][batch.domains[0]] = float(windows.mean())
+            found["error"][batch.domains[0]] = error
         return found
 
     def _run(self, checkpoint: Path) -> tuple[BlockWalk, list[Tensor]]:

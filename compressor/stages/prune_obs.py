@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from compressor.model.shape import Shape, shape_of
 from compressor.stages.base import Need, option
 from compressor.stages.prune_base import WidthConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
     from compressor.stages.context import StageContext
+    from compressor.stages.mixing import Mix
     from compressor.types import StageResult
 
 
@@ -58,10 +61,38 @@ class PruneObs(WidthConfig):
         le=1,
     )
 
+    robust: bool = option(
+        False,
+        "Weigh the domains of the calibration text so that the worst one loses least: a few rounds "
+        "of pruning on some of the text, each measured on development text.",
+        effect="Takes `rounds` trials more. The plain weights are kept where no others are better.",
+        source="DRPruning, arXiv:2411.14055, section 3, without training",
+    )
+    rounds: int = option(3, "With `robust`: trials, the plain one included.", ge=1)
+    radius: float = option(
+        0.1,
+        "With `robust`: how far weights may lean from the text's shares, ½ Σ p (q/p - 1)²; shrunk "
+        "by what noise explains.",
+        source="DRPruning",
+        ge=0,
+    )
+    trial_tokens: int = option(
+        4096, "With `robust`: tokens of calibration text of a trial, in whole rows.", ge=1
+    )
+
     @property
     def label(self) -> str:
         """Such as `OBS -20 %`."""
-        return "OBS" if self.ratio is None else f"OBS -{self.ratio:.0%}"
+        robust = " robust" if self.robust else ""
+        return f"OBS{robust}" + ("" if self.ratio is None else f" -{self.ratio:.0%}")
+
+    def mix(
+        self, shape: Shape, layers: tuple[int, ...], weights: Mapping[str, float] | None
+    ) -> Mix:
+        """What stays, with the stage's own least squares."""
+        from compressor.stages.mixing import Mix
+
+        return Mix(shape, layers, self.damping, self.shrinkage, self.propagate, weights)
 
     def calibration_need(self) -> Need | None:
         """Compensation needs the second moments of the inputs, always."""
@@ -73,16 +104,12 @@ class PruneObs(WidthConfig):
         """Prune every block on inputs that passed through the pruned ones before it."""
         from compressor.model.architecture import Architecture
         from compressor.model.files import read_config
-        from compressor.stages.pruning import Job, prune_widths
-        from compressor.stages.unit_choice import compensated
+        from compressor.stages.mixing import prune_mix, prune_robustly
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
         architecture = Architecture.from_config(read_config(checkpoint))
-        job = Job(
-            self.target(architecture),
-            compensated(self.damping, self.shrinkage, self.propagate),
-            calibration.batches,
-            refits=True,
-            parent=checkpoint if self.propagate > 0 and architecture.prenorm else None,
-        )
-        return prune_widths(job, checkpoint, context)
+        shape, batches = self.target(architecture), calibration.batches
+        if self.robust and shape != shape_of(architecture):
+            return prune_robustly(self, shape, checkpoint, batches, context)
+        layers = tuple(range(architecture.layers))
+        return prune_mix(self.mix(shape, layers, None), checkpoint, batches, context)

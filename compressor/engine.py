@@ -403,14 +403,12 @@ class _Run:
             resized=result.resized,
             renamed=result.renamed,
         )
-        before = self.probe.streamed(parent.checkpoint)
-        whole = self.probe.whole(variant.checkpoint)
-        after = self.probe.streamed(variant.checkpoint) if whole is None else whole
+        before, after = map(self.probe.streamed, (parent.checkpoint, variant.checkpoint))
         return self.journal.append(
             "stage_verified",
             stage=variant.id,
             kl_to_parent=verify_divergence(before, after, variant.id),
-            loaded_whole=whole is not None,
+            loaded_whole=self.probe.whole(variant.checkpoint) is not None,
         )
 
     def _unread_tensors(self) -> list[Fallback]:

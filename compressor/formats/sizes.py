@@ -200,7 +200,7 @@ def _linear_bits(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float
         if _EMBEDDINGS.search(name) or _HEAD.search(name):
             continue
         module, _, leaf = name.rpartition(".")
-        if leaf in ("weight_scale", "weight_zero_point", "scales", "qzeros"):
+        if leaf in ("weight_scale", "weight_global_scale", "weight_zero_point", "scales", "qzeros"):
             stored_bits += 8 * info.nbytes
         elif count := _weights(name, info, tensors):
             dense = info.dtype in FLOATING

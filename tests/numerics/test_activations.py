@@ -18,7 +18,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def library(inputs: Tensor, scheme: ActivationScheme) -> Tensor:
     args = QuantizationArgs(
-        num_bits=scheme.bits, type=scheme.number, symmetric=True, strategy="token", dynamic=True
+        num_bits=scheme.bits,
+        type=scheme.number,
+        symmetric=True,
+        strategy="group" if scheme.group_size else "token",
+        group_size=scheme.group_size,
+        dynamic=True,
     )
     module = torch.nn.Linear(1, 1)
     module.quantization_status = QuantizationStatus.COMPRESSED  # type: ignore[assignment]
@@ -41,7 +46,7 @@ def tokens(seed: int, width: int, dtype: torch.dtype, spread: float = 1.0) -> Te
 def test_equals_the_library_bit_for_bit(
     name: str, seed: int, width: int, dtype: torch.dtype, spread: float
 ) -> None:
-    inputs = tokens(seed, width, dtype, spread)
+    inputs = tokens(seed, width * (ACTIVATIONS[name].group_size or 1), dtype, spread)
     rounded = round_inputs(inputs, ACTIVATIONS[name])
     assert rounded.dtype == dtype
     assert torch.equal(rounded, library(inputs, ACTIVATIONS[name]))
@@ -49,13 +54,13 @@ def test_equals_the_library_bit_for_bit(
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_token_does_not_depend_on_the_others(name: str) -> None:
-    inputs = tokens(1, 32, torch.float32)
+    inputs = tokens(1, 256, torch.float32)
     together = round_inputs(inputs, ACTIVATIONS[name])
     alone = round_inputs(inputs[1, 3], ACTIVATIONS[name])
     assert torch.equal(together[1, 3], alone)
-    # one scale for all tokens, as a static scheme has, gives something else
+    # one scale for all tokens, as a static scheme has, gives something else; groups keep theirs
     flat = round_inputs(inputs.reshape(1, -1), ACTIVATIONS[name]).view_as(inputs)
-    assert not torch.equal(together, flat)
+    assert torch.equal(together, flat) == (ACTIVATIONS[name].group_size is not None)
 
 
 def test_int8_errs_by_half_a_step_at_most() -> None:
@@ -69,7 +74,7 @@ def test_int8_errs_by_half_a_step_at_most() -> None:
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zero_tokens_stay_zero_and_inputs_stay_whole(name: str, dtype: torch.dtype) -> None:
-    inputs = tokens(3, 16, dtype)
+    inputs = tokens(3, 128, dtype)
     inputs[0, 0] = 0
     before = inputs.clone()
     rounded = round_inputs(inputs, ACTIVATIONS[name])

@@ -201,6 +201,7 @@ class _Run:
         self.command = command
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = resolve_dtype(recipe.evaluate.dtype, self.device)
+        self.interruptible = Interruptible()
         self.variants = [Variant(BASE, source.path)]
         self.artifacts: list[Artifact] = []
         self.evaluations: dict[str, Evaluation] = {}
@@ -213,7 +214,7 @@ class _Run:
         resumed = self.journal.find("run_started") is not None
         self.journal.append("run_started", command=self.command, resumed=resumed)
         try:
-            with Interruptible():
+            with self.interruptible:
                 return self._steps()
         except KeyboardInterrupt:
             self.journal.append("interrupted")
@@ -363,6 +364,7 @@ class _Run:
         def block_done(record: BlockRecord) -> None:
             facts = {"seconds": meter.lap(), "peak_bytes": meter.peak_bytes}
             self.journal.append("block_done", stage=variant.id, record=asdict(record), **facts)
+            self.interruptible.check()
 
         context = StageContext(
             folder=variant.checkpoint,

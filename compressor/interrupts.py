@@ -46,6 +46,11 @@ class Interruptible:
         if self._struck and isinstance(error, Exception):
             raise KeyboardInterrupt from error
 
+    def check(self) -> None:
+        """Raise what was struck and lost: Python drops exceptions raised in a destructor."""
+        if self._struck:
+            raise KeyboardInterrupt
+
     def _strike(self, number: int, frame: FrameType | None) -> None:
         self._struck = True
         if self._before is not None:

@@ -33,6 +33,22 @@ def test_an_error_after_an_interruption_is_the_interruption() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+class Finicky:
+    """Its destructor is where the interruption strikes."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interruption_that_a_destructor_lost_is_found() -> None:
+    with Interruptible() as interruptible:
+        interruptible.check()
+        Finicky()
+        with pytest.raises(KeyboardInterrupt):
+            interruptible.check()
+
+
 def test_a_plain_interruption_stays_one() -> None:
     with pytest.raises(KeyboardInterrupt), Interruptible():
         signal.raise_signal(signal.SIGINT)

@@ -274,14 +274,10 @@ def test_interrupted_then_resumed(place: Place, compress: Callable[..., Result])
     """Ctrl-C in the middle of a stage; meanwhile nobody else may write the same folder."""
     command = [sys.executable, "-m", "compressor.cli", "r.yaml", "model", "-o", "cut", "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # A shell's background job ignores Ctrl-C, and so would what it starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    # A shell's background job ignores Ctrl-C, and so would what it starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    signal.signal(signal.SIGINT, before)
     journal = Path("cut/journal.jsonl")
     _until(lambda: journal.exists() and "block_done" in journal.read_text("utf-8"), process)
     process.send_signal(signal.SIGSTOP)

@@ -139,7 +139,8 @@ def test_searching_never_loses_to_min_max(name: str, search: Search) -> None:
     scheme = SCHEMES[name]
     gains = []
     for seed in range(5):
-        weight, importance = weights(seed), torch.rand(64) + 0.01
+        generator = torch.Generator().manual_seed(seed)
+        weight, importance = weights(seed), torch.rand(64, generator=generator) + 0.01
         plain, found = (
             rtn(weight, scheme, search=how, importance=importance) for how in ("minmax", search)
         )
@@ -150,7 +151,7 @@ def test_searching_never_loses_to_min_max(name: str, search: Search) -> None:
         assert errors[1] <= errors[0]
         gains.append(float(errors[1] / errors[0]))
     # Floats are as fine at one scale as at another, but for their ends and for how coarse e2m1 is.
-    assert max(gains) < {"nvfp4": 0.95}.get(name, 1.0)
+    assert max(gains) < {"nvfp4": 0.95, "mxfp4": 0.995}.get(name, 1.0)
 
 
 def test_scales_are_what_the_format_holds() -> None:

@@ -39,9 +39,9 @@ from compressor.errors import (
 from compressor.interrupts import Interruptible
 
 if TYPE_CHECKING:
+    from compressor.efforts import EffortName
     from compressor.evaluation.config import EvaluateConfig
     from compressor.progress import Observer
-    from compressor.recipe import Recipe
 
 INTERRUPTED = 130
 _YAML = (".yaml", ".yml")
@@ -158,6 +158,12 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.argument("recipe", shell_complete=_recipes),
         click.argument("model", type=click.Path()),
         click.option(
+            "--effort",
+            type=click.Choice(["light", "default", "best"]),
+            default="default",
+            help="How much time to spend, where the recipe gives the choice; see compress plan.",
+        ),
+        click.option(
             "--set",
             "overrides",
             multiple=True,
@@ -213,14 +219,14 @@ def run(
     /,
     recipe: str,
     model: str,
-    overrides: tuple[str, ...],
-    allow_outside: bool,
     out: Path | None,
-    **budget: Any,
+    **reading: Any,
 ) -> None:
     """Run RECIPE on MODEL; the same command again resumes it."""
-    loaded = _load(recipe, overrides, allow_outside, budget)
-    folder = out or default_out(loaded.name, model)
+    from compressor.recipe import load_recipe
+
+    loaded = load_recipe(recipe, **_reading(recipe, **reading))
+    folder = out or default_out(loaded.name, model, loaded.effort)
     with _working(settings) as observer:
         from compressor.engine import run_recipe
 
@@ -250,36 +256,38 @@ def plan(
     /,
     recipe: str,
     model: str,
-    overrides: tuple[str, ...],
-    allow_outside: bool,
-    **budget: Any,
+    **reading: Any,
 ) -> None:
-    """Check RECIPE against MODEL and price it; reads no weight."""
+    """Check RECIPE against MODEL and price it, at every effort; reads no weight."""
     from compressor.model.load import read_config, resolve
     from compressor.plan import make_plan
+    from compressor.recipe import load_efforts, load_recipe
 
-    loaded = _load(recipe, overrides, allow_outside, budget)
-    source = resolve(model, config_only=True)
-    made = make_plan(loaded, read_config(source.path), model)
+    chosen = _reading(recipe, **reading)
+    loaded = load_recipe(recipe, **chosen)
+    config = read_config(resolve(model, config_only=True).path)
+    del chosen["effort"]
+    made = make_plan(loaded, config, model).beside(load_efforts(recipe, **chosen), config)
     settings.emit(made.model_dump(), lambda: console.plan_text(made))
 
 
-def _load(
-    recipe: str, overrides: Sequence[str], allow_outside: bool, budget: dict[str, Any]
-) -> Recipe:
-    """Read the recipe; a budget on the command line is short for --set of its stage's options."""
-    from compressor.recipe import budget_overrides, load_recipe
+def _reading(
+    recipe: str, *, effort: EffortName, overrides: Sequence[str], allow_outside: bool, **budget: Any
+) -> dict[str, Any]:
+    """How to read a recipe; a budget is short for --set of its stage's options."""
+    from compressor.recipe import budget_overrides
 
     given = [name for name, value in budget.items() if value is not None]
     if len(given) > 1:
         raise UsageError("--target-bpw and --target-size are two budgets", "give one of them")
     if given:
-        overrides = [*overrides, *budget_overrides(recipe, **budget)]
-    return load_recipe(recipe, overrides, allow_outside=allow_outside)
+        overrides = [*overrides, *budget_overrides(recipe, effort=effort, **budget)]
+    return {"effort": effort, "overrides": overrides, "allow_outside": allow_outside}
 
 
-def default_out(recipe: str, model: str) -> Path:
-    """`runs/RECIPE-MODEL`: the same command finds its run again."""
+def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path:
+    """`runs/RECIPE-MODEL`, with an effort of choice between: the same command finds its run."""
+    recipe += "" if effort == "default" else f"-{effort}"
     bare = model.partition("@")[0].rstrip("/\\").replace("\\", "/")
     name = bare.rpartition("/")[2].rpartition(":")[2]
     return Path("runs") / f"{recipe}-{name or 'model'}"

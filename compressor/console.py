@@ -102,7 +102,19 @@ def plan_text(plan: Plan) -> str:
         f"{size(plan.peak_bytes)} of memory, at most {size(plan.disk_bytes)} of disk"
     )
     heads = [f"{plan.model}: {base}", f"tokens: {tokens}"]
-    return "\n".join([*heads, table(rows), *remarks, *exports, total])
+    return "\n".join([*heads, table(rows), *remarks, *exports, *_efforts(plan), total])
+
+
+def _efforts(plan: Plan) -> list[str]:
+    """How long each effort of the recipe takes, where there is a choice."""
+    if not plan.efforts:
+        return []
+    times = [
+        f"{name}{' (this)' if name == plan.effort else ''} "
+        + ("cannot work on this model" if seconds is None else f"≈ {duration(seconds)}")
+        for name, seconds in plan.efforts.items()
+    ]
+    return [f"--effort: {', '.join(times)}"]
 
 
 def checks_text(checks: Sequence[Check]) -> str:
@@ -243,7 +255,9 @@ def _folder(kind: str) -> Path:
 def _description(path: Path) -> str:
     from ruamel.yaml import YAML
 
-    return str(YAML(typ="safe").load(path).get("description", ""))
+    content = YAML(typ="safe").load(path)
+    efforts = "".join(f" | {name}" for name in content.get("efforts", {}))
+    return str(content.get("description", "")) + (f" [--effort{efforts[2:]}]" if efforts else "")
 
 
 def listing_text(rows: Sequence[Row]) -> str:

@@ -264,6 +264,7 @@ class _Run:
             weights={name: sha for name, sha in hashes.items() if name.endswith(".safetensors")},
             calibration_sha256=self.calibration.sha256 if self.calibration else None,
             packages=packages(),
+            effort=self.recipe.effort,
         )
 
     def _require_unchanged_model(self) -> None:

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from compressor.diagnose import models_in, nearest
 from compressor.errors import UsageError
-from compressor.recipe import Recipe
+from compressor.recipe import recipe_model
 from compressor.registry import methods, registry
 from compressor.stages.base import StageConfig
 
@@ -68,8 +68,8 @@ def explain(topic: str) -> Topic:
         full = _describe(owner, owners[owner])
         only = tuple(option for option in full.options if option.name == key)
         return Topic(name=topic, summary=full.summary, source=full.source, options=only)
-    if not owner and key in Recipe.model_fields:
-        field = Recipe.model_fields[key]
+    if not owner and key in recipe_model().model_fields:
+        field = recipe_model().model_fields[key]
         return Topic(name=key, summary="A key of the recipe.", options=(_option(key, field, {}),))
     raise _unknown(topic, owners)
 
@@ -80,7 +80,7 @@ def _owners() -> dict[str, type[BaseModel]]:
     for name, method in list(found.items()):
         for key, field in method.model_fields.items():
             found |= {f"{name}.{key}": inside for inside in models_in(field.annotation)}
-    for name, field in Recipe.model_fields.items():
+    for name, field in recipe_model().model_fields.items():
         if name != "stages" and (inside := models_in(field.annotation)):
             found[name] = inside[0]
     return found
@@ -103,7 +103,7 @@ def topics() -> list[str]:
     """Everything that can be explained, sorted."""
     owners = _owners()
     keys = {f"{owner}.{key}" for owner, model in owners.items() for key in model.model_fields}
-    return sorted(keys | set(owners) | set(Recipe.model_fields))
+    return sorted(keys | set(owners) | set(recipe_model().model_fields))
 
 
 def _unknown(topic: str, owners: dict[str, type[BaseModel]]) -> UsageError:
@@ -114,7 +114,7 @@ def _unknown(topic: str, owners: dict[str, type[BaseModel]]) -> UsageError:
 
 
 def _overview() -> Topic:
-    keys = tuple(_option(name, field, {}) for name, field in Recipe.model_fields.items())
+    keys = tuple(_option(name, field, {}) for name, field in recipe_model().model_fields.items())
     stages = tuple(
         Option(name=m.name, accepts="a stage", default="", what=m.summary) for m in methods()
     )

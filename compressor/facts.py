@@ -108,6 +108,7 @@ def _run(done: Finished) -> Run:
         recipe=(done.folder / "recipe.yaml").read_text(encoding="utf-8"),
         recipe_sha256=file_sha256(done.folder / "recipe.yaml"),
         seed=done.recipe.seed,
+        effort=done.recipe.effort,
         resumed=len(starts) - 1,
     )
 

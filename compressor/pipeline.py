@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.efforts import DEFAULT, EffortName
 from compressor.model.files import read_config
 from compressor.model.load import resolve
 from compressor.plan import Plan, make_plan
@@ -48,18 +49,25 @@ class Pipeline:
         self._outcome: RunOutcome | None = None
 
     @classmethod
-    def from_recipe(cls, path_or_name: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+    def from_recipe(
+        cls,
+        path_or_name: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        effort: EffortName = DEFAULT,
+    ) -> Pipeline:
         """From a recipe's file or shipped name.
 
         Args:
             path_or_name: such as `recipes/quickstart.yaml` or `quickstart`.
             overrides: `dotted.path=value`, as given to `--set`.
+            effort: `light`, `default` or `best`, as given to `--effort`.
 
         Raises:
             RecipeError: carries every problem found.
         """
         pipeline = cls.__new__(cls)
-        pipeline.recipe = load_recipe(path_or_name, overrides)
+        pipeline.recipe = load_recipe(path_or_name, overrides, effort=effort)
         pipeline._outcome = None
         return pipeline
 

@@ -28,6 +28,7 @@ from compressor.cost import (
     role_bytes,
     rounding_flops,
 )
+from compressor.efforts import DEFAULT, EffortName
 from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
 from compressor.formats.exchange import container_problems
@@ -115,6 +116,9 @@ class Plan(Priced):
         peak_bytes: most memory of any step, estimated.
         whole_bytes: of the largest checkpoint on the way, as stored.
         seconds: of the whole run, estimated.
+        effort: at which the recipe was read.
+        efforts: seconds at every effort of the recipe, None where it cannot work on this model;
+            empty when it has one effort only.
         rate: operations per second behind `seconds`, and where that number is from.
     """
 
@@ -132,6 +136,28 @@ class Plan(Priced):
     whole_bytes: int
     seconds: float
     rate: tuple[float, str]
+    effort: EffortName = DEFAULT
+    efforts: dict[EffortName, float | None] = {}
+
+    def beside(self, recipes: Mapping[EffortName, Recipe], config: Mapping[str, object]) -> Plan:
+        """The same with the time that each effort of the recipe takes, where it has several.
+
+        Args:
+            recipes: by effort, this plan's too.
+            config: content of the model's `config.json`.
+        """
+        if len(recipes) < 2:
+            return self
+        times = {name: _seconds(recipe, config, self.model) for name, recipe in recipes.items()}
+        return self.model_copy(update={"efforts": times | {self.effort: self.seconds}})
+
+
+def _seconds(recipe: Recipe, config: Mapping[str, object], model: str) -> float | None:
+    """Estimated; None where the plan refuses the recipe."""
+    try:
+        return make_plan(recipe, config, model).seconds
+    except PlanError:
+        return None
 
 
 def make_plan(
@@ -365,6 +391,7 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         whole_bytes=max(architecture.bytes for architecture in chain),
         seconds=sum(stage.seconds for stage in stages) + scoring / rate[0],
         rate=rate,
+        effort=recipe.effort,
     )
 
 

@@ -1,6 +1,7 @@
 """A recipe: YAML -> frozen configuration, or every problem at once with its line and column.
 
     recipe = load_recipe("recipes/quickstart.yaml", ["stages.0.bits=3"])
+    recipe = load_recipe("w4-gptq", effort="best")
 
 Unknown keys are fatal at every level, types are not coerced, and a misspelt word is answered
 with the nearest right one. `dump_lock` writes a recipe back with every default spelled out.
@@ -14,6 +15,8 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -24,6 +27,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     SerializeAsAny,
+    SkipValidation,
     ValidationError,
     create_model,
     field_validator,
@@ -33,22 +37,19 @@ from ruamel.yaml import YAML
 from compressor import resources
 from compressor.calibration import CalibrationConfig
 from compressor.diagnose import diagnose, nearest
+from compressor.efforts import DEFAULT, KEY, EffortName, apart
 from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.formats.capabilities import Container
+from compressor.paths import resolve_paths, written_paths
 from compressor.registry import registry
-from compressor.source import Location, Source, read_source, read_text
+from compressor.source import Location, Source, apply_overrides, read_source, read_text
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
 ExportFormat = Literal["compressed-tensors", "gptq", "awq", "gguf", "dense"]
 EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
-
-PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.source")
-"""Keys that may name a file; `*` stands for any key."""
-
-_SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".parquet")
 
 
 class Section(BaseModel):
@@ -94,6 +95,40 @@ class Lock(Section):
         default=None, description="SHA-256 of the calibration tokens."
     )
     packages: dict[str, str] = Field(description="Versions that decide the bytes, by package.")
+    effort: EffortName = Field(default=DEFAULT, description="The effort that was chosen.")
+
+
+class Effort(Section):
+    """Keys of a recipe that an effort changes; `compressor.efforts` says how they are merged.
+
+    They are judged where they are merged, not here, where a section may be a part of one.
+    """
+
+    seed: SkipValidation[int | None] = Field(default=None, description="Replaces the seed.")
+    calibration: SkipValidation[CalibrationConfig | None] = Field(
+        default=None, description="Keys that differ, such as `samples`."
+    )
+    stages: SkipValidation[tuple[StageConfig, ...] | None] = Field(
+        default=None, description="All stages, in place of the recipe's."
+    )
+    evaluate: SkipValidation[EvaluateConfig | None] = Field(
+        default=None, description="Keys that differ."
+    )
+    gates: SkipValidation[Gates | None] = Field(default=None, description="Limits that differ.")
+    export: SkipValidation[tuple[ExportConfig, ...] | None] = Field(
+        default=None, description="All deliverables, in place of the recipe's."
+    )
+
+
+class Efforts(Section):
+    """Other efforts than the recipe's own, chosen with `--effort`."""
+
+    light: Effort | None = Field(
+        default=None, description="For a first try: what saves time, at some accuracy."
+    )
+    best: Effort | None = Field(
+        default=None, description="For the final model: what gains accuracy, at some time."
+    )
 
 
 class Recipe(Section):
@@ -124,6 +159,12 @@ class Recipe(Section):
     lock: Lock | None = Field(default=None, description="Written by a run; pins what went into it.")
 
     _source: Source | None = PrivateAttr(None)
+    _effort: EffortName = PrivateAttr(DEFAULT)
+
+    @property
+    def effort(self) -> EffortName:
+        """The one that was chosen when the recipe was read, or when its lock was written."""
+        return self.lock.effort if self.lock else self._effort
 
     @field_validator("stages")
     @classmethod
@@ -148,12 +189,13 @@ class Recipe(Section):
     def text(self) -> str:
         """The recipe verbatim, or written out when it did not come from a file.
 
-        Values that `--set` replaced are named in a comment; the lock file has them.
+        The effort and values that `--set` replaced are named in comments; the lock file has them.
         """
         if self._source is None:
             return _dump_yaml(self.model_dump(mode="json", exclude_none=True))
-        replaced = "".join(f"# replaced by {how}\n" for how in self._source.overrides.values())
-        return replaced + self._source.text
+        notes = [] if self._effort == DEFAULT else [f"# at --effort {self._effort}\n"]
+        notes += [f"# replaced by {how}\n" for how in self._source.overrides.values()]
+        return "".join(notes) + self._source.text
 
     def with_exports(self, added: Sequence[ExportConfig]) -> Recipe:
         """The same recipe with more deliverables; its problems no longer point into a file.
@@ -177,45 +219,131 @@ class Recipe(Section):
 
 @cache
 def recipe_model() -> type[Recipe]:
-    """`Recipe` with `stages` as the union of all registered methods, told apart by `method`."""
+    """`Recipe` as a file has it: with `stages` told apart by `method`, and with `efforts`."""
     classes = tuple(registry().get(method.name) for method in registry())
     stage = Annotated[Union[classes], Field(discriminator="method")]  # type: ignore[valid-type]  # noqa: UP007
-    documented = Recipe.model_fields["stages"]
-    field = Field(min_length=1, description=documented.description)
-    return create_model("Recipe", __base__=Recipe, stages=(tuple[stage, ...], field))
+    unjudged = Annotated[tuple[stage, ...] | None, SkipValidation()]
+    effort = _with_stages(Effort, unjudged, default=None)
+    efforts = create_model(
+        "Efforts",
+        __base__=Efforts,
+        **{
+            name: (effort | None, Field(default=None, description=field.description))
+            for name, field in Efforts.model_fields.items()
+        },  # type: ignore[call-overload]
+    )
+    described = Field(
+        default=None,
+        exclude=True,
+        description="The same recipe at other efforts: what `compress RECIPE MODEL --effort light` "
+        "or `best` changes. Keys are merged over those of the recipe; lists replace them.",
+    )
+    model = _with_stages(Recipe, tuple[stage, ...], min_length=1)
+    made: type[Recipe] = create_model("Recipe", __base__=model, efforts=(efforts | None, described))
+    return made
+
+
+def _with_stages(model: type[BaseModel], annotation: Any, **rules: Any) -> Any:
+    """The same section with `stages` of the registered methods."""
+    field = Field(description=model.model_fields["stages"].description, **rules)
+    return create_model(model.__name__, __base__=model, stages=(annotation, field))
 
 
 def load_recipe(
-    path_or_name: str | Path, overrides: Sequence[str] = (), *, allow_outside: bool = False
+    path_or_name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    effort: EffortName = DEFAULT,
+    allow_outside: bool = False,
 ) -> Recipe:
-    """Read a recipe.
+    """Read a recipe; every effort that it has is checked, whichever is chosen.
 
     Args:
         path_or_name: a file, or the name of a shipped recipe.
-        overrides: `dotted.path=value`, as given to `--set`.
+        overrides: `dotted.path=value`, as given to `--set`; they come after the effort.
+        effort: the one to take; `default` is the recipe as it stands.
         allow_outside: let the recipe name files outside its own folder.
 
     Raises:
         RecipeError: anything is wrong with it; carries every problem found.
     """
     path = find_recipe(path_or_name)
+    choices = _choices(path_or_name, path)
+    if effort not in choices:
+        message = f"{path.name} has no effort {effort!r}; it has: {', '.join(choices)}"
+        raise RecipeError([Problem(message, hint="leave --effort out for the recipe as it stands")])
+    found = {name: _checked(source, path, allow_outside) for name, source in choices.items()}
+    common = set(found[DEFAULT][1])
+    if overrides:
+        chosen = _choices(path_or_name, path)[effort]
+        _override(chosen, overrides)
+        found[effort] = _checked(chosen, path, allow_outside)
+    recipe, problems = found[effort][0], list(found[DEFAULT][1])
+    for name, (_, own) in found.items():
+        problems += [_at_effort(problem, name) for problem in own if problem not in common]
+    if problems or recipe is None:
+        problems = list(dict.fromkeys(problems))
+        raise RecipeError(sorted(problems, key=lambda problem: (problem.line, problem.column)))
+    recipe._effort = effort
+    return recipe
+
+
+def load_efforts(
+    path_or_name: str | Path, overrides: Sequence[str] = (), *, allow_outside: bool = False
+) -> dict[EffortName, Recipe]:
+    """A recipe at all its efforts, to compare them, but for those that overrides do not fit.
+
+    Raises:
+        RecipeError: anything is wrong with it as written.
+    """
+    path = find_recipe(path_or_name)
+    recipes: dict[EffortName, Recipe] = {}
+    for name in _choices(path_or_name, path):
+        with suppress(RecipeError):
+            recipes[name] = load_recipe(
+                path_or_name, overrides, effort=name, allow_outside=allow_outside
+            )
+    return recipes
+
+
+def _choices(path_or_name: str | Path, path: Path) -> dict[EffortName, Source]:
+    """The parsed file at each of its efforts."""
     shown = str(path_or_name) if Path(path_or_name).is_file() else path.name
-    source = read_source(read_text(path), shown, overrides)
-    return validate_recipe(source, path, allow_outside=allow_outside)
+    return apart(read_source(read_text(path), shown))
 
 
-def budget_overrides(path_or_name: str | Path, **budget: object) -> list[str]:
+def _override(source: Source, overrides: Sequence[str]) -> None:
+    """Apply `--set`, which comes after the efforts."""
+    early = [text for text in overrides if text.partition(".")[0].partition("=")[0] == KEY]
+    if early:
+        message = f"--set {early[0]}: the effort is merged before, so that this has no effect"
+        raise RecipeError([Problem(message, hint="set the key itself, and choose with --effort")])
+    apply_overrides(source, overrides)
+
+
+def _at_effort(problem: Problem, effort: EffortName) -> Problem:
+    """The problem, with the effort that has it where that is not the recipe's own."""
+    if effort == DEFAULT:
+        return problem
+    return replace(problem, message=f"at effort {effort}: {problem.message}")
+
+
+def budget_overrides(
+    path_or_name: str | Path, *, effort: EffortName = DEFAULT, **budget: object
+) -> list[str]:
     """The overrides that give a recipe's `allocate.bits` another budget.
 
     Args:
         path_or_name: of the recipe.
+        effort: at which the recipe is read.
         budget: `target_bpw` and `target_size`; None for the one that is not meant.
 
     Raises:
         RecipeError: the recipe cannot be read, or no stage of it allocates bits.
     """
     path = find_recipe(path_or_name)
-    data = read_source(read_text(path), path.name).data
+    source = _choices(path_or_name, path).get(effort)
+    data = source.data if source else None
     stages = data.get("stages") if isinstance(data, dict) else None
     for index, stage in enumerate(stages if isinstance(stages, list) else ()):
         if isinstance(stage, dict) and stage.get("method") == "allocate.bits":
@@ -251,31 +379,27 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(resources.recipes().glob("*.yaml"))}
 
 
-def validate_recipe(source: Source, path: Path, *, allow_outside: bool = False) -> Recipe:
-    """Turn parsed YAML into a recipe.
+def _checked(
+    source: Source, path: Path, allow_outside: bool
+) -> tuple[Recipe | None, list[Problem]]:
+    """Turn parsed YAML into a recipe, or say everything that is wrong with it.
 
     Args:
         source: the parsed text; its paths are made absolute in place.
         path: file of the recipe; relative paths in it start from its folder.
         allow_outside: let the recipe name files outside that folder.
-
-    Raises:
-        RecipeError: carries every problem found.
     """
     if isinstance(source.data, dict):
         source.data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).lstrip("-._"))
-    problems = _resolve_paths(source, path.resolve().parent, allow_outside)
+    problems = resolve_paths(source, path.resolve().parent, allow_outside)
     model = recipe_model()
     try:
         # JSON is the strict input form in which a list may still become a tuple.
         recipe = model.model_validate_json(json.dumps(source.data), strict=True)
     except ValidationError as error:
-        raise RecipeError([*diagnose(error, model, source), *problems]) from None
+        return None, [*diagnose(error, model, source), *problems]
     recipe._source = source
-    problems += _needs(recipe)
-    if problems:
-        raise RecipeError(problems)
-    return recipe
+    return recipe, [*problems, *_needs(recipe)]
 
 
 def _needs(recipe: Recipe) -> list[Problem]:
@@ -292,50 +416,6 @@ def _needs(recipe: Recipe) -> list[Problem]:
         for index, need in needs
         if need
     ]
-
-
-def _resolve_paths(source: Source, folder: Path, allow_outside: bool) -> list[Problem]:
-    """Make the paths in a recipe absolute; report those that leave its folder unasked."""
-    problems = []
-    for location, container, key in _written_paths(source.data, folder):
-        written = container[key]
-        typed = bool(source.overridden(location))
-        path = ((Path.cwd() if typed else folder) / Path(written).expanduser()).resolve()
-        container[key] = str(path)
-        if not (typed or allow_outside or path.is_relative_to(folder)):
-            problems.append(
-                source.problem(
-                    location,
-                    f"the path {written!r} leaves the recipe's folder",
-                    f"type it on the command line: --set {'.'.join(map(str, location))}=…, "
-                    "or trust the whole recipe with --allow-outside",
-                )
-            )
-    return problems
-
-
-def _written_paths(data: Any, folder: Path) -> list[tuple[Location, dict[str, Any], str]]:
-    """Every value of `PATHS` that names a file, with the mapping that holds it."""
-    found = []
-    for pattern in PATHS:
-        *parents, last = pattern.split(".")
-        container = data
-        for step in parents:
-            container = container.get(step) if isinstance(container, dict) else None
-        if not isinstance(container, dict):
-            continue
-        for key in list(container) if last == "*" else [last]:
-            value = container.get(key)
-            if isinstance(value, str) and (last == "*" or _is_path(value, folder)):
-                found.append(((*parents, key), container, key))
-    return found
-
-
-def _is_path(value: str, folder: Path) -> bool:
-    """Whether a value that may also be a name (of a suite, a mix, a Hub dataset) is a path."""
-    if value.startswith(("/", "~", ".")) or "\\" in value or ".." in value.split("/"):
-        return True
-    return value.endswith(_SUFFIXES) or ("/" in value and (folder / value).exists())
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -361,7 +441,7 @@ def dump_lock(recipe: Recipe, facts: Lock, folder: Path) -> str:
         folder: where the text will be stored; paths are written relative to it.
     """
     content = recipe.model_dump(mode="json", exclude={"lock"})
-    for _, container, key in _written_paths(content, folder):
+    for _, container, key in written_paths(content, folder):
         container[key] = os.path.relpath(container[key], folder)
     content["lock"] = facts.model_dump(mode="json")
     heading = "# Written by a run. `compress` with this file and the same model repeats it.\n"

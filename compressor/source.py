@@ -102,7 +102,7 @@ def read_source(
     except _Refused as refused:
         raise RecipeError([Problem(refused.message, file, *refused.place)]) from None
     source = Source(file, text, data, reader.keys, reader.values, {})
-    _apply(source, overrides, option)
+    apply_overrides(source, overrides, option)
     return source
 
 
@@ -199,7 +199,12 @@ def _scalar(node: Any, place: tuple[int, int]) -> Any:
     raise _Refused(f"{node} is read as a {type(node).__name__}; quote it to mean text", place)
 
 
-def _apply(source: Source, overrides: Sequence[str], option: str) -> None:
+def apply_overrides(source: Source, overrides: Sequence[str], option: str = "--set") -> None:
+    """Write options `dotted.path=value` into the data of a source, in place.
+
+    Raises:
+        RecipeError: carries every option that cannot be written.
+    """
     problems = [found for text in overrides if (found := _override(source, text, option))]
     if problems:
         raise RecipeError(problems)

@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from compressor import resources
 from compressor.cli import main
+from compressor.efforts import EffortName
 from compressor.evaluation import probe
 from compressor.formats.sizes import measure
 from compressor.journal import Journal
 from compressor.model.load import read_config
 from compressor.plan import make_plan
 from compressor.provenance import file_sha256
-from compressor.recipe import load_recipe, shipped_recipes
+from compressor.recipe import load_efforts, load_recipe, shipped_recipes
 
 RECIPE = """\
 calibration: {samples: 2, length: 64, batch_size: 2}
@@ -550,17 +551,26 @@ def test_gates_decide_the_exit_code(place: Place, compress: Callable[..., Result
 CODES = {"PASS": 0, "NO GATES": 0, "FAIL": 4, "INCONCLUSIVE": 5}
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+EFFORTS = [
+    pytest.param(name, effort, id=name if effort == "default" else f"{name}-{effort}")
+    for name in shipped_recipes()
+    for effort in load_efforts(name)
+]
+
+
+@pytest.mark.parametrize(("name", "effort"), EFFORTS)
 def test_every_shipped_recipe_runs(
-    name: str, tmp_path: Path, compress: Callable[..., Result]
+    name: str, effort: EffortName, tmp_path: Path, compress: Callable[..., Result]
 ) -> None:
-    options = [*SMALL, "--set", "evaluate.suite=quick"]
-    recipe = load_recipe(name)
+    options = [*SMALL, "--set", "evaluate.suite=quick", "--effort", effort]
+    recipe = load_recipe(name, effort=effort)
     if recipe.calibration is not None:
         options += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
     for index, stage in enumerate(recipe.stages):
         small = SMALL_DRAFT if stage.beside else ()
         options += [word for entry in small for word in ("--set", f"stages.{index}.{entry}")]
+        if stage.method == "quantize.autoround" and effort != "default":
+            options += ["--set", f"stages.{index}.steps=20"]
     for index, stage in enumerate(recipe.stages):
         if stage.method == "recover.distill":
             for option in ("tokens=1024", "windows=16", "length=64", "batch=4"):
@@ -572,3 +582,4 @@ def test_every_shipped_recipe_runs(
     assert found["variants"][-1]["artifact"]["max_logit_difference"] == 0
     assert len(found["variants"]) == 1 + sum(not stage.beside for stage in recipe.stages)
     assert len(found["drafts"]) == sum(stage.beside for stage in recipe.stages)
+    assert found["run"]["effort"] == effort

@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
 GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
+GROUND |= {"efforts", "paths"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
@@ -42,7 +43,7 @@ LIGHT = ("cli", "console", "errors", "types", "resources", "registry", "recipe",
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
-LIGHT += ("formats/support", "report/schema")
+LIGHT += ("formats/support", "report/schema", "efforts", "paths")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "compressed_tensors", "scipy"}
 
 

@@ -18,7 +18,7 @@ from compressor.errors import ModelError, PlanError
 from compressor.model.architecture import Architecture
 from compressor.order import FORBIDDEN, ORDER, forbidden, order_problems, rank
 from compressor.plan import Plan, make_plan
-from compressor.recipe import Recipe, load_recipe, shipped_recipes
+from compressor.recipe import Recipe, load_efforts, load_recipe, shipped_recipes
 from compressor.stages.base import StageConfig
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import WeightScheme
@@ -337,10 +337,17 @@ def test_propagating_costs_the_parents_passes_and_memory(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", shipped_recipes())
 @pytest.mark.parametrize("config", [TINY, SMOL], ids=["tiny", "smol"])
 def test_shipped_recipes_fit_small_models(name: str, config: dict[str, Any]) -> None:
-    made = make_plan(load_recipe(name), config, "small")
-    assert made.exports[0].ratio > 1.2
-    assert made.context_length == config["max_position_embeddings"]
-    assert made.evaluation_tokens > 10_000
+    recipes = load_efforts(name)
+    for effort, recipe in recipes.items():
+        made = make_plan(recipe, config, "small").beside(recipes, config)
+        assert made.effort == effort
+        assert made.exports[0].ratio > 1.2
+        assert made.context_length == config["max_position_embeddings"]
+        assert made.evaluation_tokens > 10_000
+        times = list(made.efforts.values())
+        assert list(made.efforts) == (list(recipes) if len(recipes) > 1 else [])
+        assert times == sorted(times)  # light, default, best
+        assert all(time > 0 for time in times)
 
 
 def test_a_plan_is_frozen_and_serialises(tmp_path: Path) -> None:

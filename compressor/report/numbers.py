@@ -7,6 +7,7 @@ interval is rounded where the interval's second digit stands, since finer digits
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from compressor.evaluation.results import Estimate
@@ -33,6 +34,11 @@ def _magnitude(value: float, digits: int) -> int:
     return int(f"{value:.{digits - 1}e}".partition("e")[2])
 
 
+def _over_power(value: float, exponent: int) -> float:
+    """value / 10**exponent, also where that power is too small for a float."""
+    return float(Decimal(value).scaleb(-exponent))
+
+
 def decimals_for(scale: float, digits: int) -> int:
     """Decimals that show `digits` significant digits of a number as large as `scale`."""
     return max(0, digits - 1 - _magnitude(scale, digits)) if scale else digits - 1
@@ -44,7 +50,7 @@ def number(value: float, digits: int = 3) -> str:
         return "0"
     magnitude = _magnitude(value, digits)
     if magnitude < -4 or magnitude > 5:
-        return f"{fixed(value / 10.0**magnitude, digits - 1)} × {power(magnitude)}"
+        return f"{fixed(_over_power(value, magnitude), digits - 1)} × {power(magnitude)}"
     return fixed(value, max(0, digits - 1 - magnitude))
 
 
@@ -71,9 +77,9 @@ def _tiny(estimate: Estimate) -> bool:
 
 def _scaled(estimate: Estimate, exponent: int) -> Estimate:
     low, high = (
-        None if end is None else end / 10.0**exponent for end in (estimate.low, estimate.high)
+        None if end is None else _over_power(end, exponent) for end in (estimate.low, estimate.high)
     )
-    return Estimate(value=estimate.value / 10.0**exponent, low=low, high=high)
+    return Estimate(value=_over_power(estimate.value, exponent), low=low, high=high)
 
 
 def plus_minus(estimate: Estimate, signed: bool = False) -> str:

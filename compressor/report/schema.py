@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.2.0"
+SCHEMA_VERSION = "1.3.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -52,6 +52,7 @@ class Run(Frozen):
     recipe: str = Field(description="the recipe as it was read, verbatim")
     recipe_sha256: str
     seed: int
+    effort: str = Field(default="default", description="at which the recipe was read")
     resumed: int = Field(description="how many times the run was taken up again")
 
 

@@ -17,7 +17,8 @@ DROPPED = ("docs", "ratio to base", "same top")  # what does not fit a terminal
 def to_text(report: Report) -> str:
     """Verdict, gates, variants, domains of the headline and warnings, about 110 wide."""
     seconds = numbers.duration(report.run.seconds)
-    parts = [f"{report.base.id}: {report.verdict}  ({report.run.status}, {seconds})"]
+    effort = "" if report.run.effort == "default" else f", effort: {report.run.effort}"
+    parts = [f"{report.base.id}: {report.verdict}  ({report.run.status}, {seconds}{effort})"]
     parts += [_wrapped(_gate(gate), 13) for gate in report.gates]
     shown = [
         tables.size_table(report),

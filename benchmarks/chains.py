@@ -14,73 +14,32 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from bench import Bench, Kept, kl_row, stage
 from ruamel.yaml import YAML
-from unseen_domains import ACTIVATIONS, Bench, calibration_of
 
 from compressor.calibration import CalibrationSet
-from compressor.evaluation.measure import TokenScores
 from compressor.model.architecture import Architecture
 from compressor.model.load import read_config
 from compressor.model.quiet import quiet
-from compressor.progress import SilentObserver
-from compressor.registry import registry
-from compressor.stages.base import StageConfig
-from compressor.stages.context import StageContext
-from compressor.types import StageResult
 
 
-def stages_of(text: str) -> list[StageConfig]:
-    """The stages of a chain written as a YAML list."""
-    entries = json.loads(json.dumps(YAML(typ="safe").load(io.StringIO(text))))
-    return [
-        registry().get(entry["method"]).model_validate_json(json.dumps(entry)) for entry in entries
-    ]
-
-
-def run_chain(
-    bench: Bench, name: str, stages: list[StageConfig], calibration: CalibrationSet
-) -> dict[str, Any]:
-    """KL per domain, bits per linear weight and seconds of one chain."""
-    checkpoint, began, result = bench.base, time.perf_counter(), StageResult(bench.base, ())
-    notes: dict[str, float] = {}
-    for index, stage in enumerate(stages):
-        folder, scratch = bench.out / f"checkpoint-{index}", bench.out / "scratch"
-        for path in (folder, scratch):
-            shutil.rmtree(path, ignore_errors=True)
-        result = stage.run(
-            checkpoint,
-            calibration,
-            StageContext(
-                folder=folder,
-                scratch=scratch,
-                device=bench.session.device,
-                dtype=bench.session.dtype,
-                activation_budget=ACTIVATIONS,
-                finished=(),
-                block_done=lambda _: None,
-                observer=SilentObserver(),
-            ),
-        )
-        notes |= result.notes
-        checkpoint = folder
-    seconds = time.perf_counter() - began
-    bench.session.measure(name, checkpoint)
-    scores = TokenScores.load(bench.session.folder / f"{name}.npz")
-    kl = {
-        domain: float(np.mean(scores.kl[scores.domain == number], dtype=np.float64))
-        for number, domain in enumerate(scores.domains)
-    }
+def run_chain(bench: Bench, name: str, text: str, calibration: CalibrationSet) -> dict[str, Any]:
+    """KL per domain, bits per linear weight and seconds of a chain written as a YAML list."""
+    stages = [stage(entry) for entry in YAML(typ="safe").load(io.StringIO(text))]
+    ran = bench.run(stages, calibration)
     architecture = Architecture.from_config(read_config(bench.base))
     sizes = {m.name: m.parameters for m in architecture.matrices}
-    spent = sum(m.bits * sizes[m.module] for m in result.metrics)
-    bits = spent / sum(sizes[m.module] for m in result.metrics)
-    return {"kl": kl, "seconds": seconds, "bits": bits, "notes": notes}
+    metrics = ran.results[-1].metrics
+    spent = sum(m.bits * sizes[m.module] for m in metrics)
+    return {
+        "kl": bench.kl(name, ran.checkpoint),
+        "seconds": ran.seconds,
+        "bits": spent / sum(sizes[m.module] for m in metrics),
+        "notes": {key: value for result in ran.results for key, value in result.notes.items()},
+    }
 
 
 def table(cells: dict[str, dict[str, Any]]) -> list[str]:
@@ -90,12 +49,10 @@ def table(cells: dict[str, dict[str, Any]]) -> list[str]:
         f"| chain | bits | {' | '.join(domains)} | mean | worst | seconds |",
         "|" + "---|" * (len(domains) + 5),
     ]
-    for name, cell in cells.items():
-        kl = cell["kl"]
-        values = " | ".join(f"{kl[domain]:.4f}" for domain in domains)
-        mean, worst = sum(kl.values()) / len(kl), max(kl.values())
-        row = f"{values} | {mean:.4f} | {worst:.4f} | {cell['seconds']:.0f}"
-        lines.append(f"| {name} | {cell['bits']:.3f} | {row} |")
+    lines += [
+        f"| {name} | {cell['bits']:.3f} | {kl_row(cell['kl'])} | {cell['seconds']:.0f} |"
+        for name, cell in cells.items()
+    ]
     return lines
 
 
@@ -107,26 +64,19 @@ def main() -> None:
     parser.add_argument(
         "--documents", type=int, help="of each domain; all of the suite's if left out"
     )
+    parser.add_argument("--mix", default="default", help="a shipped mix, or one domain")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/chains"))
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "chains.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    cells = {line["name"]: line for line in map(json.loads, lines)}
-    chains = dict(text.split("=", 1) for text in options.chain)
     with quiet():
-        bench = Bench(options.model, options.suite, options.out, options.documents)
-        size = (options.samples, options.length)
-        calibration = calibration_of("default", bench.tokenizer, options.out, size)
-        for name, text in chains.items():
-            if name not in cells:
-                cells[name] = run_chain(bench, name, stages_of(text), calibration)
-                with path.open("a") as file:
-                    file.write(json.dumps({"name": name} | cells[name]) + "\n")
-                print(json.dumps({name: cells[name]["notes"]}), flush=True)
-    print("\n".join(table({name: cells[name] for name in chains})))
+        bench = Bench(options.model, options.out, suite=options.suite, documents=options.documents)
+        kept, cells = Kept(options.out / "chains.jsonl"), {}
+        calibration = bench.calibration(options.mix, options.samples, options.length)
+        for name, text in (chain.split("=", 1) for chain in options.chain):
+            cells[name] = kept.get(name, run_chain, bench, name, text, calibration)
+            print(json.dumps({name: cells[name]["notes"]}), flush=True)
+    print("\n".join(table(cells)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from compressor.diagnose import diagnose
@@ -16,14 +15,11 @@ from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates, judge, overall_verdict
 from compressor.evaluation.results import Evaluation, GateVerdict
-from compressor.evaluation.scoring import resolve_dtype
-from compressor.evaluation.session import BASE, Session
+from compressor.evaluation.session import BASE
 from compressor.formats.files import checkpoint_bytes
-from compressor.machine import activation_budget
-from compressor.model.architecture import Architecture
-from compressor.model.load import ModelSource, load_tokenizer, read_config, resolve
+from compressor.model.load import ModelSource, load_tokenizer, resolve
 from compressor.progress import Observer
-from compressor.provenance import combined_sha256, hash_files
+from compressor.sessions import open_session
 from compressor.source import read_source, read_text
 
 
@@ -46,7 +42,13 @@ def compare_models(
     """
     sources = [resolve(model) for model in models]
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as work:
-        session = _session(sources[0], config, Path(work), observer)
+        session = open_session(
+            sources[0].path,
+            config,
+            folder=Path(work) / "results",
+            cache=Path(work) / "states",
+            observer=observer,
+        )
         for source in sources[1:]:
             _require_same_tokens(session.tokenizer, sources[0], source)
         names = [BASE, *models[1:]]
@@ -66,24 +68,6 @@ def _require_same_tokens(tokenizer: Any, base: ModelSource, variant: ModelSource
             "compared",
             "measure each alone with `compress eval`: bits per byte do not depend on the tokenizer",
         )
-
-
-def _session(base: ModelSource, config: EvaluateConfig, work: Path, observer: Observer) -> Session:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Session(
-        config=config,
-        base=base.path,
-        base_sha256=combined_sha256(hash_files(base.path)),
-        tokenizer=load_tokenizer(base.path),
-        context_length=Architecture.from_config(read_config(base.path)).max_positions,
-        seen=None,
-        folder=work / "results",
-        cache=work / "states",
-        device=device,
-        dtype=resolve_dtype(config.dtype, device),
-        activation_budget=activation_budget(),
-        observer=observer,
-    )
 
 
 def read_gates(entries: Sequence[str]) -> Gates:

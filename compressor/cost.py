@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
@@ -187,8 +188,9 @@ def _suite_bytes(config: EvaluateConfig) -> Iterator[int]:
             yield int(documents * min(average, suite.bytes_per_document or average))
 
 
+@cache
 def flops_per_second() -> tuple[float, str]:
-    """Speed of an fp32 matrix product, and how it is known.
+    """Speed of an fp32 matrix product, and how it is known; found once, so that plans compare.
 
     Measured for 50 ms when torch is loaded already; else a nominal rate per core, because
     loading torch takes longer than the plan.

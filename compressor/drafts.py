@@ -52,6 +52,11 @@ def measure(variant: Variant, session: Session) -> DraftMeasurement:
     return measurement
 
 
+def holds(variant: Variant, session: Session) -> bool:
+    """Whether the measurement of a draft is on disk."""
+    return _path(variant, session).is_file()
+
+
 def load(variant: Variant, session: Session) -> DraftMeasurement:
     """What `measure` stored."""
     return DraftMeasurement.model_validate_json(_path(variant, session).read_bytes())

@@ -33,7 +33,6 @@ from compressor.claim import exclusive, refuse_changes, require_disk
 from compressor.errors import ModelError, ResumeError
 from compressor.evaluation.probe import Probe
 from compressor.evaluation.results import Evaluation
-from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import BASE, Session
 from compressor.facts import Finished, build_facts
 from compressor.formats import exporters
@@ -55,6 +54,7 @@ from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
 from compressor.report.snippets import load_snippets
+from compressor.sessions import open_session
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.types import BlockRecord, Fallback
@@ -199,8 +199,6 @@ class _Run:
         self.folder = folder
         self.observer = observer
         self.command = command
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = resolve_dtype(recipe.evaluate.dtype, self.device)
         self.interruptible = Interruptible()
         self.variants = [Variant(BASE, source.path)]
         self.artifacts: list[Artifact] = []
@@ -281,33 +279,23 @@ class _Run:
         return hash_files(self.source.path)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return load_tokenizer(self.source.path)
-
-    @cached_property
     def calibration(self) -> CalibrationSet | None:
         """Calibration tokens, if the recipe names any."""
         if self.recipe.calibration is None:
             return None
-        return build_batches(self.recipe.calibration, self.tokenizer)
+        return build_batches(self.recipe.calibration, load_tokenizer(self.source.path))
 
     @cached_property
     def session(self) -> Session:
         """Where variants are measured."""
-        return Session(
-            config=self.recipe.evaluate,
-            base=self.source.path,
-            base_sha256=combined_sha256(self.base_files),
-            tokenizer=self.tokenizer,
-            context_length=self.plan.context_length,
-            seen=frozenset(self.calibration.tokens) if self.calibration else None,
+        return open_session(
+            self.source.path,
+            self.recipe.evaluate,
             folder=self.folder / "evaluations",
             cache=self.folder / "scratch" / "base",
-            device=self.device,
-            dtype=self.dtype,
-            activation_budget=activation_budget(),
             observer=self.observer,
+            seen=frozenset(self.calibration.tokens) if self.calibration else None,
+            files=self.base_files,
         )
 
     @cached_property
@@ -319,19 +307,23 @@ class _Run:
 
     def _stage(self, index: int, stage: StageConfig) -> None:
         """Run, verify and evaluate one stage."""
-        name = f"{index + 1:02d}-{stage.method}"
-        variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
-        event = self.journal.find("stage_done", stage=name)
-        variant = variant.finished(event or self._run_stage(variant))
+        variant = self._finished(index, stage)
         if stage.settles_shape:
             self._settle(index, variant)
-        event = self.journal.find("stage_verified", stage=name) or self._verify(variant)
+        event = self.journal.find("stage_verified", stage=variant.id) or self._verify(variant)
         surprises = [] if index else self._unread_tensors()
         surprises += [] if event["loaded_whole"] else [_NOT_LOADED_WHOLE]
         self.variants.append(variant.with_fallbacks(*surprises))
         last = max(i for i, stage in enumerate(self.recipe.stages) if not stage.beside)
         if self.recipe.evaluate.every_stage or index == last:
             self._evaluate(variant)
+
+    def _finished(self, index: int, stage: StageConfig) -> Variant:
+        """What a stage leaves, run now or by an earlier attempt."""
+        name = f"{index + 1:02d}-{stage.method}"
+        variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
+        event = self.journal.find("stage_done", stage=name)
+        return variant.finished(event or self._run_stage(variant))
 
     def _settle(self, index: int, variant: Variant) -> None:
         """Plan again with what the stage decided, so that sizes and later stages are right."""
@@ -341,15 +333,13 @@ class _Run:
 
     def _draft(self, index: int, stage: StageConfig) -> None:
         """Make a draft for the last variant, measure it, put it beside the deliverables."""
-        name = f"{index + 1:02d}-{stage.method}"
-        variant = Variant(name, self.folder / "stages" / name, stage, self.variants[-1])
-        event = self.journal.find("stage_done", stage=name)
-        variant = variant.finished(event or self._run_stage(variant))
-        if not self.journal.find("draft_measured", stage=name):
+        variant = self._finished(index, stage)
+        done = self.journal.find("draft_measured", stage=variant.id)
+        if not done or not drafts.holds(variant, self.session):
             drafts.measure(variant, self.session)
-            self.journal.append("draft_measured", stage=name)
+            self.journal.append("draft_measured", stage=variant.id)
         measurement = drafts.load(variant, self.session)
-        out = self.folder / "deliverable" / ("draft" if not self.drafts else name)
+        out = self.folder / "deliverable" / ("draft" if not self.drafts else variant.id)
         drafts.deliver(variant, measurement, out)
         self.drafts.append(drafts.facts(variant, measurement, out, self.folder))
 
@@ -370,8 +360,8 @@ class _Run:
         context = StageContext(
             folder=variant.checkpoint,
             scratch=self.folder / "scratch" / variant.id,
-            device=self.device,
-            dtype=self.dtype,
+            device=self.session.device,
+            dtype=self.session.dtype,
             activation_budget=activation_budget(),
             finished=tuple(block_record(event["record"]) for event in earlier),
             block_done=block_done,

@@ -23,10 +23,11 @@ from compressor.model.load import load_model, load_tokenizer, read_config
 from compressor.provenance import combined_sha256, hash_files
 from compressor.report.render import load_report
 from compressor.report.schema import Report
-from compressor.verify import verify_weights
+from compressor.verify import value_problems, verify_weights
 
 _PROMPT = "The"
 _TOKENS = 8
+_OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros")
 _PARTS = ("_packed", "_scale", "_zero_point", "qweight", "qzeros", "scales", "g_idx")
 
 
@@ -130,10 +131,8 @@ def _values(folder: Path) -> Found:
     count = 0
     for name, tensor in _stored(folder):
         count += 1
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            return False, f"{name} holds a NaN or an infinity"
-        if not tensor.any() and not name.endswith(("bias", "zero_point", "g_idx", "qzeros")):
-            return False, f"{name} is all zero"
+        for problem in value_problems(name, tensor, may_be_zero=name.endswith(_OFTEN_ZERO)):
+            return False, problem
     return True, f"{count} tensors, none with NaN or infinity, none all zero"
 
 

@@ -55,7 +55,7 @@ def verify_tensors(
         else:
             problems += _tensor_problems(name, *pair, name in changed)
     for name in sorted(set(added) & set(after)):
-        problems += _value_problems(name, after[name])
+        problems += value_problems(name, after[name])
     if problems:
         raise VerificationError(
             f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  "
@@ -104,7 +104,7 @@ def _tensor_problems(name: str, before: Tensor, after: Tensor, changed: bool) ->
     if not changed and not same:
         yield f"{name} was not to be changed, but differs from the parent's"
     if changed:
-        yield from _value_problems(name, after, may_be_zero=not before.any())
+        yield from value_problems(name, after, may_be_zero=not before.any())
 
 
 def _cut_problems(name: str, before: Tensor, after: Tensor, changed: bool) -> Iterator[str]:
@@ -116,7 +116,7 @@ def _cut_problems(name: str, before: Tensor, after: Tensor, changed: bool) -> It
         kinds = (f"{tensor.dtype} {list(tensor.shape)}" for tensor in (before, after))
         yield f"{name} was to become smaller in one dimension, but went from {' to '.join(kinds)}"
         return
-    yield from _value_problems(name, after, may_be_zero=changed or not before.any())
+    yield from value_problems(name, after, may_be_zero=changed or not before.any())
     if not changed and not _is_subsequence(*(_lines(tensor, cut[0]) for tensor in (after, before))):
         yield f"{name} was to be cut, but holds what the parent does not have"
 
@@ -132,10 +132,12 @@ def _is_subsequence(part: list[bytes], whole: list[bytes]) -> bool:
     return all(line in rest for line in part)
 
 
-def _value_problems(name: str, after: Tensor, *, may_be_zero: bool = False) -> Iterator[str]:
-    if not torch.isfinite(after).all():
+def value_problems(name: str, after: Tensor, *, may_be_zero: bool = False) -> Iterator[str]:
+    """What no tensor of a checkpoint may be: NaN or infinite anywhere, or zero everywhere."""
+    numbers = after.float() if after.itemsize == 1 else after  # torch looks into no 8-bit float
+    if not torch.isfinite(numbers).all():
         yield f"{name} holds a NaN or an infinity"
-    if not may_be_zero and not after.any():
+    if not may_be_zero and not numbers.any():
         yield f"{name} is all zero"
 
 

@@ -204,6 +204,21 @@ def test_the_same_run_again_does_nothing_and_a_lost_draft_is_the_same(
     assert events.count("draft_measured") == 2  # one of the two drafts again
 
 
+def test_a_lost_measurement_is_made_again(run: Path, tmp_path: Path) -> None:
+    from compressor.recipe import load_recipe
+
+    copy = tmp_path / "out"
+    shutil.copytree(run, copy)
+    lost = copy / "evaluations" / f"{STAGE}.json"
+    before = json.loads(lost.read_bytes())
+    lost.unlink()
+    run_recipe(load_recipe(run / "recipe.yaml"), "builtin:tiny", copy)
+    again = json.loads(lost.read_bytes())
+    assert [d["acceptance_length"] for d in again["domains"]] == [
+        d["acceptance_length"] for d in before["domains"]
+    ]
+
+
 def test_the_plan_refuses_what_cannot_be_drafted(recipe_file: Any) -> None:
     config = read_config(resources.builtin_model("tiny"))
     for override, message in (

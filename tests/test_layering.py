@@ -23,6 +23,7 @@ ENGINE |= {
     "facts",
     "importance",
     "recheck",
+    "sessions",
     "compare",
     "engine",
     "pipeline",

@@ -202,7 +202,7 @@ def test_fp8_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
     fp8 = ran(tmp_path, floats("fp8", ", activations: fp8"))
     made = plan(tmp_path, floats("fp8", ", activations: fp8"))
     assert fp8.exported["max_logit_difference"] == 0
-    assert fp8.outcome.report.variants[1].label == "RTN FP8A8"
+    assert fp8.outcome.report.variants[1].label == "RTN FP8A8 channel"
     size = fp8.outcome.report.variants[1].size
     assert made.stages[0].by_role == size.by_role.model_dump()
     assert size.bits_linear == pytest.approx(made.stages[0].bits_linear)

@@ -36,13 +36,13 @@ from methods import METHODS, OURS, Method, Task
 from tokens import write_tokens
 
 from compressor.evaluation.config import EvaluateConfig
-from compressor.evaluation.scoring import resolve_dtype
-from compressor.evaluation.session import BASE, Session
+from compressor.evaluation.session import BASE
 from compressor.formats.atomic import atomic_write_json
-from compressor.model.load import load_tokenizer, read_config
+from compressor.model.load import read_config
 from compressor.model.quiet import quiet
 from compressor.progress import SilentObserver
-from compressor.provenance import combined_sha256, environment, hash_files
+from compressor.provenance import environment
+from compressor.sessions import open_session
 
 REPOSITORY = environments.HERE.parents[1]
 MODEL = REPOSITORY / "cache" / "SmolLM2-135M-Instruct"
@@ -87,23 +87,15 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.model, self.out = options.model.absolute(), options.out.absolute()
-        device = torch.device("cpu")
         self.config = EvaluateConfig(
             suite=options.suite, dtype=options.dtype, documents=options.documents, noise_floor=False
         )
         size = f"-{options.documents}" if options.documents else ""
-        self.session = Session(
-            config=self.config,
-            base=self.model,
-            base_sha256=combined_sha256(hash_files(self.model)),
-            tokenizer=load_tokenizer(self.model),
-            context_length=read_config(self.model)["max_position_embeddings"],
-            seen=None,
+        self.session = open_session(
+            self.model,
+            self.config,
             folder=self.out / f"scores-{options.suite}{size}-{options.dtype}",
             cache=self.out / "base",
-            device=device,
-            dtype=resolve_dtype(options.dtype, device),
-            activation_budget=1 << 30,
             observer=SilentObserver(),
         )
 

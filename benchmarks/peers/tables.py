@@ -8,7 +8,6 @@ from typing import Any
 
 from methods import GROUP, OURS
 
-from compressor.evaluation.measure import TokenScores
 from compressor.evaluation.results import Estimate, Evaluation
 from compressor.evaluation.session import BASE, Session
 from compressor.evaluation.summary import compare
@@ -104,7 +103,7 @@ def pairs(
     """Difference of mean KL, ours minus the peer's, paired by document."""
     ours = [name for name, cell in cells.items() if cell["peer"] == OURS]
     peers = [name for name, cell in cells.items() if cell["peer"] != OURS]
-    scores = {n: TokenScores.load(session.folder / f"{names[n]}.npz") for n in (*ours, *peers)}
+    scores = {n: session.scores(names[n]) for n in (*ours, *peers)}
     lines = [row(["ours minus theirs", *peers]), row(["---"] * (len(peers) + 1))]
     for own in ours:
         found = []

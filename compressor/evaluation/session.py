@@ -78,10 +78,15 @@ class Session:
         """A result that `measure` wrote."""
         return Evaluation.model_validate_json(self._path(name, "json").read_bytes())
 
+    def scores(self, name: str) -> TokenScores:
+        """Every token's scores that `measure` wrote."""
+        return TokenScores.load(self._path(name, "npz"))
+
     def delta(self, parent: str, child: str) -> Estimate:
         """Difference in bits per byte over all domains, child minus parent, paired."""
-        a, b = (TokenScores.load(self._path(name, "npz")) for name in (parent, child))
-        return compare(a, b, self.config.resamples, self.config.seed).overall.delta_bits_per_byte
+        return compare(
+            self.scores(parent), self.scores(child), self.config.resamples, self.config.seed
+        ).overall.delta_bits_per_byte
 
     @cached_property
     def text(self) -> EvaluationText:

@@ -42,7 +42,7 @@ FORMATS: Mapping[str, WeightFormat] = {
 """By the value of the option `weights`; `int`, which is free, is none of them."""
 
 _INTEGER_INPUTS = {"int8": ACTIVATIONS["int8"]}
-_NAMES = {("dense", 1): "FP8", ("dense", 128): "FP8 block", ("e8m0", 1): "MXFP4"}
+_NAMES = {("dense", 1): "FP8 channel", ("dense", 128): "FP8 block", ("e8m0", 1): "MXFP4"}
 _NAMES |= {("e4m3", 1): "NVFP4"}
 
 
@@ -101,6 +101,6 @@ def _size_problems(
 
 
 def float_label(scheme: WeightScheme, inputs: ActivationScheme | None) -> str:
-    """Such as `FP8A8 block` or `NVFP4`."""
+    """Such as `FP8A8 channel` or `NVFP4`."""
     name, _, block = _NAMES[scheme.scales, scheme.rows].partition(" ")
     return f"{name}{f'A{inputs.bits}' if inputs else ''}{f' {block}' if block else ''}"

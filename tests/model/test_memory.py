@@ -50,7 +50,7 @@ walk = BlockWalk(scratch / "out", batches, scratch=scratch / "walk", memory_budg
 for block in walk.blocks():
     state = block.state()
     if leak:
-        kept.append(state)
+        kept.append({name: tensor.float() for name, tensor in state.items()})
 for hidden in walk.final_hidden():
     walk.logits(hidden)
 print(peak())
@@ -91,5 +91,5 @@ def test_twice_the_depth_takes_no_more_memory(tmp_path: Path) -> None:
     shallow = peak(random_checkpoint(tmp_path / "12", 12), tmp_path / "a")
     deep = random_checkpoint(tmp_path / "24", 24)
     assert peak(deep, tmp_path / "b") < 1.1 * shallow
-    # The same bound notices blocks that stay alive.
-    assert peak(deep, tmp_path / "c", "leak") > 1.1 * shallow
+    # The test notices blocks that stay alive as the fp32 they are computed with.
+    assert peak(deep, tmp_path / "c", "leak") > 1.15 * shallow

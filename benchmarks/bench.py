@@ -1,0 +1,140 @@
+"""What the benchmarks share: one model and one suite, stages that run, and their KL."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches, mixes
+from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.session import BASE, Session
+from compressor.machine import activation_budget
+from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
+from compressor.model.load import resolve
+from compressor.progress import SilentObserver
+from compressor.registry import registry
+from compressor.sessions import open_session
+from compressor.stages.base import StageConfig
+from compressor.stages.context import StageContext
+from compressor.types import StageResult
+
+
+@dataclass(frozen=True)
+class Ran:
+    """Stages that were run one after another.
+
+    Attributes:
+        checkpoint: what they left.
+        results: of every stage.
+        seconds: of all of them.
+    """
+
+    checkpoint: Path
+    results: tuple[StageResult, ...]
+    seconds: float
+
+
+class Bench:
+    """One model, one suite, one folder of results; the original is measured when it is opened."""
+
+    def __init__(self, model: str, out: Path, **evaluation: Any) -> None:
+        self.out, self.base = out, resolve(model).path
+        out.mkdir(parents=True, exist_ok=True)
+        config = EvaluateConfig(**{"resamples": 100, "noise_floor": False} | evaluation)
+        self.session: Session = open_session(
+            self.base,
+            config,
+            folder=out / f"scores-{config.suite}",
+            cache=out / "base",
+            observer=SilentObserver(),
+            seen=frozenset(),
+        )
+        if not self.session.holds(BASE):
+            self.session.measure(BASE, self.base)
+
+    def calibration(self, name: str, samples: int, length: int) -> CalibrationSet:
+        """A shipped mix, or text of one domain only."""
+        mix = name
+        if name not in mixes():
+            path = self.out / f"{name}.yaml"
+            path.write_text(f"name: {name}\ndescription: one domain\ndomains: {{{name}: 1.0}}\n")
+            mix = str(path)
+        config = CalibrationConfig(mix=mix, samples=samples, length=length)
+        return build_batches(config, self.session.tokenizer)
+
+    def run(
+        self,
+        stages: Sequence[StageConfig],
+        calibration: CalibrationSet,
+        start: Path | None = None,
+    ) -> Ran:
+        """Run stages on the original, or on `start`; what an earlier call left is gone."""
+        work = self.out / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        checkpoint, results, began = start or self.base, [], time.perf_counter()
+        for number, stage in enumerate(stages):
+            context = StageContext(
+                folder=work / f"{number}",
+                scratch=work / f"scratch-{number}",
+                device=self.session.device,
+                dtype=torch.float32,
+                activation_budget=activation_budget(),
+                finished=(),
+                block_done=lambda _: None,
+                observer=SilentObserver(),
+                original=self.base,
+            )
+            results.append(stage.run(checkpoint, calibration, context))
+            checkpoint = results[-1].checkpoint
+        return Ran(checkpoint, tuple(results), time.perf_counter() - began)
+
+    def kl(self, name: str, checkpoint: Path) -> dict[str, float]:
+        """Mean KL to the original by domain, nats per token."""
+        self.session.measure(name, checkpoint)
+        scores = self.session.scores(name)
+        return {
+            domain: float(np.mean(scores.kl[scores.domain == number], dtype=np.float64))
+            for number, domain in enumerate(scores.domains)
+        }
+
+
+def stage(options: dict[str, Any]) -> StageConfig:
+    """A configured stage from what a recipe would say; text stands for numbers as well."""
+    return registry().get(options["method"]).model_validate(options, strict=False)
+
+
+def parameters(checkpoint: Path) -> int:
+    """Of a dense checkpoint."""
+    return Architecture.from_config(read_config(checkpoint)).parameters
+
+
+class Kept:
+    """Cells in a file of JSON lines: what is there is not computed again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._cells = {line["key"]: line for line in map(json.loads, lines)}
+
+    def get(self, key: str, compute: Callable[..., dict[str, Any]], *inputs: Any) -> dict[str, Any]:
+        """The cell of that name, computed from the inputs and written if it is new."""
+        if key not in self._cells:
+            self._cells[key] = {"key": key, **compute(*inputs)}
+            with self._path.open("a") as file:
+                file.write(json.dumps(self._cells[key]) + "\n")
+        return dict(self._cells[key])
+
+
+def kl_row(kl: dict[str, float]) -> str:
+    """Cells of a Markdown row: every domain in the order of names, mean, worst."""
+    values = [kl[domain] for domain in sorted(kl)]
+    return " | ".join(f"{v:.4f}" for v in [*values, sum(values) / len(values), max(values)])

@@ -188,17 +188,23 @@ def _suite_bytes(config: EvaluateConfig) -> Iterator[int]:
             yield int(documents * min(average, suite.bytes_per_document or average))
 
 
-@cache
 def flops_per_second() -> tuple[float, str]:
-    """Speed of an fp32 matrix product, and how it is known; found once, so that plans compare.
+    """Speed of an fp32 matrix product, and how it is known.
 
     Measured for 50 ms when torch is loaded already; else a nominal rate per core, because
     loading torch takes longer than the plan.
     """
-    torch = sys.modules.get("torch")
-    if torch is None:
-        count, wide = machine.cores(), "avx512f" in machine.cpu_flags()
-        return count * _FLOPS_PER_CORE[wide], f"nominal for {count} cores"
+    if "torch" in sys.modules:
+        return _measured_rate()
+    count, wide = machine.cores(), "avx512f" in machine.cpu_flags()
+    return count * _FLOPS_PER_CORE[wide], f"nominal for {count} cores"
+
+
+@cache
+def _measured_rate() -> tuple[float, str]:
+    """Measured once, so that plans of one process compare."""
+    import torch
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix = torch.ones(512, 512, device=device)
     (matrix @ matrix)[0, 0].item()  # the first product also starts threads or kernels

@@ -242,11 +242,8 @@ def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:
 def _possible(recipe: Recipe, final: Architecture) -> Iterator[Architecture]:
     """What the run may come to: the plan's example, and every grid that a stage may choose."""
     yield final
-    for scheme in (choice for stage in recipe.stages for choice in getattr(stage, "choices", ())):
-        size = scheme.group_size or 1
-        rounded = (matrix for matrix in final.matrices if matrix.allotted and matrix.scheme)
-        names = [matrix.name for matrix in rounded if matrix.shape[1] % size == 0]
-        yield final.with_scheme(names, scheme)
+    for stage in recipe.stages:
+        yield from stage.alternatives(final)
 
 
 def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProblem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from compressor.formats.capabilities import Container
-from compressor.formats.exchange import repeated_scales, stored_bytes
+from compressor.formats.exchange import GGUF_BLOCK, gguf_type, repeated_scales, stored_bytes
 from compressor.formats.sizes import STORED
 from compressor.formats.support import SCALED_EMBEDDINGS, Target
 from compressor.model.architecture import Architecture, Matrix
@@ -37,3 +37,19 @@ def matrix_bytes(
     )
     repeated = repeated_scales(target, dtype, container) if architecture.tied else 0
     return stored_bytes(target, dtype, container).total + repeated
+
+
+def fits(matrix: Matrix, scheme: WeightScheme | None, container: Container) -> bool:
+    """Whether a container can hold the matrix on this grid at all.
+
+    Args:
+        matrix: whose width groups must divide.
+        scheme: its grid; None, dense, always fits.
+        container: GGUF has blocks of 32 inputs and few kinds of them.
+    """
+    if scheme is None:
+        return True
+    size = scheme.group_size or matrix.shape[1]
+    if container == "gguf" and (size % GGUF_BLOCK or gguf_type(scheme) is None):
+        return False
+    return matrix.shape[1] % size == 0

@@ -14,10 +14,10 @@ from compressor import machine, resources
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
-from compressor.formats.exchange import matrix_bytes
-from compressor.formats.sizes import STORED, PackedSize, Role, bits_per_weight, packed_bytes
-from compressor.formats.support import LAYOUTS, format_of
+from compressor.formats.exchange import repeated_scales, stored_bytes
+from compressor.formats.sizes import STORED, Role, bits_per_weight
 from compressor.model.architecture import Architecture, Matrix, held_by_forward
+from compressor.stages.packing import target_of
 from compressor.text import shards
 from compressor.types import WeightScheme
 
@@ -62,21 +62,15 @@ def role_bytes(architecture: Architecture, form: Container = "auto") -> dict[Rol
         if matrix.scheme is None:
             found[outer or "rest"] += matrix.parameters * architecture.dtype_bytes
             continue
-        size = _matrix_bytes(matrix, matrix.scheme, architecture, form)
+        target = target_of(matrix, architecture)
+        size = stored_bytes(target, STORED[architecture.dtype], form)
         found[outer or "codes"] += size.codes
         found[outer or "scales"] += size.scales
         found[outer or "zero_points"] += size.zero_points
         found[outer or "rest"] += size.shape
+        if architecture.tied:
+            found["head"] += repeated_scales(target, STORED[architecture.dtype], form)
     return found
-
-
-def _matrix_bytes(
-    matrix: Matrix, scheme: WeightScheme, architecture: Architecture, form: Container
-) -> PackedSize:
-    if form in LAYOUTS:
-        layout = format_of(scheme, matrix.activations, form)
-        return packed_bytes(matrix.shape, scheme, STORED[architecture.dtype], layout)
-    return matrix_bytes(matrix.shape, scheme, form)
 
 
 def rounding_flops(

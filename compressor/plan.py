@@ -34,15 +34,15 @@ from compressor.evaluation.suites import load_suite
 from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
 from compressor.formats.support import Target, engine_problems
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
 from compressor.order import order_problems
 from compressor.recipe import ExportConfig, Recipe
 from compressor.source import Location
 from compressor.stages.base import ReportProblem, StageConfig
+from compressor.stages.packing import target_of
 from compressor.types import Problem
 
 _PACKED = ("compressed-tensors", "gptq", "awq")  # formats for quantized weights only
-_KINDS = {"head": "head", "embed": "embedding", "router": "router"}
 # Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: one
 # that stands still in front of each matrix until it has been rounded. The parent, which nobody
 # changes, needs one.
@@ -242,11 +242,8 @@ def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:
 def _possible(recipe: Recipe, final: Architecture) -> Iterator[Architecture]:
     """What the run may come to: the plan's example, and every grid that a stage may choose."""
     yield final
-    for scheme in (choice for stage in recipe.stages for choice in getattr(stage, "choices", ())):
-        size = scheme.group_size or 1
-        rounded = (matrix for matrix in final.matrices if matrix.allotted and matrix.scheme)
-        names = [matrix.name for matrix in rounded if matrix.shape[1] % size == 0]
-        yield final.with_scheme(names, scheme)
+    for stage in recipe.stages:
+        yield from stage.alternatives(final)
 
 
 def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProblem:
@@ -318,16 +315,11 @@ def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
 
 
 def _targets(architecture: Architecture) -> list[Target]:
-    return [_target(matrix) for matrix in architecture.matrices if matrix.role != "position"]
-
-
-def _target(matrix: Matrix) -> Target:
-    kind = _KINDS.get(matrix.role, "linear")
-    if matrix.role != "router" and matrix.expert is not None:
-        kind = "expert"
-    if matrix.transposed_on_disk:
-        kind = "conv1d"
-    return Target(matrix.name, matrix.shape, kind, matrix.scheme, matrix.activations)  # type: ignore[arg-type]
+    return [
+        target_of(matrix, architecture)
+        for matrix in architecture.matrices
+        if matrix.role != "position"
+    ]
 
 
 def _texts(recipe: Recipe) -> list[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from compressor.formats.allocation import ALLOCATION, read_allocation, write_all
 from compressor.formats.headers import read_json
 from compressor.formats.sizes import measure
 from compressor.model.architecture import Architecture
+from compressor.model.load import load_model
 from compressor.plan import Plan, make_plan
 from compressor.progress import SilentObserver
 from compressor.recipe import budget_overrides, load_recipe
@@ -31,6 +33,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import BlockRecord, TokenBatch, WeightScheme
 from compressor.verify import verify_tensors
+from tests.model.conftest import build
 
 TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
 MODEL = Architecture.from_config(TINY)
@@ -191,16 +194,85 @@ def test_an_engine_is_asked_about_every_grid_that_may_be_chosen(tmp_path: Path) 
     plan(tmp_path, *change, engine, "stages.0.bits=[4, 8]")
 
 
-def test_experts_are_not_allocated() -> None:
-    config = {
-        "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 96,
-        "num_hidden_layers": 1, "num_attention_heads": 4, "num_local_experts": 2,
-    }  # fmt: skip
+MIXTRAL = {
+    "model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 4096,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_local_experts": 3, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experts", "fused", "units", "largest"),
+    [
+        ("model", "tie", 5, 18),
+        ("block", "tie", 6, 9),
+        ("free", "tie", 16, 3),
+        ("free", "free", 26, 1),
+    ],
+)
+def test_experts_are_tied_as_engines_need_them(
+    experts: Any, fused: Any, units: int, largest: int
+) -> None:
+    stage = AllocateBits(target_bpw=9, experts=experts, fused=fused)
+    found = stage.units(Architecture.from_config(MIXTRAL))
+    assert (len(found), max(len(unit.matrices) for unit in found)) == (units, largest)
+    for unit in found:
+        assert len({m.expert is None for m in unit.matrices}) == 1
+
+
+def test_grids_of_experts_that_transformers_does_not_load_are_refused(tmp_path: Path) -> None:
+    def refused(*changes: str) -> list[str]:
+        recipe = load(tmp_path, *changes, "export=[{format: compressed-tensors}]")
+        try:
+            make_plan(recipe, MIXTRAL, "mixtral")
+        except PlanError as error:
+            return [problem.message for problem in error.problems]
+        return []
+
+    assert not refused()
+    assert "experts must share one scheme" in refused("stages.0.experts=free")[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "words"),
+    [
+        ({}, {"embeddings": "allocate", "counting": "linear"}, "would stay dense"),
+        ({}, {"head": "allocate"}, "tied to the embedding"),
+        ({}, {"embeddings": "allocate", "symmetry": "asymmetric"}, "8 symmetric bits by channel"),
+        ({"model_type": "gemma2"}, {"embeddings": "allocate"}, "scales what it looks up"),
+        ({}, {"targets": ("all",)}, "no linear layer of a decoder block"),
+    ],
+)
+def test_tables_that_cannot_have_a_grid_are_refused(
+    config: dict[str, Any], options: dict[str, Any], words: str
+) -> None:
     refused: list[str] = []
-    architecture = Architecture.from_config(config)
-    stage = AllocateBits(target_bpw=30)
-    stage.plan(architecture, lambda option, message, _: refused.append(message))
-    assert "belongs to an expert" in refused[0]
+    stage = AllocateBits(**{"target_bpw": 9, **options})
+    stage.plan(
+        Architecture.from_config(TINY | config), lambda _, message, __: refused.append(message)
+    )
+    assert words in refused[0]
+    allowed = AllocateBits(target_bpw=9, embeddings="allocate", head="allocate")
+    allowed.plan(MODEL, lambda *_: pytest.fail("refused"))
+
+
+def test_tables_are_offered_what_the_container_holds() -> None:
+    untied = MODEL.with_config(tie_word_embeddings=False)
+    packed = AllocateBits(target_bpw=9, embeddings="allocate", head="allocate")
+    embed, head = packed.units(untied)[-2:]
+    assert embed.schemes == (None, WeightScheme(8, None))
+    assert embed.costs == (4096 * 320 * 2, 4096 * 320 + 4096 * 2)
+    assert head.schemes[0] is None
+    assert {s.bits for s in head.grids} == {2, 3, 4, 5, 6, 8}
+    (tied,) = packed.units(MODEL)[-1:]
+    assert tied.costs[1] == 4096 * 320 + 2 * 4096 * 2  # scales once more, for the head
+    blocks = AllocateBits(target_bpw=9, embeddings="allocate", container="gguf")
+    table = blocks.units(MODEL)[-1]
+    assert table.costs[1 + table.grids.index(WeightScheme(4, 64))] == 4096 * 320 // 32 * 18
+    assert table.costs[1 + table.grids.index(WeightScheme(6, 32))] == 4096 * 320 // 32 * 34
+    odd = AllocateBits(target_bpw=9, container="gguf", symmetry="asymmetric", group_sizes=(16, 32))
+    assert {(s.bits, s.group_size) for s in odd.units(MODEL)[0].grids} == {
+        (bits, 32) for bits in (2, 3, 4, 5)
+    }
 
 
 # ---------------------------------------------------------------------- the command line
@@ -271,6 +343,129 @@ def test_a_run_keeps_its_budget_and_comes_back_from_disk(tmp_path: Path) -> None
     assert outcome.report.variants[2].artifact.max_logit_difference == 0  # type: ignore[union-attr]
 
 
+def own_context(folder: Path, block_done: Callable[[BlockRecord], None]) -> StageContext:
+    return StageContext(
+        folder=folder / "out",
+        scratch=folder / "scratch",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        activation_budget=1 << 30,
+        finished=(),
+        block_done=block_done,
+        observer=SilentObserver(),
+    )
+
+
+QUICK = """\
+calibration: {samples: 4, length: 64, batch_size: 2}
+stages:
+  - {method: allocate.bits, target_size: 3.7MB, group_sizes: [64], bits: [3, 4, 8], rows: 16,
+     embeddings: allocate}
+  - {method: quantize.rtn, force: true}
+evaluate: {text: {own: text.txt}, documents: 2, length: 128, resamples: 200, noise_floor: false}
+"""
+
+
+@pytest.mark.parametrize("container", ["compressed-tensors", "gguf"])
+def test_a_size_with_the_embedding_is_exact_on_disk(tmp_path: Path, container: str) -> None:
+    """A dense embedding would take 2.6 of 3.7 MB, and linear layers could not even have 3 bits."""
+    (tmp_path / "text.txt").write_text("A run is checked on a few words of text. " * 20)
+    changes = [f"export=[{{format: {container}}}]", f"stages.0.container={container}"]
+    outcome = run_recipe(load(tmp_path, *changes, text=QUICK), "builtin:tiny", tmp_path / "run")
+    notes = outcome.report.variants[1].stage.notes  # type: ignore[union-attr]
+    size = measure(outcome.folder / "deliverable" / container, MODEL.parameters)
+    assert size.tensor_bytes == notes["allocated_bytes"] <= notes["budget_bytes"] == 3_700_000
+    assert size.tensor_bytes > 3_400_000
+    grid = read_allocation(outcome.folder / "stages" / "01-allocate.bits")["model.embed_tokens"]
+    assert grid == WeightScheme(8, None) or container == "gguf"
+    planned = make_plan(load(tmp_path, *changes, text=QUICK), TINY, "builtin:tiny")
+    assert planned.exports[0].tensor_bytes <= 3_700_000
+    artifact = outcome.report.variants[2].artifact
+    assert artifact is not None
+    assert artifact.max_logit_difference in (0, None)
+
+
+def test_a_head_of_its_own_gets_a_grid(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A run is checked on a few words of text. " * 20)
+    text = QUICK.replace("stages:\n", "stages:\n  - {method: transform.rotate}\n")
+    changes = ["stages.1.head=allocate", "stages.1.target_size=4.5MB"]
+    recipe = load(tmp_path, *changes, "export=[{format: compressed-tensors}]", text=text)
+    outcome = run_recipe(recipe, "builtin:tiny", tmp_path / "run")
+    chosen = read_allocation(outcome.folder / "stages" / "02-allocate.bits")
+    assert {"lm_head", "model.embed_tokens"} < chosen.keys()
+    notes = outcome.report.variants[2].stage.notes  # type: ignore[union-attr]
+    size = measure(outcome.folder / "deliverable" / "compressed-tensors", MODEL.parameters)
+    assert size.tensor_bytes == notes["allocated_bytes"] <= 4_500_000
+    assert outcome.report.variants[3].artifact.max_logit_difference == 0  # type: ignore[union-attr]
+
+
+def test_losses_beat_first_and_last_blocks_high_at_no_more_bytes(tmp_path: Path) -> None:
+    """The divergence on held-out text is at least a fifth lower, and lower than for one grid."""
+    text = """\
+calibration: {samples: 8, length: 256, batch_size: 4}
+stages:
+  - {method: allocate.bits, target_bpw: BUDGET, counting: linear, group_sizes: [32, 64], rows: 32,
+     tokens: 2048, rounder: rtn}
+  - {method: quantize.rtn, grid: mse}
+evaluate: {suite: quick, documents: 4, resamples: 200, noise_floor: false, every_stage: false}
+"""
+    ends = [f'{{pattern: "model.layers.{index}.*", bits: 4}}' for index in (0, 3)]
+    grid = f"grid: mse, bits: 3, group_size: 64, overrides: [{', '.join(ends)}]"
+    fixed = f"  - {{method: quantize.rtn, {grid}}}\n"
+    start, end = text.index("  - {method: allocate"), text.index("evaluate")
+    outer = text[:start] + fixed + text[end:]
+    found = {}
+    for name, recipe in (("ends", outer), ("allocated", text.replace("BUDGET", "3.75"))):
+        loaded = load(tmp_path, "export=[{format: compressed-tensors}]", text=recipe)
+        outcome = run_recipe(loaded, "builtin:tiny", tmp_path / name)
+        last = outcome.report.variants[-1]
+        measured = outcome.report.evaluations[last.id].overall.divergence
+        found[name] = last.size.tensor_bytes, measured.mean.value
+    assert found["allocated"][0] <= found["ends"][0]
+    assert found["allocated"][1] < 0.8 * found["ends"][1]
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe-mixed"])
+def test_losses_of_experts_are_near_the_measured_divergence(variant: str, tmp_path: Path) -> None:
+    """Experts of the last block: errors before it make routers send tokens elsewhere."""
+    model = build(variant)
+    model.save_pretrained(tmp_path / "base")
+    ids = torch.randint(3, 90, (16, 32), generator=torch.Generator().manual_seed(1))
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("own",) * 16)
+    stage = AllocateBits(
+        target_bpw=30,
+        targets=("*.layers.1.*.experts.*",),
+        bits=(6,),
+        group_sizes=(16,),
+        rounder="rtn",
+        rows=64,
+    )
+    context = own_context(tmp_path, lambda record: None)
+    result = allocate(stage, tmp_path / "base", (batch,), context)
+    rounded = QuantizeRtn(targets=("*.layers.1.*.experts.*",), grid="mse")
+    child = rounded.run(result.checkpoint, None, own_context(tmp_path / "rtn", lambda _: None))
+    after = load_model(child.checkpoint)
+    with torch.no_grad():
+        p, q = (torch.log_softmax(m(ids).logits.double(), -1) for m in (model, after))
+    measured = float((p.exp() * (p - q)).sum(-1).mean())
+    assert result.notes["expected_kl"] == pytest.approx(measured, rel=0.1)
+    content = read_json(result.checkpoint / ALLOCATION)
+    assert len({(entry["bits"], entry["group_size"]) for entry in content.values()}) == 1
+    assert all(0 < entry["expected_loss"] < 1 for entry in content.values())
+
+
+def test_an_expert_that_no_token_reaches_counts_as_if_one_had(tmp_path: Path) -> None:
+    build("mixtral", num_local_experts=40, num_experts_per_tok=1).save_pretrained(tmp_path / "base")
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(1))
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("own",))
+    stage = AllocateBits(target_bpw=30, bits=(3, 4), group_sizes=(16,), experts="free")
+    result = allocate(stage, tmp_path / "base", (batch,), own_context(tmp_path, lambda _: None))
+    content = read_json(result.checkpoint / ALLOCATION)
+    experts = [entry for name, entry in content.items() if ".experts." in name]
+    assert len(experts) == 2 * 40 * 3
+    assert all(0 < entry["expected_loss"] < 10 for entry in experts)
+
+
 class Killed(Exception):
     pass
 
@@ -292,18 +487,8 @@ def test_an_interrupted_stage_goes_on_where_it_was_and_chooses_the_same(tmp_path
             if len(done) == blocks:
                 raise Killed
 
-        context = StageContext(
-            folder=folder / "out",
-            scratch=folder / "scratch",
-            device=torch.device("cpu"),
-            dtype=torch.float32,
-            activation_budget=1 << 30,
-            finished=(),
-            block_done=block_done,
-            observer=SilentObserver(),
-        )
         with suppress(Killed):
-            allocate(stage, base, batches, context)
+            allocate(stage, base, batches, own_context(folder, block_done))
         return done
 
     assert run(tmp_path / "whole", 9) == [3, 2, 1, 0]

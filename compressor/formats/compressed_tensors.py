@@ -35,12 +35,15 @@ from compressor.formats.exporters import Source
 from compressor.formats.headers import read_json
 from compressor.formats.shards import SHARD_BYTES, CheckpointReader, CheckpointWriter, plan_shards
 from compressor.formats.support import (
+    SCALED_EMBEDDINGS,
     Form,
     Format,
     Kind,
     Target,
     export_problems,
     format_of,
+    layout_of,
+    loads_beside_others,
     needs_dequantize,
 )
 from compressor.types import ActivationScheme, QTensor, WeightScheme
@@ -147,7 +150,8 @@ def targets(
             kind = matrix_kind(module, config)
             sizes = (shape[0], shape[1])
             scheme, inputs = schemes.get(module), rounded.get(module)
-            found.append(Target(module, sizes, kind, scheme, inputs))
+            scaled = kind == "embedding" and config.get("model_type") in SCALED_EMBEDDINGS
+            found.append(Target(module, sizes, kind, scheme, inputs, scaled))
     return found
 
 
@@ -176,9 +180,11 @@ def _compress_shard(
     for name in names:
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and module in codes:
-            layout = _layout(quantized[module], form)
+            layout = layout_of(quantized[module], form)
             packed = _compress_verified(module, codes[module], reader[name], layout)
             tensors |= {f"{module}.{key}": value for key, value in packed.items()}
+            if _serves_head(quantized[module], reader, form):
+                tensors["lm_head.weight_scale"] = packed["weight_scale"].clone()
         else:
             tensors[name] = reader[name]
     return tensors
@@ -259,9 +265,10 @@ def _compress_verified(
     return tensors
 
 
-def _layout(target: Target, form: Form) -> Format:
-    assert target.scheme is not None
-    return format_of(target.scheme, target.activations, form)
+def _serves_head(target: Target, reader: CheckpointReader, form: Form) -> bool:
+    """Whether the matrix is an embedding whose codes a tied head shares as a module of its own."""
+    tied = not any(name.removesuffix(".weight").endswith(_HEADS) for name in reader.names())
+    return tied and loads_beside_others(target, form)
 
 
 @dataclass(frozen=True)
@@ -284,16 +291,20 @@ def quantization_config(
     groups = _groups(quantized, form)
     layouts = {group.layout for group in groups}
     embeddings = [name for name in quantized if name.rpartition(".")[2] in _EMBEDDINGS]
+    shared = [name for name in embeddings if _serves_head(quantized[name], reader, form)]
+    named = [*quantized, *(["lm_head"] if shared else [])]
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": version("compressed-tensors"),
         "format": min(layouts) if len(layouts) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "ignore": _ignored(quantized, reader) if len(groups) == 1 else [],
+        "ignore": _ignored(named, reader) if len(groups) == 1 else [],
         "kv_cache_scheme": None,
         "config_groups": {
             f"group_{number}": _config_group(
-                ["Linear", *sorted(embeddings)] if len(groups) == 1 else _exact_targets(modules),
+                ["Linear", *sorted(embeddings)]
+                if len(groups) == 1
+                else _exact_targets(modules, shared),
                 group,
             )
             for number, (group, modules) in enumerate(groups.items())
@@ -310,7 +321,7 @@ def _groups(quantized: Mapping[str, Target], form: Form) -> dict[_Group, list[st
     for module in sorted(quantized):
         target = quantized[module]
         assert target.scheme is not None
-        groups[_Group(target.scheme, target.activations, _layout(target, form))].append(module)
+        groups[_Group(target.scheme, target.activations, layout_of(target, form))].append(module)
     return dict(sorted(groups.items(), key=lambda item: item[1][0]))
 
 
@@ -328,12 +339,13 @@ def _ignored(quantized: Collection[str], reader: CheckpointReader) -> list[str]:
     return sorted(name for name in dense if name.rpartition(".")[2] not in _EMBEDDINGS)
 
 
-def _exact_targets(modules: Sequence[str]) -> list[str]:
+def _exact_targets(modules: Sequence[str], shared: Collection[str]) -> list[str]:
+    """Names for a group of the configuration; `shared` are embeddings with a tied head."""
     # Experts are no modules in transformers 5; it finds their scheme by a pattern naming them.
     experts = {module.rpartition(".")[2] for module in modules if ".experts." in module}
     patterns = [rf"re:.*\.experts\.\d+\.({'|'.join(sorted(experts))})$"] if experts else []
     # GPT-NeoX's head is `embed_out` on disk and `lm_head` in the model; engines want either.
-    heads = ["lm_head"] if "embed_out" in modules else []
+    heads = ["lm_head"] if "embed_out" in modules or set(shared) & set(modules) else []
     return patterns + heads + [module for module in modules if ".experts." not in module]
 
 

@@ -18,8 +18,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 from compressor.formats.capabilities import Container
-from compressor.formats.sizes import PackedSize
-from compressor.formats.support import LAYOUTS, Target, export_problems
+from compressor.formats.sizes import PackedSize, packed_bytes
+from compressor.formats.support import (
+    LAYOUTS,
+    Target,
+    export_problems,
+    layout_of,
+    loads_beside_others,
+)
 from compressor.types import WeightScheme
 
 GGUF_BLOCK = 32  # inputs
@@ -118,6 +124,27 @@ _RULES: Mapping[str, Callable[[Target, WeightScheme], Iterable[str]]] = {
     "awq": _awq_problems,
     "gguf": _gguf_problems,
 }
+
+
+def stored_bytes(target: Target, dtype: str, container: Container) -> PackedSize:
+    """Exact bytes of a quantized matrix in any container but `dense`.
+
+    Args:
+        target: the matrix.
+        dtype: of the dense checkpoint, as safetensors names it.
+        container: what holds it.
+    """
+    assert target.scheme is not None
+    if container in LAYOUTS:
+        return packed_bytes(target.shape, target.scheme, dtype, layout_of(target, container))
+    return matrix_bytes(target.shape, target.scheme, container)
+
+
+def repeated_scales(target: Target, dtype: str, container: Container) -> int:
+    """Bytes of the scales that a head tied to this matrix stores once more under its own name."""
+    if container not in LAYOUTS or not loads_beside_others(target, container):
+        return 0
+    return stored_bytes(target, dtype, container).scales
 
 
 def matrix_bytes(shape: tuple[int, int], scheme: WeightScheme, container: Container) -> PackedSize:

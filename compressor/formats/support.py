@@ -8,7 +8,10 @@ models
 - Asymmetric *pack-quantized*: the packed zero-points do not fit the placeholder that the library
   makes, and loading fails, unless the configuration says `dequantize`; that route reads one
   scheme for all matrices. *int-quantized* zero-points are not packed and load as is.
-- Quantized embeddings: likewise only through `dequantize`, tied or not.
+- Quantized embeddings: likewise only through `dequantize`, tied or not, except for 8 bits by
+  channel, symmetric, *int-quantized*: those load beside any other scheme. A tied head is then a
+  second module with the same codes, which wants scales under its own name. Not Gemma's, whose
+  module holds a number besides, which loading then misses.
 - Rounded inputs, beside symmetric weights of any layout: load as is.
 - Floats (fp8 by channel or block, MXFP4, NVFP4) in linear layers and heads: load as is. The two of
   4 bits arrive as bf16 whatever the checkpoint is, so that it must be bf16.
@@ -50,6 +53,7 @@ class Target:
         kind: `head` is an untied output head; a tied one is part of the `embedding`.
         scheme: None when the matrix stays dense.
         activations: how its inputs are rounded; None when they are not.
+        scaled: an embedding whose module multiplies what it looks up.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Target:
     kind: Kind
     scheme: WeightScheme | None
     activations: ActivationScheme | None = None
+    scaled: bool = False
 
 
 _FLOAT_LAYOUTS: Mapping[Scales, Format] = {
@@ -64,6 +69,9 @@ _FLOAT_LAYOUTS: Mapping[Scales, Format] = {
     "e8m0": "mxfp4-pack-quantized",
     "e4m3": "nvfp4-pack-quantized",
 }
+SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
+"""`model_type` of families whose embedding multiplies what it looks up."""
+
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -82,10 +90,33 @@ def format_of(
     return "int-quantized" if bytewise else "pack-quantized"
 
 
+def layout_of(target: Target, form: Form) -> Format:
+    """The layout of a quantized matrix in an export to `form`.
+
+    An embedding of a byte a code loads beside any other scheme, a packed one does not.
+    """
+    scheme = target.scheme
+    assert scheme is not None
+    looked_up = form == "auto" and target.kind == "embedding" and not target.scaled
+    if looked_up and _by_channel(scheme) and scheme.symmetry != "asymmetric":
+        return "int-quantized"
+    return format_of(scheme, target.activations, form)
+
+
+def loads_beside_others(target: Target, form: Form) -> bool:
+    """Whether a quantized embedding loads whatever schemes the other matrices have.
+
+    If the head is tied to it, the export then holds its scales a second time, for the head.
+    """
+    bytewise = target.kind == "embedding" and not target.scaled
+    return bytewise and layout_of(target, form) == "int-quantized"
+
+
 def needs_dequantize(targets: Iterable[Target], form: Form) -> bool:
     """Whether transformers loads the export only with `dequantize` in its configuration."""
     return any(
-        target.kind == "embedding" or _has_packed_zeros(target, form)
+        (target.kind == "embedding" and not loads_beside_others(target, form))
+        or _has_packed_zeros(target, form)
         for target in targets
         if target.scheme is not None
     )
@@ -95,7 +126,7 @@ def _has_packed_zeros(target: Target, form: Form) -> bool:
     scheme = target.scheme
     if scheme is None or scheme.symmetry != "asymmetric":
         return False
-    return format_of(scheme, target.activations, form) == "pack-quantized"
+    return layout_of(target, form) == "pack-quantized"
 
 
 def export_problems(targets: Sequence[Target], form: Form = "auto") -> list[str]:
@@ -129,7 +160,7 @@ def _dequantize_problems(quantized: Sequence[Target]) -> Iterable[str]:
 def _matrix_problems(target: Target, form: Form) -> Iterable[str]:
     assert target.scheme is not None
     scheme, (out, in_features) = target.scheme, target.shape
-    layout = format_of(scheme, target.activations, form)
+    layout = layout_of(target, form)
     if target.kind == "conv1d":
         yield (
             f"{target.name} is a Conv1D stored as [in, out], and compressed-tensors groups "
@@ -196,7 +227,7 @@ def _container(target: Target, form: Container) -> Container:
     """What holds a matrix; that of compressed-tensors may depend on its scheme."""
     if target.scheme is None or form in ("dense", "gptq", "awq", "gguf"):
         return form
-    return format_of(target.scheme, target.activations, form)  # type: ignore[arg-type]
+    return layout_of(target, form)  # type: ignore[arg-type]
 
 
 def _limit_problems(limits: Limits, target: Target) -> Iterable[str]:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 from compressor.errors import ModelError
 from compressor.model.families import FAMILIES, Condition, Family, Linear, Norm, NormKind
@@ -25,9 +26,12 @@ ROLE_SETS: Mapping[str, tuple[str, ...]] = {
 }
 """Pattern words that stand for several roles; `linear` and `all` are built from them."""
 
+Kind = Literal["linear", "head", "embedding", "expert", "router", "conv1d"]
+
 SERVING = "compressor"
 """Key of `config.json` for what happens while the model runs, which weights cannot show."""
 
+_KINDS: Mapping[str, Kind] = {"head": "head", "embed": "embedding", "router": "router"}
 _NOT_IN_ALL = ("router", "position")
 _READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "fc_in", "router")
 
@@ -76,6 +80,15 @@ class Matrix:
     def parameters(self) -> int:
         """Number of weights."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def kind(self) -> Kind:
+        """What it is to whoever packs it."""
+        if self.transposed_on_disk:
+            return "conv1d"
+        if self.role in _KINDS:
+            return _KINDS[self.role]
+        return "linear" if self.expert is None else "expert"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ is three matrices; this module knows where each of them lies and which tokens it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,31 @@ def place(architecture: Architecture, matrix: Matrix) -> Place:
     return Place(f"{folder}.experts.{_FUSED[matrix.role]}", rows, matrix.expert, False)
 
 
+def fused(parameter: Tensor, parts: Sequence[tuple[Place, Tensor]]) -> Tensor:
+    """A parameter with other matrices in place of its own, through which gradients reach them.
+
+    Args:
+        parameter: as the module has it.
+        parts: matrices [out, in] in its dtype, and where they lie in it.
+    """
+    place, weight = parts[0]
+    if place.expert is None:
+        return weight.T if place.transposed else weight
+    experts = list(parameter.detach().unbind())
+    for expert in {place.expert for place, _ in parts if place.expert is not None}:
+        own = [(place.rows, weight) for place, weight in parts if place.expert == expert]
+        experts[expert] = _with_rows(experts[expert], own)
+    return torch.stack(experts)
+
+
+def _with_rows(matrix: Tensor, parts: Sequence[tuple[slice | None, Tensor]]) -> Tensor:
+    """A matrix [out, in] with some of its rows, or all, replaced."""
+    for rows, weight in parts:
+        start, stop = (0, len(matrix)) if rows is None else (rows.start, rows.stop)
+        matrix = torch.cat([matrix[:start], weight, matrix[stop:]])
+    return matrix
+
+
 class ExpertWatch(TorchFunctionMode):
     """While entered, reports what each expert's matrices multiply.
 
@@ -64,11 +89,12 @@ class ExpertWatch(TorchFunctionMode):
 
     Args:
         experts: the module that holds both parameters.
-        report: called with (expert, "in" or "out", rows [tokens, width], token numbers [tokens]).
+        report: called with (expert, "in" or "out", rows [tokens, width], token numbers [tokens],
+            what the product made of the rows).
     """
 
     def __init__(
-        self, experts: nn.Module, report: Callable[[int, str, Tensor, Tensor], None]
+        self, experts: nn.Module, report: Callable[[int, str, Tensor, Tensor, Tensor], None]
     ) -> None:
         super().__init__()
         self._parameters = {
@@ -92,13 +118,16 @@ class ExpertWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        output = func(*args, **(kwargs or {}))
         if func is nn.functional.linear:
             for side, parameter in self._parameters.items():
                 if _inside(args[1], parameter):
-                    self._seen(side, parameter, args[0], args[1])
-        return func(*args, **(kwargs or {}))
+                    self._seen(side, parameter, args[0], args[1], output)
+        return output
 
-    def _seen(self, side: str, parameter: Tensor, rows: Tensor, weight: Tensor) -> None:
+    def _seen(
+        self, side: str, parameter: Tensor, rows: Tensor, weight: Tensor, output: Tensor
+    ) -> None:
         expert = weight.storage_offset() // parameter[0].numel()
         tokens = (self._chosen == expert).T.nonzero()[:, 1]
         if side == "in" and not torch.equal(self._hidden[tokens], rows):
@@ -106,7 +135,7 @@ class ExpertWatch(TorchFunctionMode):
                 f"expert {expert} saw other tokens than the router chose for it;"
                 " this version of transformers computes the mixture in a way we do not know"
             )
-        self._report(expert, side, rows, tokens)
+        self._report(expert, side, rows, tokens, output)
 
 
 def _inside(weight: Tensor, parameter: Tensor) -> bool:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,8 +30,9 @@ from torch.utils.hooks import RemovableHandle
 from compressor.errors import ModelError, ResumeError
 from compressor.model.activations import ActivationStore
 from compressor.model.architecture import Architecture, Matrix, held_by_forward
-from compressor.model.experts import ExpertWatch, Place, place
+from compressor.model.experts import ExpertWatch, Place, fused, place
 from compressor.model.files import read_config
+from compressor.model.lookups import LookUps
 from compressor.model.memory import return_memory
 from compressor.model.passage import Passage
 from compressor.model.reader import TensorReader
@@ -193,6 +195,31 @@ class BlockWalk:
         if observe:
             observe("head", inputs.detach(), of_logits)
         return gradient
+
+    def predictions(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What enters the head [tokens, width], and its logits [tokens, vocab], piece by piece.
+
+        Valid tokens only; after all blocks ran.
+        """
+        for hidden, batch in zip(self.final_hidden(), self.batches, strict=True):
+            for piece in torch.split(hidden[batch.mask.to(hidden.device)], _HEAD_TOKENS):
+                yield piece, self.logits(piece)
+
+    def lookup_gradient(self, batch: int, gradient: Tensor) -> Tensor:
+        """Gradients of the rows that valid tokens look up in the embedding, [tokens, width].
+
+        Args:
+            batch: its index.
+            gradient: of what enters block 0, [batch, length, hidden].
+        """
+        self._assign(self._skeleton.embedding, self._table("embed"))
+        mask = self.batches[batch].mask
+        with torch.enable_grad(), LookUps(self._skeleton.embedding) as looked_up:
+            hidden = self._skeleton.embed(self.batches[batch].input_ids, mask)
+        self._skeleton.release(self._skeleton.embedding)
+        (found,) = torch.autograd.grad(hidden, looked_up.rows, gradient.to(hidden))
+        rows: Tensor = found[mask.to(found.device)]
+        return rows
 
     def rest(self) -> tuple[str, ...]:
         """Names on disk of all tensors outside the blocks."""
@@ -406,6 +433,23 @@ class BlockMatrix:
         self._block.set_tensor(self.info.tensor, value)
 
 
+@dataclass(frozen=True)
+class _Product:
+    """One matrix product of a forward pass, which may hold several matrices.
+
+    Attributes:
+        matrices: names, and which of the outputs are theirs.
+        inputs: [tokens, in].
+        output: [..., out], part of the graph.
+        keep: which tokens are no padding [tokens].
+    """
+
+    matrices: tuple[tuple[str, slice], ...]
+    inputs: Tensor
+    output: Tensor
+    keep: Tensor
+
+
 class Block:
     """One block in memory, with what enters it.
 
@@ -486,33 +530,56 @@ class Block:
         Args:
             batch: its index.
             gradient: [batch, length, hidden].
-            observe: called for every matrix that is no expert's, with valid tokens only.
+            observe: called for every matrix but routers, with valid tokens only; for those of an
+                expert with the tokens routed to it, if there are any.
         """
         valid, _ = self._walk._valid(self._walk.batches[batch])
         hidden = self.inputs[batch].to(self._walk.device, self._walk.dtype)
         hidden = hidden.detach().requires_grad_()
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        seen: list[_Product] = []
         with ExitStack() as stack, torch.enable_grad():
+            routed = [matrix.info for matrix in self.matrices if matrix.info.expert is not None]
             for matrix in self.matrices:
-                if matrix.info.expert is None:
-                    stack.callback(self._watch(matrix.info, seen).remove)
+                if matrix.info.expert is None and matrix.info.role != "router":
+                    stack.callback(self._watch(matrix.info, valid, seen).remove)
+            if routed:
+                stack.enter_context(self._watch_experts(routed, valid, seen))
             output = self._walk._skeleton.block(self.index, hidden, self._walk.batches[batch].mask)
-        outputs = [out for _, out in seen.values()]
-        upstream = gradient.to(output)
-        entered, *found = torch.autograd.grad(output, [hidden, *outputs], upstream)
-        for (name, (inputs, _)), gradients in zip(seen.items(), found, strict=True):
-            rows = (t.reshape(-1, t.shape[-1])[valid] for t in (inputs.detach(), gradients))
-            observe(name, *rows)
+        products = [product.output for product in seen]
+        entered, *found = torch.autograd.grad(output, [hidden, *products], gradient.to(output))
+        for product, gradients in zip(seen, found, strict=True):
+            flat = gradients.reshape(-1, gradients.shape[-1])[product.keep]
+            for name, outputs in product.matrices:
+                observe(name, product.inputs[product.keep], flat[:, outputs])
         return entered
 
-    def _watch(self, matrix: Matrix, seen: dict[str, tuple[Tensor, Tensor]]) -> RemovableHandle:
+    def _watch(self, matrix: Matrix, valid: Tensor, seen: list[_Product]) -> RemovableHandle:
         path = self._places[matrix.tensor].parameter.removesuffix(".weight")
         module: nn.Module = self._walk._skeleton.model.get_submodule(path)
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[matrix.name] = (args[0], output)
+            inputs = args[0].detach().reshape(-1, args[0].shape[-1])
+            seen.append(_Product(((matrix.name, slice(None)),), inputs, output, valid))
 
         return module.register_forward_hook(keep)
+
+    def _watch_experts(
+        self, routed: Sequence[Matrix], valid: Tensor, seen: list[_Product]
+    ) -> ExpertWatch:
+        """The same for routed experts, whose gate and up are one product."""
+        names: dict[tuple[int | None, str], list[tuple[str, slice]]] = {}
+        for matrix in routed:
+            side = "out" if matrix.role == "down" else "in"
+            rows = self._places[matrix.tensor].rows or slice(None)
+            names.setdefault((matrix.expert, side), []).append((matrix.name, rows))
+
+        def keep(expert: int, side: str, rows: Tensor, tokens: Tensor, output: Tensor) -> None:
+            chosen = valid[tokens]
+            if bool(chosen.any()):
+                matrices = tuple(names[expert, side])
+                seen.append(_Product(matrices, rows.detach(), output, chosen))
+
+        return ExpertWatch(self._experts(), keep)
 
     def run_with(self, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Output [batch, length, hidden] for other inputs and other tensors of the disk's shapes.
@@ -532,16 +599,18 @@ class Block:
 
         Args:
             batch: index of the batch.
-            weights: [out, in] in any dtype by name, without `.weight`; not those of experts.
+            weights: [out, in] in any dtype by name, without `.weight`.
         """
+        parts: dict[str, list[tuple[Place, Tensor]]] = {}
+        for name, weight in weights.items():
+            spot = self._places[self.matrix(name).info.tensor]
+            parts.setdefault(spot.parameter, []).append((spot, weight.to(self._walk.dtype)))
         with ExitStack() as stack:
-            for name, weight in weights.items():
-                spot = self._places[self.matrix(name).info.tensor]
-                path, _, leaf = spot.parameter.rpartition(".")
+            for parameter, found in parts.items():
+                path, _, leaf = parameter.rpartition(".")
                 module = self._walk._skeleton.model.get_submodule(path)
-                value = weight.to(self._walk.dtype)
                 # An attribute of the instance goes before the parameter of that name.
-                module.__dict__[leaf] = value.T if spot.transposed else value
+                module.__dict__[leaf] = fused(self._walk._skeleton.parameter(parameter), found)
                 stack.callback(module.__dict__.pop, leaf)
             return self.run(batch)
 
@@ -643,7 +712,7 @@ class Block:
             may_stand = group.endswith(".in") if ahead else bool(group)
             return bool(pending or routed or onward) or not may_stand
 
-        def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor) -> None:
+        def routed_to(expert: int, side: str, rows: Tensor, tokens: Tensor, _: Tensor) -> None:
             group = f"{self._walk._prefix(self.index)}experts.{expert}.{side}"
             keep = valid[tokens]
             if group in routed and bool(keep.any()):

@@ -7,7 +7,10 @@ diagonal is kept, it is per token
 
     KL ≈ ½ Σ_r γ_r · e_r H e_rᵀ,    γ_r = E[(∂ log p(y) / ∂ o_r)²],    H = E[x xᵀ],
 
-with e_r the rows of E, o = W x the outputs and y drawn from the model's own predictions. A rounder
+with e_r the rows of E, o = W x the outputs and y drawn from the model's own predictions. A head
+needs no draw: there γ_r is p_r (1 - p_r), token by token. An embedding looks rows up instead of
+multiplying by them: its row r counts ½ f_r · e_r G e_rᵀ, f_r being the share of tokens that are r
+and G = E[g gᵀ] the moment of the gradients where rows enter the model. A rounder
 that compensates does not leave e_r H e_rᵀ of the nearest codes but, column by column in its order,
 what no later column can make up for: Σ_i d_i e_ri² with d_i = 1 / U_ii² and Uᵀ U = (H + λI)⁻¹
 (the same d as in the LDL decomposition of QuIP, Chee et al. 2023, section 3).
@@ -15,7 +18,7 @@ what no later column can make up for: Σ_i d_i e_ri² with d_i = 1 / U_ii² and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -66,15 +69,92 @@ def rounding_losses(
     columns = metric if metric.ndim == 1 else metric.diagonal()
     shares = row_weight.double() * (weight.double().square() @ columns.double())
     chosen = _spread(len(weight), rows, weight.device)
-    part, gamma = weight[chosen].float(), row_weight[chosen].double()
+    gamma = row_weight[chosen].double()
     measured = float(shares[chosen].sum())
     factor = 0.5 * float(shares.sum()) / measured if measured > 0 else 0.0
-    found = []
+    return [
+        factor * float((gamma * _row_errors(error, metric)).sum())
+        for error in rounding_errors(weight[chosen], schemes, scale_dtype)
+    ]
+
+
+def token_shares(counts: Tensor) -> Tensor:
+    """How often each token is to be expected, [vocab], positive and summing to 1.
+
+    Tokens that were not seen share what Good (1953) and Turing give them: the share of those
+    seen once.
+
+    Args:
+        counts: how often each was seen [vocab], at least one of them.
+    """
+    counts = counts.double()
+    unseen = counts == 0
+    missing = int(unseen.sum())
+    if not missing:
+        return counts / counts.sum()
+    rest = max(int((counts == 1).sum()), 1) / (float(counts.sum()) + 1)
+    return torch.where(unseen, rest / missing, counts / counts.sum() * (1 - rest))
+
+
+def proportional_rows(sizes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows drawn with chances in proportion to their size, and how many rows each stands for.
+
+    Systematic sampling (Madow 1949) without any randomness; the sum of a quantity of the rows
+    drawn, each times what it stands for, estimates the sum over all rows (Horvitz & Thompson).
+
+    Args:
+        sizes: positive, [rows].
+        count: rows to draw.
+    """
+    if len(sizes) <= count:
+        return torch.arange(len(sizes), device=sizes.device), torch.ones_like(sizes)
+    chances = _capped(sizes.double(), count)
+    passed = (chances.cumsum(0) - 0.5).ceil().long()
+    drawn = (passed.diff(prepend=torch.zeros_like(passed[:1])) > 0).nonzero()[:, 0]
+    return drawn, 1 / chances[drawn]
+
+
+def _capped(sizes: Tensor, count: int) -> Tensor:
+    """Chances in proportion to sizes that sum to `count`, none above 1."""
+    chances = count * sizes / sizes.sum()
+    while bool((chances > 1 + 1e-9).any()):
+        sure = chances >= 1
+        left = count - int(sure.sum())
+        chances = torch.where(sure, 1.0, left * sizes / sizes[~sure].sum())
+    return chances.clamp_max(1.0)
+
+
+def rounding_errors(
+    weight: Tensor, schemes: Sequence[WeightScheme], scale_dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """W - Ŵ [rows, in] for rounding to nearest on each grid, fp32."""
+    part = weight.float()
     for scheme in schemes:
         grid = fit_grid(part, scheme, search="mse", scale_dtype=scale_dtype)
-        error = part - round_to_grid(part, grid, scheme).dequantize().float()
-        found.append(factor * float((gamma * _row_errors(error, metric)).sum()))
-    return found
+        yield part - round_to_grid(part, grid, scheme).dequantize().float()
+
+
+def head_losses(error: Tensor, inputs: Tensor, chances: Tensor) -> Tensor:
+    """½ Σ_t p_tr (1 - p_tr) (e_r · x_t)² for every row of a head, fp64 [rows].
+
+    Args:
+        error: e_r [rows, in].
+        inputs: x_t, what enters the head [tokens, in].
+        chances: p_tr, what the model predicts of the rows' tokens [tokens, rows].
+    """
+    moved = inputs.to(error) @ error.T
+    return 0.5 * (chances * (1 - chances) * moved.square()).double().sum(0)
+
+
+def lookup_losses(error: Tensor, moment: Tensor, shares: Tensor) -> Tensor:
+    """½ f_r · e_r G e_rᵀ for every row of an embedding, fp64 [rows].
+
+    Args:
+        error: e_r [rows, in].
+        moment: G [in, in].
+        shares: f_r [rows].
+    """
+    return 0.5 * shares.double() * row_losses(error, moment.to(error)).double()
 
 
 def _row_errors(error: Tensor, metric: Tensor) -> Tensor:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from compressor.formats.support import loads_beside_others
 from compressor.stages.base import Need, ReportProblem, StageConfig, option
-from compressor.stages.budget import Unit, dense_bytes, parse_size, proxy, units
+from compressor.stages.budget import Unit, dense_bytes, parse_size, priced, proxy
 from compressor.stages.overrides import GroupSize, group_of
+from compressor.stages.packing import target_of
 from compressor.types import Symmetry, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
+    from compressor.formats.capabilities import Container
     from compressor.model.architecture import Architecture, Matrix
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 
 Bits = Annotated[int, Field(ge=2, le=8)]
+
+FUSED = (("q", "k", "v"), ("gate", "up"))
+"""Roles that engines such as vLLM and SGLang merge into one matrix of one grid."""
 
 
 class AllocateBits(StageConfig):
@@ -83,10 +91,35 @@ class AllocateBits(StageConfig):
         "Matrices to leave dense, written like `targets`; they still count.",
         effect="A pattern that matches nothing is an error.",
     )
+    embeddings: Literal["keep", "allocate"] = option(
+        "keep",
+        "Whether the input embedding may get a grid too, or stays dense. Its losses are weighed by "
+        "how frequent tokens are; the rounder rounds it to nearest.",
+        effect="In small models it is a large share of the bytes. Beside other grids "
+        "compressed-tensors holds it with 8 bits by channel only, GGUF with any.",
+    )
+    head: Literal["keep", "allocate"] = option(
+        "keep",
+        "The same for an output head of its own; one that is tied follows the embedding, which is "
+        "then judged in both uses.",
+        effect="As for `embeddings`; any grid that linear layers can have.",
+    )
     fused: Literal["tie", "free"] = option(
         "tie",
         "Whether q, k and v, and gate and up, get one grid each: `tie`, or `free`.",
         effect="vLLM and SGLang merge them into one matrix and load only `tie`.",
+    )
+    experts: Literal["model", "block", "free"] = option(
+        "model",
+        "Which routed experts share one grid: all of the model, those of a block, or none but what "
+        "`fused` ties.",
+        effect="transformers loads experts of one grid only; vLLM wants one per block.",
+    )
+    container: Literal["compressed-tensors", "gguf"] = option(
+        "compressed-tensors",
+        "The deliverable that bytes are counted in, and whose grids are offered.",
+        effect="GGUF has blocks of 32 for 4, 5 and 8 bits, so that other widths and groups cost as "
+        "much as those.",
     )
     rounder: Literal["gptq", "rtn"] = option(
         "gptq",
@@ -144,26 +177,61 @@ class AllocateBits(StageConfig):
 
     @property
     def choices(self) -> tuple[WeightScheme, ...]:
-        """Every grid to choose from."""
+        """Every grid to choose from for linear layers and the head."""
         return tuple(
             WeightScheme(bits, group_of(size), self.symmetry)
             for bits in self.bits
             for size in self.group_sizes
         )
 
+    @property
+    def layout(self) -> Container:
+        """What holds the deliverable."""
+        return "gguf" if self.container == "gguf" else "auto"
+
     def calibration_need(self) -> Need | None:
         """Losses are measured on text, always."""
         return Need("method", "allocate.bits measures what rounding costs on calibration text")
 
     def units(self, architecture: Architecture) -> tuple[Unit, ...]:
-        """What gets a grid, with the grids and their bytes."""
+        """What gets a grid, with the grids and their bytes; embedding and head come last."""
         ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
-        chosen = [m for m in architecture.select(self.targets).matrices if m.name not in ignored]
-        return units(architecture, chosen, self.choices, tie=self.fused == "tie")
+        groups: dict[tuple[object, ...], list[Matrix]] = {}
+        for matrix in architecture.select(self.targets).matrices:
+            if matrix.name not in ignored:
+                groups.setdefault(self._tie(matrix), []).append(matrix)
+        tables = [m for m in self._tables(architecture) if m.name not in ignored]
+        return tuple(
+            priced(architecture, members, schemes, self.layout)
+            for members, schemes in (
+                *((members, self.choices) for members in groups.values()),
+                *(([table], (None, *self.table_grids(table, architecture))) for table in tables),
+            )
+        )
+
+    def _tie(self, matrix: Matrix) -> tuple[object, ...]:
+        """Matrices for which this is the same get one grid."""
+        if matrix.expert is not None and self.experts != "free":
+            return ("experts", matrix.block if self.experts == "block" else None)
+        fused = next((r for r in FUSED if self.fused == "tie" and matrix.role in r), matrix.name)
+        return (matrix.block, matrix.expert, fused)
+
+    def _tables(self, architecture: Architecture) -> tuple[Matrix, ...]:
+        """Embedding and head, as far as they may be chosen."""
+        asked = {"embed": self.embeddings, "head": self.head}
+        return tuple(m for m in architecture.matrices if asked.get(m.role) == "allocate")
+
+    def table_grids(self, table: Matrix, architecture: Architecture) -> tuple[WeightScheme, ...]:
+        """Grids beside which the other matrices may have theirs."""
+        if table.role == "head" or self.container == "gguf":
+            return self.choices
+        grid = WeightScheme(8, None, self.symmetry)
+        alone = target_of(replace(table, scheme=grid), architecture)
+        return (grid,) if loads_beside_others(alone, "auto") else ()
 
     def budget(self, architecture: Architecture, found: tuple[Unit, ...]) -> int:
         """Bytes for the units; what stays dense is paid already, so that this may be negative."""
-        dense = dense_bytes(architecture, found)
+        dense = dense_bytes(architecture, found, self.layout)
         if self.target_size is not None:
             return parse_size(self.target_size) - dense
         assert self.target_bpw is not None
@@ -174,6 +242,17 @@ class AllocateBits(StageConfig):
             dense = (weights - sum(unit.parameters for unit in found)) * architecture.dtype_bytes
         return int(self.target_bpw * weights / 8) - dense
 
+    def alternatives(self, final: Architecture) -> Iterator[Architecture]:
+        """The final model with each grid on every matrix that may get it."""
+        units = [
+            unit
+            for unit in self.units(final)
+            if unit.may_stay_dense or all(m.allotted and m.scheme for m in unit.matrices)
+        ]
+        for scheme in dict.fromkeys(scheme for unit in units for scheme in unit.schemes):
+            names = [m.name for u in units if scheme in u.schemes for m in u.matrices]
+            yield final.with_scheme(names, scheme)
+
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture with grids that fill the budget, as an example of those to come."""
         for name in ("targets", "ignore"):
@@ -181,8 +260,9 @@ class AllocateBits(StageConfig):
                 message = f"the pattern {missed.pattern!r} matches no matrix of the model"
                 problems(name, message, missed.suggestion)
         found = self.units(architecture)
-        if not self._check_places(found, problems):
+        if not self._check_places(architecture, found, problems):
             return architecture
+        self._check_tables(architecture, problems)
         budget = self.budget(architecture, found)
         least = sum(min(unit.costs) for unit in found)
         if budget < least:
@@ -190,25 +270,39 @@ class AllocateBits(StageConfig):
         chosen = proxy(found, max(budget, least))
         return architecture.with_allotment(allotment(found, chosen))
 
-    def _check_places(self, found: tuple[Unit, ...], problems: ReportProblem) -> bool:
+    def _check_places(
+        self, architecture: Architecture, found: tuple[Unit, ...], problems: ReportProblem
+    ) -> bool:
         """Whether every matrix can be measured and given a grid."""
-        matrices: list[Matrix] = [matrix for unit in found for matrix in unit.matrices]
+        matrices = architecture.select(self.targets).matrices
         outside = [m.name for m in matrices if m.block is None or m.role == "router"]
-        experts = [m.name for m in matrices if m.expert is not None]
         without = [unit.matrices[0] for unit in found if not unit.schemes]
-        if not matrices:
+        if not found:
             problems("targets", "nothing is left to choose bits for", "")
         if outside:
             message = f"{outside[0]} is no linear layer of a decoder block"
-            problems("targets", message, "use the pattern `linear`")
-        if experts:
-            message = f"{experts[0]} belongs to an expert, and engines want one grid for them all"
-            problems("targets", message, "choose `targets: [attention]`, and the rounder's too")
+            hint = "use the pattern `linear`, and `embeddings: allocate` or `head: allocate`"
+            problems("targets", message, hint)
         if without:
             first = without[0]
             message = f"no group size of the choices divides the {first.shape[1]} inputs"
             problems("group_sizes", f"{message} of {first.name}", "add one, or `channel`")
-        return bool(matrices) and not (outside or experts or without)
+        return bool(found) and not (outside or without)
+
+    def _check_tables(self, architecture: Architecture, problems: ReportProblem) -> None:
+        """Embedding and head must count, and the deliverable must hold their grids."""
+        for name in ("embeddings", "head"):
+            if getattr(self, name) == "allocate" and self.counting == "linear":
+                message = "with `counting: linear` it costs nothing, so that it would stay dense"
+                problems(name, message, "write `counting: checkpoint`, or give a `target_size`")
+        if self.head == "allocate" and architecture.tied and self.embeddings == "keep":
+            message = "the head is tied to the embedding, so that it cannot be rounded alone"
+            problems("head", message, "write `embeddings: allocate`, or `head: keep`")
+        for table in self._tables(architecture):
+            if not self.table_grids(table, architecture):
+                message = "compressed-tensors holds an embedding beside other grids only with 8 "
+                message += "symmetric bits by channel, and not one that scales what it looks up"
+                problems("embeddings", message, "write `embeddings: keep`, or `container: gguf`")
 
     def _refuse(
         self,
@@ -218,7 +312,7 @@ class AllocateBits(StageConfig):
         problems: ReportProblem,
     ) -> None:
         """Say by how much a budget is too small, and what takes the room."""
-        dense = dense_bytes(architecture, found)
+        dense = dense_bytes(architecture, found, self.layout)
         least = dense + sum(min(unit.costs) for unit in found)
         weights = 8 * least / architecture.parameters
         hint = "raise it, offer fewer bits or larger groups"
@@ -261,9 +355,10 @@ class AllocateBits(StageConfig):
 
 
 def allotment(found: tuple[Unit, ...], chosen: tuple[int, ...]) -> dict[str, WeightScheme]:
-    """The grid of every matrix, by name, from the place of its unit's choice."""
+    """The grid of every matrix that gets one, by name, from the place of its unit's choice."""
     return {
-        matrix.name: unit.schemes[place]
+        matrix.name: scheme
         for unit, place in zip(found, chosen, strict=True)
+        if (scheme := unit.schemes[place]) is not None
         for matrix in unit.matrices
     }

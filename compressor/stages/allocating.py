@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,7 @@ from compressor.stages.allocate_bits import allotment
 from compressor.stages.budget import Unit, dense_bytes
 from compressor.stages.context import StageContext
 from compressor.stages.scaling import sampled
+from compressor.stages.tables import table_losses
 from compressor.types import BlockRecord, StageResult, TokenBatch, WeightScheme
 
 if TYPE_CHECKING:
@@ -64,7 +67,7 @@ def allocate(
         memory_budget=context.activation_budget,
     )
     found = stage.units(walk.architecture)
-    losses = _measure(stage, walk, found, context)
+    losses = _measure(stage, walk, found, context) | _of_tables(stage, walk, found, batches)
     table = [
         [sum(of_grid) for of_grid in zip(*(losses[m.name] for m in unit.matrices), strict=True)]
         for unit in found
@@ -75,7 +78,7 @@ def allocate(
     schemes = allotment(found, chosen)
     write_allocation(context.folder, schemes, _expected(found, chosen, losses))
     spent = sum(unit.costs[place] for unit, place in zip(found, chosen, strict=True))
-    dense = dense_bytes(walk.architecture, found)
+    dense = dense_bytes(walk.architecture, found, stage.layout)
     return StageResult(
         checkpoint=context.folder,
         changed=(),
@@ -94,12 +97,13 @@ def _expected(found: Sequence[Unit], chosen: Sequence[int], losses: Losses) -> d
         matrix.name: losses[matrix.name][place]
         for unit, place in zip(found, chosen, strict=True)
         for matrix in unit.matrices
+        if unit.schemes[place] is not None
     }
 
 
 def _mean_bits(schemes: dict[str, WeightScheme], found: Sequence[Unit]) -> float:
     """Of one code, over the weights that got a grid."""
-    matrices = [matrix for unit in found for matrix in unit.matrices]
+    matrices = [matrix for unit in found for matrix in unit.matrices if matrix.name in schemes]
     total = sum(schemes[matrix.name].bits * matrix.parameters for matrix in matrices)
     return total / sum(matrix.parameters for matrix in matrices)
 
@@ -108,7 +112,7 @@ def _measure(
     stage: AllocateBits, walk: BlockWalk, found: Sequence[Unit], context: StageContext
 ) -> Losses:
     """What every grid of every matrix costs; blocks that an earlier attempt measured are read."""
-    schemes = {matrix.name: unit.schemes for unit in found for matrix in unit.matrices}
+    schemes = {matrix.name: unit.grids for unit in found for matrix in unit.matrices}
     layers = walk.architecture.layers
     losses: Losses = {}
     with context.observer.task("measuring blocks", layers) as task:
@@ -124,6 +128,20 @@ def _measure(
                 losses |= of_block
                 context.block_done(BlockRecord(index))
             task.advance()
+    return losses
+
+
+def _of_tables(
+    stage: AllocateBits, walk: BlockWalk, found: Sequence[Unit], batches: Sequence[TokenBatch]
+) -> Losses:
+    """What every grid of embedding and head costs; measured once all blocks are."""
+    schemes = {u.matrices[0].name: u.schemes for u in found if u.matrices[0].block is None}
+    if not schemes:
+        return {}
+    walk.keep()
+    losses = table_losses(walk, schemes, batches, stage.rows)
+    if not all(isfinite(loss) for of_grids in losses.values() for loss in of_grids):
+        raise NumericalError("the losses of embedding or head are not finite")
     return losses
 
 
@@ -144,35 +162,62 @@ def _last_gradients(walk: BlockWalk, seed: int) -> Iterator[Tensor]:
 
 
 class _Seen:
-    """Second moments of one matrix's inputs (shared by its input group) and output gradients."""
+    """Second moments of one matrix's inputs (shared by its input group) and output gradients.
 
-    def __init__(self, block: Block, names: Sequence[str], device: torch.device) -> None:
-        self.rows: dict[str, DiagonalAccumulator] = {}
-        self.inputs: dict[str, HessianAccumulator] = {}
-        self.group: dict[str, str] = {}
-        for matrix in block.matrices:
-            info = matrix.info
-            if info.name in names:
-                self.group[info.name] = info.input_group
-                self.rows[info.name] = DiagonalAccumulator(info.shape[0], device)
-                self.inputs.setdefault(info.input_group, HessianAccumulator(info.shape[1], device))
-        self.first = {group: name for name, group in reversed(self.group.items())}
+    An expert counts by the share of tokens that it sees. One that no token reached counts as if
+    one had, with the moments of all other experts of the block.
+    """
+
+    def __init__(
+        self, block: Block, names: Collection[str], tokens: int, device: torch.device
+    ) -> None:
+        self._infos = {m.info.name: m.info for m in block.matrices if m.info.name in names}
+        self._tokens, self._device = tokens, device
+        self._rows: dict[str, DiagonalAccumulator] = {}
+        self._inputs: dict[str, HessianAccumulator] = {}
+        for name, info in self._infos.items():
+            self._rows[name] = DiagonalAccumulator(info.shape[0], device)
+            self._inputs.setdefault(info.input_group, HessianAccumulator(info.shape[1], device))
+        self._first = {info.input_group: name for name, info in reversed(self._infos.items())}
 
     def __call__(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
-        if name not in self.rows:
+        if name not in self._rows:
             return
-        self.rows[name].add(gradients)
-        group = self.group[name]
-        if self.first[group] == name:
-            self.inputs[group].add(inputs)
+        self._rows[name].add(gradients)
+        group = self._infos[name].input_group
+        if self._first[group] == name:
+            self._inputs[group].add(inputs)
+
+    def share(self, name: str) -> float:
+        """Of all tokens, those that the matrix sees."""
+        return max(self._rows[name].tokens, 1) / self._tokens
 
     def row_weight(self, name: str) -> Tensor:
-        """γ [out] = E[(∂ log p / ∂ o)²]; the accumulator's is twice that."""
-        return self.rows[name].diagonal() / 2
+        """γ [out] = E[(∂ log p / ∂ o)²] over the tokens that it sees."""
+        seen = self._rows[name]
+        if not seen.tokens:
+            seen = DiagonalAccumulator(self._infos[name].shape[0], self._device)
+            for mate in self._mates(name):
+                seen.merge(self._rows[mate])
+        return seen.diagonal() / 2  # the accumulator's is twice that
 
-    def moment(self, group: str) -> Tensor:
-        """E[x xᵀ] [in, in]."""
-        return self.inputs[group].matrix() / 2
+    def moment(self, name: str) -> Tensor:
+        """E[x xᵀ] [in, in] over the tokens that it sees."""
+        seen = self._inputs[self._infos[name].input_group]
+        if not seen.tokens:
+            seen = HessianAccumulator(self._infos[name].shape[1], self._device)
+            for mate in self._mates(name):
+                seen.merge(self._inputs[self._infos[mate].input_group])
+        return seen.matrix() / 2
+
+    def _mates(self, name: str) -> list[str]:
+        """The matrices of that role in all experts of the block."""
+        role = self._infos[name].role
+        return [
+            mate
+            for mate, info in self._infos.items()
+            if info.expert is not None and info.role == role
+        ]
 
 
 def _measure_block(
@@ -184,22 +229,22 @@ def _measure_block(
     """Losses of one block's grids; the gradients that enter it are then on disk."""
     block, upstream = walk.kept(index), walk.gradients(index + 1)
     chosen = [matrix for matrix in block.matrices if matrix.info.name in schemes]
-    seen = _Seen(block, [matrix.info.name for matrix in chosen], walk.device)
+    tokens = sum(int(batch.mask.sum()) for batch in walk.batches)
+    seen = _Seen(block, {matrix.info.name for matrix in chosen}, tokens, walk.device)
     walk.save_gradients(
         index, (block.backward(batch, upstream[batch], seen) for batch in range(len(upstream)))
     )
-    metrics = {group: _metric(stage, seen.moment(group)) for group in seen.inputs}
-    losses = {
-        matrix.info.name: rounding_losses(
-            matrix.weight,
-            schemes[matrix.info.name],
-            seen.row_weight(matrix.info.name),
-            metrics[matrix.info.input_group],
-            rows=stage.rows,
-            scale_dtype=TORCH_DTYPES[STORED[walk.architecture.dtype]],
-        )
-        for matrix in chosen
-    }
+    dtype = TORCH_DTYPES[STORED[walk.architecture.dtype]]
+    losses: Losses = {}
+    for _, members in groupby(chosen, lambda matrix: matrix.info.input_group):
+        metric: Tensor | None = None
+        for matrix in members:
+            name = matrix.info.name
+            metric = _metric(stage, seen.moment(name)) if metric is None else metric
+            gamma = seen.row_weight(name) * seen.share(name)
+            losses[name] = rounding_losses(
+                matrix.weight, schemes[name], gamma, metric, rows=stage.rows, scale_dtype=dtype
+            )
     walk.release(block)
     if not all(loss < float("inf") for of_grids in losses.values() for loss in of_grids):
         raise NumericalError(f"the losses of block {index} are not finite")

@@ -9,7 +9,7 @@ option means one field here or in the stage's own file: the recipe loader, the J
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -105,6 +105,14 @@ class StageConfig(BaseModel, ABC):
         """The matrices of `after` that the stage writes anew; those `plan` altered, by default."""
         kept = set(before.matrices)
         return tuple(matrix for matrix in after.matrices if matrix not in kept)
+
+    def alternatives(self, final: Architecture) -> Iterator[Architecture]:
+        """What the run may come to instead of what `plan` gives as an example; none by default.
+
+        Args:
+            final: what the last stage leaves, by the plan.
+        """
+        yield from ()
 
     def flops(self, architecture: Architecture) -> float:
         """Operations of the stage; 0 leaves the estimate of a calibrated rounder."""

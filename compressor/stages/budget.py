@@ -6,16 +6,15 @@ Pure arithmetic on an architecture, so that the plan can refuse a budget without
 from __future__ import annotations
 
 import heapq
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compressor.formats.sizes import STORED, packed_bytes
+from compressor.formats.capabilities import Container
 from compressor.model.architecture import Architecture, Matrix
+from compressor.stages.packing import fits, matrix_bytes
 from compressor.types import WeightScheme
-
-FUSED = (("q", "k", "v"), ("gate", "up"))
-"""Roles that engines such as vLLM and SGLang merge into one matrix of one grid."""
 
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(B|kB|MB|GB|KiB|MiB|GiB)")
@@ -27,13 +26,23 @@ class Unit:
 
     Attributes:
         matrices: one, or those that an engine fuses.
-        schemes: grids to choose from, which all of them can have.
-        costs: bytes of all the matrices in a compressed-tensors export on each of the grids.
+        schemes: grids to choose from, which all of them can have; None leaves them dense.
+        costs: bytes of all the matrices in the deliverable on each of the grids.
     """
 
     matrices: tuple[Matrix, ...]
-    schemes: tuple[WeightScheme, ...]
+    schemes: tuple[WeightScheme | None, ...]
     costs: tuple[int, ...]
+
+    @property
+    def grids(self) -> tuple[WeightScheme, ...]:
+        """The choices without staying dense."""
+        return tuple(scheme for scheme in self.schemes if scheme is not None)
+
+    @property
+    def may_stay_dense(self) -> bool:
+        """Whether no grid at all is among the choices."""
+        return None in self.schemes
 
     @property
     def parameters(self) -> int:
@@ -53,47 +62,35 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def units(
+def priced(
     architecture: Architecture,
-    matrices: Iterable[Matrix],
-    schemes: Sequence[WeightScheme],
-    *,
-    tie: bool,
-) -> tuple[Unit, ...]:
-    """Group matrices and price their grids; grids whose groups do not divide are left out.
+    members: Sequence[Matrix],
+    schemes: Sequence[WeightScheme | None],
+    container: Container,
+) -> Unit:
+    """A unit with the grids that all of its matrices can have in the container, and their bytes.
 
     Args:
         architecture: says how scales are stored.
-        matrices: those to be rounded, in model order.
+        members: matrices that get one grid.
         schemes: grids to choose from.
-        tie: give one grid to what engines fuse.
+        container: what the deliverable is.
     """
-    groups: dict[tuple[object, ...], list[Matrix]] = {}
-    for matrix in matrices:
-        fused = next((roles for roles in FUSED if tie and matrix.role in roles), matrix.name)
-        groups.setdefault((matrix.block, matrix.expert, fused), []).append(matrix)
-    return tuple(_unit(architecture, members, schemes) for members in groups.values())
-
-
-def _unit(
-    architecture: Architecture, members: Sequence[Matrix], schemes: Sequence[WeightScheme]
-) -> Unit:
-    fitting = tuple(s for s in schemes if all(_divides(s, matrix) for matrix in members))
-    stored = STORED[architecture.dtype]
+    fitting = tuple(s for s in schemes if all(fits(matrix, s, container) for matrix in members))
     costs = tuple(
-        sum(packed_bytes(matrix.shape, scheme, stored).total for matrix in members)
+        sum(matrix_bytes(matrix, scheme, architecture, container) for matrix in members)
         for scheme in fitting
     )
     return Unit(tuple(members), fitting, costs)
 
 
-def _divides(scheme: WeightScheme, matrix: Matrix) -> bool:
-    return scheme.group_size is None or matrix.shape[1] % scheme.group_size == 0
-
-
-def dense_bytes(architecture: Architecture, found: Sequence[Unit]) -> int:
-    """Bytes of every tensor that no unit holds, embedding and head among them."""
-    return architecture.bytes - sum(unit.parameters for unit in found) * architecture.dtype_bytes
+def dense_bytes(architecture: Architecture, found: Sequence[Unit], container: Container) -> int:
+    """Bytes of every tensor that no unit holds; GGUF keeps norms and biases in fp32."""
+    rest = architecture.bytes - sum(unit.parameters for unit in found) * architecture.dtype_bytes
+    if container != "gguf":
+        return rest
+    small = sum(math.prod(shape) for _, shape in architecture.others)
+    return rest + small * (4 - architecture.dtype_bytes)
 
 
 def proxy(found: Sequence[Unit], budget: int) -> tuple[int, ...]:
@@ -134,5 +131,7 @@ def proxy(found: Sequence[Unit], budget: int) -> tuple[int, ...]:
 
 def _proxy_loss(unit: Unit, place: int) -> float:
     scheme = unit.schemes[place]
+    if scheme is None:
+        return 0.0
     spread = 1.0 if scheme.group_size is None else scheme.group_size / (scheme.group_size + 64)
     return float(unit.parameters * 4.0**-scheme.bits * spread)

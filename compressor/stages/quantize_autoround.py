@@ -88,20 +88,13 @@ class QuantizeAutoround(RounderConfig):
         return Need("method", "quantize.autoround learns on the activations of calibration text")
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
-        """Refuses routed experts, whose fused weights gradients do not reach, and float grids."""
+        """Refuses float grids."""
         schemes = self.schemes(architecture)
         if any(scheme != _integers(scheme) for scheme in schemes.values()):
             problems(
                 "method",
                 "rounding is learned between neighbouring integers, on plain integer grids only",
                 "use quantize.gptq or quantize.rtn for this grid",
-            )
-        experts = [name for name in schemes if architecture.matrix(name).expert is not None]
-        if experts:
-            problems(
-                "targets",
-                f"{experts[0]} is a routed expert; rounding is not learned there",
-                "use quantize.gptq, or target `attention` only",
             )
         return super().plan(architecture, problems)
 

@@ -85,12 +85,13 @@ class RounderConfig(StageConfig):
     )
     embeddings: Literal["keep", "quantize"] = option(
         "keep",
-        "Whether the input embedding is rounded to nearest as well.",
+        "Whether the input embedding is rounded to nearest as well. Where allocate.bits gave it a "
+        "grid, it is.",
         effect="In small models the embedding is a large share of the bytes.",
     )
     head: Literal["keep", "quantize"] = option(
         "keep",
-        "Whether the output head is rounded as well.",
+        "Whether the output head is rounded as well. Where allocate.bits gave it a grid, it is.",
         effect="The head is sensitive: 8 bits are safe, 4 usually are not.",
     )
     embedding_bits: int = option(
@@ -165,12 +166,13 @@ class RounderConfig(StageConfig):
             if matrix.name not in ignored
         }
         for role, choice in (("embed", self.embeddings), ("head", self.head)):
-            if choice == "quantize":
-                chosen |= {
-                    matrix.name: matrix.allotted or self.embedding_scheme
-                    for matrix in architecture.matrices
-                    if matrix.role == role and matrix.name not in ignored
-                }
+            chosen |= {
+                matrix.name: matrix.allotted or self.embedding_scheme
+                for matrix in architecture.matrices
+                if matrix.role == role
+                and matrix.name not in ignored
+                and (matrix.allotted or choice == "quantize")
+            }
         ordered = {m.name: chosen[m.name] for m in architecture.matrices if m.name in chosen}
         return overridden(ordered, self.overrides, architecture)
 

@@ -205,6 +205,44 @@ def test_tied_quantized_embedding(tied_llama: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(dense), logits(export))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 32}),
+        ("GPTNeoX", {"tie_word_embeddings": True}),
+        ("Granite", {"embedding_multiplier": 3.0, "tie_word_embeddings": True}),
+    ],
+)
+@pytest.mark.parametrize("alone", [False, True], ids=["mixed", "alone"])
+def test_an_embedding_of_a_byte_a_code_loads_beside_any_scheme(
+    tmp_path: Path, name: str, options: dict[str, object], alone: bool
+) -> None:
+    base = tiny_model(name, **options)
+    base.save_pretrained(tmp_path / "base")
+    config = read_json(tmp_path / "base" / "config.json")
+
+    def choose(module: str) -> WeightScheme | None:
+        kind = ct.matrix_kind(module, config)
+        if kind == "embedding" and "position" not in module:
+            return WeightScheme(8, None)
+        if alone or kind != "linear":
+            return None
+        return WeightScheme(6, 32) if module.endswith(LAST) else W4
+
+    dense, export = round_trip(tmp_path / "base", tmp_path, choose, form="auto")
+    assert torch.equal(logits(dense), logits(export))
+    assert not torch.equal(logits(dense), logits(tmp_path / "base"))
+    in_float = {"dtype": torch.float32}
+    assert (logits(dense, **in_float) - logits(export, **in_float)).abs().max() < 1e-2
+    written = read_json(export / "config.json")["quantization_config"]
+    assert "dequantize" not in written
+    tied = bool(base.config.tie_word_embeddings)
+    assert ("lm_head.weight_scale" in CheckpointReader(export)) == tied
+
+
 @pytest.mark.parametrize("with_head", [False, True], ids=["", "head"])
 @pytest.mark.parametrize("mixed", [False, True], ids=["uniform", "mixed"])
 @pytest.mark.parametrize(
@@ -403,6 +441,18 @@ def test_the_refused_indeed_does_not_load(
     dense, out = round_trip(tmp_path / "base", tmp_path, choose)
     with pytest.raises((RuntimeError, ValueError, AttributeError, AssertionError)):
         assert torch.equal(logits(dense), logits(out))
+
+
+def test_an_embedding_that_scales_does_not_load_beside_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("Gemma2", head_dim=16).save_pretrained(tmp_path / "base")
+    with pytest.raises(ModelError, match="only when every quantized matrix has one scheme"):
+        round_trip(tmp_path / "base", tmp_path, packed_embedding, form="auto")
+    monkeypatch.setattr(ct, "SCALED_EMBEDDINGS", ())
+    _, out = round_trip(tmp_path / "base", tmp_path, packed_embedding, form="auto")
+    with pytest.raises(AssertionError, match="embed_scale"):
+        logits(out)
 
 
 # --- streaming -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ResumeError
+from compressor.model.experts import place
 from compressor.model.load import load_model
 from compressor.model.walk import BlockWalk
 from compressor.types import TokenBatch
@@ -57,7 +58,7 @@ def whole(folder: Path, batches: tuple[TokenBatch, ...], walk: BlockWalk) -> See
 
         return keep
 
-    names = [m.name for m in walk.architecture.matrices if m.block is not None]
+    names = [m.name for m in walk.architecture.matrices if m.block is not None and m.expert is None]
     for name in names:
         path = walk.architecture.module_tensor(f"{name}.weight").removesuffix(".weight")
         model.get_submodule(path).register_forward_hook(listen(name))
@@ -108,3 +109,73 @@ def test_an_interrupted_walk_finds_what_it_kept(
     other = BlockWalk(folder, BATCHES[:1], scratch=tmp_path)
     with pytest.raises(ResumeError, match="another text"):
         other.gradients(0)
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe-mixed"])
+def test_gradients_of_experts_are_those_of_their_weights(
+    variant: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Σ g xᵀ over the tokens of an expert is the gradient of its part of the fused weights."""
+    folder = checkpoints(variant)
+    walk = BlockWalk(folder, BATCHES, scratch=tmp_path)
+    seen, _ = streamed(walk)
+    model = load_model(folder).requires_grad_()
+    generator = torch.Generator().manual_seed(5)
+    for batch in BATCHES:
+        logits = model(batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        chances = torch.log_softmax(logits[batch.mask].float(), -1)
+        drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
+        chances.gather(-1, drawn).sum().backward()
+    experts = [m for m in walk.architecture.matrices if m.expert is not None]
+    assert not any(".gate." in name or name.endswith(".gate") for name in seen)  # no routers
+    reached = 0
+    for matrix in experts:
+        spot = place(walk.architecture, matrix)
+        expected = spot.view(model.get_parameter(spot.parameter).grad)
+        found = sum((g.T @ x for x, g in seen.get(matrix.name, [])), torch.zeros(matrix.shape))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        reached += matrix.name in seen
+    assert reached > len(experts) / 2
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma2", "granite", "gpt2", "opt-postnorm"])
+def test_gradients_of_lookups_are_those_of_the_embedding(
+    variant: str, checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Summed by token they are the gradient of the table in its use as an embedding."""
+    folder = checkpoints(variant)
+    walk = BlockWalk(folder, BATCHES, scratch=tmp_path)
+    streamed(walk)
+    model = load_model(folder).requires_grad_()
+    module = model.get_input_embeddings()
+    table = torch.nn.Parameter(module.weight.detach().clone())
+    module.weight = table  # apart from a tied head
+    generator = torch.Generator().manual_seed(5)
+    for batch in BATCHES:
+        logits = model(batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        chances = torch.log_softmax(logits[batch.mask].float(), -1)
+        drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
+        chances.gather(-1, drawn).sum().backward()
+    found = torch.zeros_like(table)
+    for place_, batch in enumerate(BATCHES):
+        rows = walk.lookup_gradient(place_, walk.gradients(0)[place_])
+        found.index_add_(0, batch.input_ids[batch.mask], rows)
+    padding = torch.cat([batch.input_ids[~batch.mask] for batch in BATCHES]).unique()
+    keep = torch.ones(len(table), dtype=torch.bool)
+    keep[padding] = False  # what padding looks up reaches no prediction but its own
+    torch.testing.assert_close(found[keep], table.grad[keep], rtol=1e-3, atol=1e-5)
+
+
+def test_predictions_are_those_of_the_whole_model(
+    checkpoints: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = checkpoints("gemma2")
+    walk = BlockWalk(folder, BATCHES, scratch=tmp_path)
+    walk.keep()
+    found = torch.cat([logits for _, logits in walk.predictions()])
+    model = load_model(folder)
+    expected = [
+        model(batch.input_ids, attention_mask=batch.mask.long()).logits[batch.mask]
+        for batch in BATCHES
+    ]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)

@@ -10,7 +10,15 @@ from compressor.numerics.gptq import factorize, gptq
 from compressor.numerics.grid import fit_grid
 from compressor.numerics.hessian import row_losses
 from compressor.numerics.rtn import rtn
-from compressor.numerics.sensitivity import compensated_columns, rounding_losses
+from compressor.numerics.sensitivity import (
+    compensated_columns,
+    head_losses,
+    lookup_losses,
+    proportional_rows,
+    rounding_errors,
+    rounding_losses,
+    token_shares,
+)
 from compressor.types import WeightScheme
 
 GRIDS = (WeightScheme(2, 32), WeightScheme(3, 32), WeightScheme(4, 64), WeightScheme(8, None))
@@ -94,3 +102,57 @@ def test_some_rows_stand_for_all() -> None:
     assert some == pytest.approx(all_rows, rel=0.06)
     nothing = rounding_losses(weight, GRIDS, gamma * 0, moment, rows=128, scale_dtype=torch.float32)
     assert nothing == [0.0] * 4
+
+
+def test_tokens_that_were_not_seen_share_what_those_seen_once_have() -> None:
+    shares = token_shares(torch.tensor([5, 1, 1, 0, 0, 3]))
+    assert float(shares.sum()) == pytest.approx(1)
+    assert shares[3] == shares[4] == pytest.approx(2 / 11 / 2)
+    assert float(shares[0] / shares[5]) == pytest.approx(5 / 3)
+    assert torch.allclose(token_shares(torch.tensor([1, 3])), torch.tensor([0.25, 0.75]).double())
+    assert (token_shares(torch.tensor([9, 0])) > 0).all()  # a floor also where nothing is rare
+
+
+def test_rows_drawn_by_size_stand_for_all() -> None:
+    random = torch.Generator().manual_seed(0)
+    sizes = 1 / torch.arange(1, 3001).double()  # Zipf
+    drawn, stands_for = proportional_rows(sizes, 200)
+    assert len(drawn) == 200
+    assert torch.equal(drawn[:20], torch.arange(20))  # the frequent ones are sure
+    assert (stands_for[:20] == 1).all()
+    assert float((sizes[drawn] * stands_for).sum()) == pytest.approx(float(sizes.sum()), rel=0.01)
+    other = sizes * (0.5 + torch.rand(3000, generator=random, dtype=torch.float64))
+    assert float((other[drawn] * stands_for).sum()) == pytest.approx(float(other.sum()), rel=0.05)
+    few, once = proportional_rows(sizes[:50], 200)
+    assert torch.equal(few, torch.arange(50))
+    assert (once == 1).all()
+
+
+def test_losses_of_a_head_are_its_divergence_to_second_order() -> None:
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(40, 16, generator=random) / 2
+    inputs = torch.randn(5000, 16, generator=random)
+    before = torch.log_softmax((inputs @ weight.T).double(), -1)
+    scheme = WeightScheme(6, 16)
+    (error,) = rounding_errors(weight, [scheme], torch.float32)
+    rounded = rtn(weight, scheme, search="mse", scale_dtype=torch.float32).dequantize()
+    assert torch.allclose(weight - rounded, error)
+    loss = head_losses(error, inputs, before.exp()).sum() / len(inputs)
+    after = torch.log_softmax((inputs @ rounded.T).double(), -1)
+    divergence = (before.exp() * (before - after)).sum(-1).mean()
+    assert float(loss) == pytest.approx(float(divergence), rel=0.1)
+
+
+def test_losses_of_lookups_are_the_quadratic_form_of_the_tokens_seen() -> None:
+    """A table of which every token looks up one row; gradients do not depend on the token."""
+    random = torch.Generator().manual_seed(2)
+    error = torch.randn(12, 8, generator=random) / 10
+    gradients = torch.randn(60_000, 8, generator=random) @ torch.randn(8, 8, generator=random)
+    tokens = torch.multinomial(torch.arange(1.0, 13), 60_000, True, generator=random)
+    exact = 0.5 * (gradients * error[tokens]).sum(1).double().square().mean()
+    shares = tokens.bincount(minlength=12) / len(tokens)
+    moment = gradients.T @ gradients / len(gradients)
+    losses = lookup_losses(error, moment, shares)
+    assert float(losses.sum()) == pytest.approx(float(exact), rel=0.03)
+    alike = lookup_losses(error, moment, torch.full((12,), 1 / 12))
+    assert float(alike.sum()) != pytest.approx(float(exact), rel=0.06)

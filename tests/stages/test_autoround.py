@@ -11,7 +11,7 @@ import torch
 
 from compressor import resources
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
-from compressor.errors import PlanError
+from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_tokenizer
@@ -57,7 +57,7 @@ def files(outcome: StageResult) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(outcome.checkpoint.iterdir())}
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
 def test_running_through_is_running_with(family: str, tmp_path: Path) -> None:
     """The same output as with the weights in place, gradients to all of them, nothing left."""
     build(family, torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -67,7 +67,9 @@ def test_running_through_is_running_with(family: str, tmp_path: Path) -> None:
     block = next(walk.blocks())
     before = block.run(0)
     weights = {
-        m.info.name: (m.weight * 0.5).bfloat16().float().requires_grad_() for m in block.matrices
+        m.info.name: (m.weight * 0.5).bfloat16().float().requires_grad_()
+        for m in block.matrices
+        if m.info.role != "router"
     }
     output = block.run_through(0, weights)
     output.square().sum().backward()  # type: ignore[no-untyped-call]
@@ -77,7 +79,8 @@ def test_running_through_is_running_with(family: str, tmp_path: Path) -> None:
         assert weight.grad.abs().sum() > 0
     assert torch.equal(block.run(0), before)
     for matrix in block.matrices:
-        matrix.set_weight(weights[matrix.info.name].detach())
+        if matrix.info.name in weights:
+            matrix.set_weight(weights[matrix.info.name].detach())
     assert torch.allclose(block.run(0), output, atol=1e-6)
 
 
@@ -170,7 +173,7 @@ def test_rates_and_checks() -> None:
     assert _checkpoints(1, 4) == {1}
 
 
-def test_the_plan_refuses_experts_and_prices_the_steps(tmp_path: Path) -> None:
+def test_the_plan_prices_the_steps(tmp_path: Path) -> None:
     from compressor.plan import make_plan
     from compressor.recipe import load_recipe
 
@@ -184,9 +187,36 @@ def test_the_plan_refuses_experts_and_prices_the_steps(tmp_path: Path) -> None:
     few, many = planned(TINY, steps=10), planned(TINY, steps=1000)
     assert many.flops > 20 * few.flops
     assert many.peak_bytes == few.peak_bytes
-    build("mixtral", torch.bfloat16).save_pretrained(tmp_path / "experts")
-    with pytest.raises(PlanError, match="routed expert"):
-        planned(tmp_path / "experts")
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe-mixed"])
+def test_routed_experts_learn_as_well(
+    variant: str, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    """Blocks lose less than with experts rounded to nearest, whose codes differ from the learned.
+
+    The experts alone are rounded, so that it is they whose rounding is learned.
+    """
+    build(variant, torch.bfloat16, vocab_size=4096).save_pretrained(tmp_path / "model")
+    narrow = {"targets": ("*.experts.*",), "group_size": 16, "steps": 32}
+    records: list[BlockRecord] = []
+    outcome = stage(**narrow).run(tmp_path / "model", calibration, context(tmp_path, records))
+    sparse = [record for record in records if record.metrics]
+    assert sparse
+    for record in sparse:
+        best = record.notes[f"block_loss.{record.block:03d}"]
+        nearest = record.notes[f"block_loss_nearest.{record.block:03d}"]
+        assert 0 < best < 0.9 * nearest
+    assert not outcome.fallbacks
+    assert len(outcome.changed) == 9 * len(sparse)
+    plain = QuantizeRtn(bits=3, group_size=16, grid="minmax", targets=narrow["targets"])  # type: ignore[arg-type]
+    other = plain.run(tmp_path / "model", calibration, context(tmp_path / "nearest", []))
+    learned, nearest_ = (CheckpointReader(r.checkpoint) for r in (outcome, other))
+    assert set(plain.schemes(Architecture.from_config(read_config(tmp_path / "model")))) == {
+        name.removesuffix(".weight") for name in outcome.changed
+    }
+    moved = [n for n in outcome.changed if not torch.equal(learned[n], nearest_[n])]
+    assert len(moved) > 0.8 * len(outcome.changed)
 
 
 def test_the_plan_refuses_other_numbers_than_integers(monkeypatch: pytest.MonkeyPatch) -> None:

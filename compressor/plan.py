@@ -35,7 +35,7 @@ from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
 from compressor.formats.support import Target, engine_problems
 from compressor.model.architecture import Architecture
-from compressor.order import order_problems
+from compressor.order import cautions, order_problems
 from compressor.recipe import ExportConfig, Recipe
 from compressor.source import Location
 from compressor.stages.base import ReportProblem, StageConfig
@@ -403,6 +403,7 @@ def _stage_plan(
     if getattr(stage, "robust", False):
         held_out, domains = development_tokens(), _domains(recipe)
     nominal, linear = linear_bits(after)
+    earlier = [one.method for one in recipe.stages[:index]]
     packed = checkpoint_bytes(after)
     return StagePlan(
         index=index,
@@ -427,7 +428,7 @@ def _stage_plan(
         + stage.working_memory(after, tokens),
         flops=flops,
         seconds=flops / rate,
-        remarks=stage.remarks(before),
+        remarks=(*stage.remarks(before), *cautions(earlier, stage)),
     )
 
 

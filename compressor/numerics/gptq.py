@@ -51,6 +51,16 @@ class HessianFactor:
     attempts: int
     failed: bool
 
+    def curvature(self) -> Tensor:
+        """1 / [(H + λI)⁻¹]_jj, fp32 [in]; 0 for inputs that never fired, all 1 if `failed`.
+
+        What a unit error in one column costs once all others have made up for it, where diag(H)
+        is what it costs alone (Hassibi & Stork, "Optimal Brain Surgeon", 1993, eq. 5).
+        """
+        inverse = torch.empty_like(self.upper[0])
+        inverse[self.permutation] = self.upper.square().sum(0)
+        return torch.where(self.dead, 0.0, 1 / inverse)
+
 
 @dataclass(frozen=True)
 class GPTQOutcome:

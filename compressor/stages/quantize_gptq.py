@@ -24,14 +24,16 @@ class QuantizeGptq(RounderConfig):
     source: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
 
     method: Literal["quantize.gptq"] = "quantize.gptq"
-    grid: Literal["minmax", "mse", "imatrix"] = option(
-        "mse",
+    grid: Literal["minmax", "mse", "imatrix", "obs"] = option(
+        "obs",
         "How the scale of a group is chosen, before compensation: `minmax` covers every weight, "
         "`mse` shrinks the range to the smallest rounding error, `imatrix` weights that error by "
-        "the mean square of each input.",
-        effect="After compensation itself the cheapest gain in accuracy. `imatrix` trusts the "
-        "calibration text once more: calibrated on one kind of text it lost on all others.",
-        source="clip search of GPTQ and AutoRound",
+        "the mean square of each input, `obs` by what is left of it once the other inputs have "
+        "made up for the error.",
+        effect="After compensation itself the cheapest gain in accuracy. Compensation takes off "
+        "most of what an error in a strong input costs, so that `obs` weighs inputs more evenly "
+        "than `imatrix` and is nearer on other text than that of the calibration as well.",
+        source="Optimal Brain Surgeon, Hassibi & Stork 1993, eq. 5; LOG.md, the grid of GPTQ",
     )
     act_order: bool = option(
         True,

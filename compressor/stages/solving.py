@@ -106,13 +106,9 @@ def _solve_rows(
     options: QuantizeGptq,
     dtype: torch.dtype,
 ) -> QTensor:
-    grid = fit_grid(
-        stacked,
-        scheme,
-        search=options.grid,
-        importance=factor.hessian.diagonal(),
-        scale_dtype=dtype,
-    )
+    importance = factor.curvature() if options.grid == "obs" else factor.hessian.diagonal()
+    search: Search = "imatrix" if options.grid == "obs" else options.grid
+    grid = fit_grid(stacked, scheme, search=search, importance=importance, scale_dtype=dtype)
     outcome = gptq(
         stacked, factor, scheme, grid, sweeps=options.sweeps, block_size=options.block_size
     )

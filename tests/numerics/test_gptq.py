@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.gptq import GPTQOutcome, factorize, gptq
+from compressor.numerics.gptq import GPTQOutcome, damped, factorize, gptq
 from compressor.numerics.grid import Grid, fit_grid, round_to_grid
 from compressor.numerics.hessian import relative_loss
 from compressor.types import QTensor, WeightScheme
@@ -418,3 +418,34 @@ def test_hessians_of_the_wrong_shape_are_refused() -> None:
         factorize(torch.ones(3, 4))
     with pytest.raises(ValueError, match="at least 0"):
         factorize(torch.eye(3), damping=-0.1)
+
+
+def forced_error(hessian: Tensor, column: int) -> float:
+    """Least d H dᵀ with d[column] = 1 and everything else free, by least squares in fp64."""
+    others = [i for i in range(len(hessian)) if i != column]
+    h = hessian.double()
+    best = -torch.linalg.solve(h[others][:, others], h[others, column])
+    d = torch.zeros(len(h), dtype=torch.float64)
+    d[column], d[others] = 1.0, best
+    return float(d @ h @ d)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_curvature_is_the_error_that_the_others_cannot_make_up_for(act_order: bool) -> None:
+    hessian = second_moment(correlated_inputs(256, 24))
+    hessian[5] = hessian[:, 5] = 0
+    factor = factorize(hessian, damping=0.05, act_order=act_order)
+    damped_hessian = damped(factor)
+    found = factor.curvature()
+    for column in (c for c in range(24) if c != 5):
+        assert float(found[column]) == pytest.approx(forced_error(damped_hessian, column), rel=1e-4)
+        assert found[column] <= damped_hessian[column, column] * (1 + 1e-5)  # alone it costs more
+    assert found[5] == 0
+
+
+def test_curvature_of_a_hessian_that_cannot_be_factorised_weighs_all_inputs_alike() -> None:
+    indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0])) - 3 * torch.ones(4, 4)
+    indefinite.diagonal().fill_(1.0)
+    factor = factorize(indefinite)
+    assert factor.failed
+    assert torch.equal(factor.curvature(), torch.ones(4))

@@ -183,6 +183,7 @@ METHODS = (
     "transform.awq",
     "allocate.budget",
     "quantize.gptq",
+    "quantize.kv",
     "draft.eagle3",
 )
 

@@ -1,9 +1,8 @@
 """Which methods may follow which: data, and the function that applies it.
 
 The order is prune, recover, untie, rotate, scale, allocate bits, round weights, round the cache,
-draft. Every rule names
-what goes wrong otherwise; sources are the composition rules of the methods' papers and
-measurements (folding a rotation after a norm-folded scale cancels the scale to 2e-15).
+draft. Every rule names what goes wrong otherwise; sources are the composition rules of the methods'
+papers and measurements (folding a rotation after a norm-folded scale cancels the scale to 2e-15).
 """
 
 from __future__ import annotations

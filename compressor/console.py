@@ -234,7 +234,8 @@ def _engine(engine: Engine) -> str:
         f"{name}{'*' if limits.evidence == 'run' else ''}: {limits}"
         for name, limits in engine.containers.items()
     )
-    return f"{engine.title} {engine.version}. {'; '.join(loads)}"
+    caches = f"; caches in {', '.join(sorted(engine.caches))}" if engine.caches else ""
+    return f"{engine.title} {engine.version}. {'; '.join(loads)}{caches}"
 
 
 def _loaded_by(container: Container) -> str:

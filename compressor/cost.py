@@ -16,6 +16,7 @@ from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
 from compressor.formats.exchange import repeated_scales, stored_bytes
 from compressor.formats.sizes import STORED, Role, bits_per_weight
+from compressor.formats.support import LAYOUTS
 from compressor.model.architecture import Architecture, Matrix, held_by_forward
 from compressor.stages.packing import target_of
 from compressor.text import shards
@@ -70,6 +71,8 @@ def role_bytes(architecture: Architecture, form: Container = "auto") -> dict[Rol
         found[outer or "rest"] += size.shape
         if architecture.tied:
             found["head"] += repeated_scales(target, STORED[architecture.dtype], form)
+    if architecture.cache is not None and form in LAYOUTS:
+        found["scales"] += 2 * architecture.layers * architecture.dtype_bytes
     return found
 
 

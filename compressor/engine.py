@@ -453,12 +453,15 @@ class _Run:
 
     def _export_source(self, config: ExportConfig) -> exporters.Source:
         checkpoint = self.variants[-1].checkpoint
+        final = Architecture.from_config(read_config(checkpoint))
+        scales = final.cache.scales if final.cache else ()
         return exporters.Source(
             checkpoint,
             CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
             self.plan.stages[-1].parameters,
             config.container,
-            Architecture.from_config(read_config(checkpoint)).activations,
+            final.activations,
+            dict(zip(final.cached_attention, scales, strict=False)),
         )
 
     def _read_back(

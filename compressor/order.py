@@ -1,8 +1,8 @@
 """Which methods may follow which: data, and the function that applies it.
 
-The order is prune, recover, untie, rotate, scale, allocate bits, round, draft. Every rule names
-what goes wrong otherwise; sources are the composition rules of the methods' papers and
-measurements (folding a rotation after a norm-folded scale cancels the scale to 2e-15).
+The order is prune, recover, untie, rotate, scale, allocate bits, round weights, round the cache,
+draft. Every rule names what goes wrong otherwise; sources are the composition rules of the methods'
+papers and measurements (folding a rotation after a norm-folded scale cancels the scale to 2e-15).
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ ORDER = (
     "transform.*",
     "allocate.*",
     "quantize.*",
+    "quantize.kv",
     "draft.*",
 )
-"""Patterns of methods in the order that works; a method has the rank of its first match."""
+"""Patterns of methods in the order that works; the longest that matches gives the rank."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,16 @@ class Forbidden:
     works: str = ""
 
 
+_CACHE_MOVED = (
+    "the scales of the cache were measured on the model as it was; what follows moves its keys "
+    "and values"
+)
+
 FORBIDDEN = (
+    *(
+        Forbidden("quantize.kv", then, _CACHE_MOVED)
+        for then in ("prune.*", "recover.*", "transform.*", "allocate.*", "quantize.*")
+    ),
     Forbidden(
         "quantize.*",
         "prune.*",
@@ -247,8 +257,8 @@ def forbidden(first: str, then: str) -> Forbidden | None:
 
 def rank(method: str) -> int:
     """Place of a method in `ORDER`; unknown families come last."""
-    matches = (place for place, pattern in enumerate(ORDER) if fnmatchcase(method, pattern))
-    return next(matches, len(ORDER))
+    matches = [pattern for pattern in ORDER if fnmatchcase(method, pattern)]
+    return ORDER.index(max(matches, key=len)) if matches else len(ORDER)
 
 
 def _sorted_hint(methods: Sequence[str]) -> str:

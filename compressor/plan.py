@@ -33,7 +33,7 @@ from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
 from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
-from compressor.formats.support import Target, engine_problems
+from compressor.formats.support import Target, cache_problems, engine_problems
 from compressor.model.architecture import Architecture
 from compressor.order import cautions, order_problems
 from compressor.recipe import ExportConfig, Recipe
@@ -267,8 +267,10 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
             found.append(_forgotten_inputs(recipe, index, final))
             continue
         targets = _targets(final)
+        found += _cache_problems(recipe, index, final)
         possible = [_targets(one) for one in _possible(recipe, final)]
-        if export.format in _PACKED and all(target.scheme is None for target in targets):
+        bare = all(target.scheme is None for target in targets) and final.cache is None
+        if export.format in _PACKED and bare:
             message = f"nothing is quantized, so there is nothing to pack as {export.format}"
             hint = "add a quantize stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
@@ -293,6 +295,26 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
     return found
+
+
+def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
+    """A rounded cache that a format or an engine does not take."""
+    if final.cache is None:
+        return []
+    export = recipe.export[index]
+    found = dict.fromkeys(
+        message
+        for one in _possible(recipe, final)
+        for message in cache_problems(
+            _targets(one), export.container, final.cache, final.head_dim, export.engines
+        )
+    )
+    return [
+        recipe.problem(
+            ("export", index, "format"), message, "leave quantize.kv out, or change this"
+        )
+        for message in found
+    ]
 
 
 def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Problem:

@@ -28,6 +28,7 @@ from compressor.verify import value_problems, verify_weights
 _PROMPT = "The"
 _TOKENS = 8
 _OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros")
+_CACHE = (".k_scale", ".v_scale")
 _PARTS = ("_packed", "_scale", "_zero_point", "qweight", "qzeros", "scales", "g_idx")
 
 
@@ -133,6 +134,8 @@ def _values(folder: Path) -> Found:
         count += 1
         for problem in value_problems(name, tensor, may_be_zero=name.endswith(_OFTEN_ZERO)):
             return False, problem
+        if name.endswith(_CACHE) and not (tensor > 0).all():
+            return False, f"{name} is not positive"
     return True, f"{count} tensors, none with NaN or infinity, none all zero"
 
 
@@ -142,7 +145,9 @@ def _shapes(folder: Path) -> Found:
         return None, "GGUF brings its own description of shapes; llama.cpp reads it"
     architecture = Architecture.from_config(read_config(folder))
     reader = CheckpointReader(folder)
-    packed = {name.rpartition(".")[0] for name in reader if name.endswith(_PARTS)}
+    parts = [name for name in reader if name.endswith(_PARTS) and not name.endswith(_CACHE)]
+    packed = {name.rpartition(".")[0] for name in parts}
+    scaled = {name for name in reader if name.endswith(_CACHE)}
     for name, shape in architecture.tensors():
         if name.removesuffix(".weight") in packed:
             continue
@@ -150,7 +155,13 @@ def _shapes(folder: Path) -> Found:
             return False, f"{name} is missing"
         if reader.shape(name) != tuple(shape):
             return False, f"{name} is {list(reader.shape(name))}, not {list(shape)}"
-    return True, f"as config.json says; {len(packed)} matrices are packed"
+    quantization = read_config(folder).get("quantization_config") or {}
+    if quantization.get("kv_cache_scheme"):
+        wanted = {f"{path}{part}" for path in architecture.cached_attention for part in _CACHE}
+        if wanted != scaled:
+            return False, f"{min(wanted ^ scaled)} is missing, or of no attention"
+    found = f"as config.json says; {len(packed)} matrices are packed"
+    return True, found + (f", {len(scaled)} scales of the cache" if scaled else "")
 
 
 def _weights(folder: Path) -> Found:

@@ -116,6 +116,11 @@ BUILTIN = (
         "learn which way to round every weight, block by block; slow, best at 2 bits",
     ),
     Method(
+        "quantize.kv",
+        "compressor.stages.quantize_kv:QuantizeKv",
+        "keep keys and values in 8 bits: half the memory of long contexts; changes no weight",
+    ),
+    Method(
         "draft.eagle3",
         "compressor.stages.draft_eagle3:DraftEagle3",
         "one layer on the target's hidden states, trimmed vocabulary; for SGLang, vLLM, llama.cpp",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +107,21 @@ ACTIVATIONS: Mapping[str, ActivationScheme] = {
     )
 }
 """Every rounding of inputs that exists, by name."""
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """How keys and values are rounded on their way into the cache: to floats of 8 bits (e4m3).
+
+    Attributes:
+        scales: by block, what keys and what values are divided by before; empty while planned.
+    """
+
+    name: ClassVar[str] = "fp8"
+    bits: ClassVar[int] = 8
+
+    scales: tuple[tuple[float, float], ...] = ()
+
 
 FLOATS: Mapping[int, tuple[int, int]] = {4: (1, 1), 8: (3, 7)}
 """Bits of the mantissa and bias of the exponent, by width: e2m1 and e4m3 (OCP, 2023)."""

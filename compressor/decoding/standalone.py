@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from compressor.model.architecture import Architecture
+from compressor.model.architecture import SERVING, Architecture
 
 Choice = Literal["ends", "first", "even"]
 
@@ -44,6 +44,7 @@ def standalone(target: Any, blocks: Sequence[int]) -> Any:
     """
     config = target.config.to_dict()
     architecture = Architecture.from_config(config)
+    config.pop(SERVING, None)  # how the target's inputs and cache are rounded, block by block
     depth = next(key for key in ("num_hidden_layers", "n_layer") if key in config)
     changed: dict[str, Any] = {depth: len(blocks), "dtype": "float32"}
     for key in ("layer_types", "mlp_layer_types", "no_rope_layers"):

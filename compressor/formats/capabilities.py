@@ -81,11 +81,15 @@ class Engine:
         title: its name as its authors write it.
         version: that the row was written for.
         containers: what it loads.
+        caches: roundings of keys and values that it takes from a checkpoint, by name.
+        cache_multiple: heads must then be as wide as a multiple of this.
     """
 
     title: str
     version: str
     containers: Mapping[Container, Limits]
+    caches: frozenset[str] = frozenset()
+    cache_multiple: int = 1
 
 
 CONTAINERS: Mapping[Container, str] = {
@@ -112,6 +116,7 @@ _FP8 = Limits(inputs=frozenset(("fp8", "fp8-g128")))
 _DENSE = Limits(embeddings=True, mixed_fused=True)
 _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
+_FP8_CACHE = frozenset(("fp8",))
 _GPTQMODEL = "gptqmodel and optimum"
 
 ENGINES: Mapping[str, Engine] = {
@@ -128,6 +133,7 @@ ENGINES: Mapping[str, Engine] = {
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, needs=_GPTQMODEL),
             "awq": Limits(_FOUR, multiple=8, mixed_fused=True, needs="gptqmodel"),
         },
+        caches=_FP8_CACHE,
     ),
     "vllm": Engine(
         "vLLM",
@@ -142,6 +148,8 @@ ENGINES: Mapping[str, Engine] = {
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
         },
+        caches=_FP8_CACHE,
+        cache_multiple=16,
     ),
     "vllm-cpu": Engine(
         "vLLM",
@@ -153,6 +161,8 @@ ENGINES: Mapping[str, Engine] = {
             "gptq": Limits(_FOUR, multiple=32, evidence="run"),
             "awq": Limits(_FOUR, multiple=32, evidence="run"),
         },
+        caches=_FP8_CACHE,
+        cache_multiple=32,
     ),
     "sglang": Engine(
         "SGLang",

@@ -62,6 +62,7 @@ def write(source: Source, out: Path) -> None:
         logical_parameters=source.logical_parameters,
         form=source.container,  # type: ignore[arg-type]
         activations=source.activations,
+        cache=source.cache,
     )
 
 
@@ -73,6 +74,7 @@ def export(
     logical_parameters: int,
     form: Form = "auto",
     activations: Mapping[str, ActivationScheme] | None = None,
+    cache: Mapping[str, tuple[float, float]] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a compressed-tensors checkpoint, shard by shard; run again, it resumes.
@@ -84,6 +86,8 @@ def export(
         logical_parameters: weights of the model, ties once.
         form: `pack-quantized`, `int-quantized`, or `auto` by the scheme of each matrix.
         activations: how the inputs of matrices are rounded, by module name; others are not.
+        cache: scales of keys and of values, by attention module, in numbers of the checkpoint's
+            dtype; none where the cache is not rounded.
         shard_bytes: dense bytes per shard.
 
     Raises:
@@ -98,8 +102,9 @@ def export(
     for number, names in enumerate(plan_shards(reader, shard_bytes), start=1):
         shard = f"model-{number:05d}.safetensors"
         if not writer.has_shard(shard):
-            writer.write_shard(shard, _compress_shard(reader, codes, names, quantized, form))
-    config["quantization_config"] = quantization_config(quantized, reader, form)
+            tensors = _compress_shard(reader, codes, names, quantized, form)
+            writer.write_shard(shard, tensors | _cache_scales(reader, names, cache or {}))
+    config["quantization_config"] = quantization_config(quantized, reader, form, bool(cache))
     writer.finish(config, checkpoint, logical_parameters)
 
 
@@ -188,6 +193,19 @@ def _compress_shard(
         else:
             tensors[name] = reader[name]
     return tensors
+
+
+def _cache_scales(
+    reader: CheckpointReader, names: Sequence[str], cache: Mapping[str, tuple[float, float]]
+) -> dict[str, Tensor]:
+    """`k_scale` and `v_scale` [1] of attention modules, beside what computes their keys."""
+    scales: dict[str, Tensor] = {}
+    for name in names:
+        module, _, leaf = name.removesuffix(".weight").rpartition(".")
+        if module in cache and leaf in ("k_proj", "qkv_proj") and name.endswith(".weight"):
+            for part, scale in zip("kv", cache[module], strict=True):
+                scales[f"{module}.{part}_scale"] = torch.tensor([scale], dtype=reader[name].dtype)
+    return scales
 
 
 def compress(quantized: QTensor, form: Format = "pack-quantized") -> dict[str, Tensor]:
@@ -281,9 +299,9 @@ class _Group:
 
 
 def quantization_config(
-    quantized: Mapping[str, Target], reader: CheckpointReader, form: Form
+    quantized: Mapping[str, Target], reader: CheckpointReader, form: Form, cache: bool = False
 ) -> dict[str, Any]:
-    """The `quantization_config` of `config.json`.
+    """The `quantization_config` of `config.json`; `cache` says that keys and values are rounded.
 
     One scheme is written as target `Linear` with everything else ignored, which every engine
     reads; several as exact names, since engines that fuse layers would let `Linear` win.
@@ -296,10 +314,10 @@ def quantization_config(
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
         "version": version("compressed-tensors"),
-        "format": min(layouts) if len(layouts) == 1 else "mixed-precision",
+        "format": "mixed-precision" if len(layouts) > 1 else min(layouts, default="dense"),
         "quantization_status": "compressed",
         "ignore": _ignored(named, reader) if len(groups) == 1 else [],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _CACHE_ARGUMENTS.model_dump(mode="json") if cache else None,
         "config_groups": {
             f"group_{number}": _config_group(
                 ["Linear", *sorted(embeddings)]
@@ -385,6 +403,11 @@ def _input_arguments(scheme: ActivationScheme) -> QuantizationArgs:
         group_size=scheme.group_size,
         dynamic=True,
     )
+
+
+_CACHE_ARGUMENTS = QuantizationArgs(
+    num_bits=8, type="float", symmetric=True, strategy="tensor", dynamic=False
+)
 
 
 def _config_group(names: list[str], group: _Group) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Source:
         logical_parameters: weights of the model, ties once.
         container: what to write; the layout, for formats with several.
         activations: how the inputs of matrices are rounded while the model runs, by module name.
+        cache: scales of keys and of values, by attention module, where the cache is rounded.
     """
 
     checkpoint: Path
@@ -37,6 +38,7 @@ class Source:
     logical_parameters: int
     container: Container
     activations: Mapping[str, ActivationScheme] = field(default_factory=dict)
+    cache: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 Writer = Callable[[Source, Path], None]

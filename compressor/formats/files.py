@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from compressor.formats.atomic import atomic_write_bytes
@@ -58,6 +60,19 @@ def checkpoint_files(folder: Path) -> list[Path]:
     index = [folder / INDEX] if folder / SINGLE not in weights else []
     extra = [folder / name for name in _BESIDE if (folder / name).is_file()]
     return sorted([*weights, *index, folder / "config.json", *extra, *parent_files(folder)])
+
+
+def link_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """The same checkpoint in another folder: links where the file system has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in checkpoint_files(checkpoint):
+        target = folder / path.relative_to(checkpoint)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(path.resolve(), target)  # the file itself: the Hub's cache holds symlinks
+        except OSError:
+            shutil.copy2(path, target)
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -38,6 +38,8 @@ _SUFFIX_ROLES: Mapping[str, Role] = {
     "weight_packed": "codes",
     "weight_scale": "scales",
     "weight_global_scale": "scales",
+    "k_scale": "scales",  # of the cache, as is the next one
+    "v_scale": "scales",
     "weight_zero_point": "zero_points",
     "qweight": "codes",  # of GPTQ and AWQ, as are the next two
     "scales": "scales",

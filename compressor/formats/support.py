@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from compressor.formats.capabilities import ENGINES, Container, Limits
-from compressor.types import ActivationScheme, Scales, WeightScheme
+from compressor.types import ActivationScheme, CacheScheme, Scales, WeightScheme
 
 Format = Literal[
     "pack-quantized",
@@ -140,6 +140,47 @@ def export_problems(targets: Sequence[Target], form: Form = "auto") -> list[str]
     problems += _expert_problems(targets, form)
     if needs_dequantize(quantized, form):
         problems += _dequantize_problems(quantized)
+    return problems
+
+
+def cache_problems(
+    targets: Sequence[Target],
+    container: Container,
+    cache: CacheScheme,
+    head_dim: int,
+    engines: Sequence[str],
+) -> list[str]:
+    """Why a rounded cache cannot be exported so, or not to these engines; a sentence per rule.
+
+    Args:
+        targets: every matrix of the model.
+        container: what lies on disk.
+        cache: how keys and values are rounded.
+        head_dim: width of a head.
+        engines: keys of `ENGINES`.
+    """
+    if container not in LAYOUTS:
+        return [
+            f"{container} cannot say that the cache is rounded (to {cache.name}), so that it would "
+            "not give what is measured"
+        ]
+    problems = []
+    if needs_dequantize(targets, container):
+        problems.append(
+            "quantized embeddings and asymmetric packed weights load in transformers only where "
+            "the cache is not rounded"
+        )
+    if any(target.kind == "expert" and target.scheme is None for target in targets):
+        problems.append("transformers loads experts beside a rounded cache only when quantized")
+    for name in engines:
+        engine = ENGINES[name]
+        if cache.name not in engine.caches:
+            problems.append(f"{name}: it does not take the rounding of its cache from a checkpoint")
+        elif head_dim % engine.cache_multiple:
+            problems.append(
+                f"{name}: heads are {head_dim} wide; for an {cache.name} cache it wants multiples "
+                f"of {engine.cache_multiple}"
+            )
     return problems
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from typing import Literal
 
 from compressor.errors import ModelError
 from compressor.model.families import FAMILIES, Condition, Family, Linear, Norm, NormKind
-from compressor.types import ACTIVATIONS, ActivationScheme, WeightScheme
+from compressor.types import ACTIVATIONS, ActivationScheme, CacheScheme, WeightScheme
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
@@ -32,6 +33,7 @@ SERVING = "compressor"
 """Key of `config.json` for what happens while the model runs, which weights cannot show."""
 
 _KINDS: Mapping[str, Kind] = {"head": "head", "embed": "embedding", "router": "router"}
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj")
 _NOT_IN_ALL = ("router", "position")
 _READERS = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "fc_in", "router")
 
@@ -136,6 +138,7 @@ class Architecture:
     prenorm: bool
     logits_softcap: float | None
     logits_divisor: float
+    cache: CacheScheme | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, object]) -> Architecture:
@@ -148,7 +151,8 @@ class Architecture:
                 is missing or senseless.
         """
         architecture = _Builder(config).build()
-        return architecture.with_activations(_rounded_inputs(config))
+        cache = _rounded_cache(config, architecture.layers)
+        return replace(architecture, cache=cache).with_activations(_rounded_inputs(config))
 
     @property
     def family(self) -> str:
@@ -253,8 +257,24 @@ class Architecture:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one more token of context adds to the key-value cache in `dtype`."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype_bytes
+        """Bytes that one more token of context adds to the key-value cache."""
+        size = self.dtype_bytes if self.cache is None else self.cache.bits // 8
+        return 2 * self.layers * self.kv_heads * self.head_dim * size
+
+    @property
+    def cached_attention(self) -> tuple[str, ...]:
+        """By block, the path of its attention on disk; empty where its cache cannot be rounded.
+
+        compressed-tensors knows attention by what it projects with: `k_proj` or `qkv_proj`.
+        """
+        keys = [m.name.rpartition(".") for m in self.matrices if m.role in ("k", "qkv")]
+        if any(leaf not in _KEY_PROJECTIONS for _, _, leaf in keys):
+            return ()
+        return tuple(parent for parent, _, _ in keys)
+
+    def with_cache(self, scheme: CacheScheme) -> Architecture:
+        """The same model with keys and values rounded where they enter the cache."""
+        return replace(self, cache=scheme)
 
     def module_tensor(self, tensor: str) -> str:
         """Name in the module tree of a tensor on disk (experts excepted: they are fused)."""
@@ -322,7 +342,7 @@ class Architecture:
             else matrix
             for matrix in changed.matrices
         )
-        return replace(changed, matrices=tuple(matrices))
+        return replace(changed, matrices=tuple(matrices), cache=self.cache)
 
     def select(self, patterns: Iterable[str]) -> Selection:
         """Matrices that any of the patterns matches.
@@ -374,7 +394,41 @@ def serving_config(
     by_name: dict[str, list[str]] = {}
     for module in sorted(every):
         by_name.setdefault(every[module].name, []).append(module)
-    return {**config, SERVING: {"activations": by_name}}
+    return _served(config, activations=by_name)
+
+
+def cache_config(config: Mapping[str, object], cache: CacheScheme) -> dict[str, object]:
+    """The configuration of a model that rounds keys and values like this."""
+    scales = [list(pair) for pair in cache.scales]
+    return _served(config, cache={"format": cache.name, "scales": scales})
+
+
+def _served(config: Mapping[str, object], **facts: object) -> dict[str, object]:
+    serving = config.get(SERVING, {})
+    known = serving if isinstance(serving, Mapping) else {}
+    return {**config, SERVING: {**known, **facts}}
+
+
+def _rounded_cache(config: Mapping[str, object], layers: int) -> CacheScheme | None:
+    """What `cache_config` wrote.
+
+    Raises:
+        ModelError: it is something else, or a scale is no positive number.
+    """
+    serving = config.get(SERVING, {})
+    found = serving.get("cache") if isinstance(serving, Mapping) else None
+    if found is None:
+        return None
+    scales = found.get("scales") if isinstance(found, Mapping) else None
+    if not isinstance(scales, list) or found.get("format") != CacheScheme.name:
+        raise ModelError(f"config.json has {found!r} as the rounding of the cache; known is: fp8")
+    pairs = [pair for pair in scales if isinstance(pair, list) and len(pair) == 2]
+    if not len(pairs) == len(scales) == layers:
+        raise ModelError(f"config.json has {len(scales)} scales of the cache for {layers} blocks")
+    for index, pair in enumerate(pairs):
+        if not all(isinstance(scale, int | float) and 0 < scale < math.inf for scale in pair):
+            raise ModelError(f"config.json: the scales {pair} of block {index}'s cache are no use")
+    return CacheScheme(tuple((float(keys), float(values)) for keys, values in pairs))
 
 
 def _rounded_inputs(config: Mapping[str, object]) -> dict[str, ActivationScheme]:

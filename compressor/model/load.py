@@ -192,7 +192,8 @@ def load_model(
     A packed checkpoint is loaded as anyone loads it, in its own dtype, and unpacked by the
     library; only then is it cast, so that it holds the weights that were measured before packing.
 
-    A checkpoint of ours whose matrices see rounded inputs rounds them here too.
+    A checkpoint of ours whose matrices see rounded inputs, or whose cache is rounded, does so here
+    too.
 
     Attention is `sdpa` where the family supports it, else `eager`; mixtures of experts are
     computed expert by expert, as in the block walk.
@@ -209,6 +210,7 @@ def load_model(
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
+    from compressor.model.cache import round_cache
     from compressor.model.inputs import round_inputs
     from compressor.model.quiet import quiet
 
@@ -235,7 +237,9 @@ def load_model(
         raise ModelError(f"{path} cannot be loaded: {_summary(error)}") from None
     _check_complete(path, info)
     if SERVING in config:
-        round_inputs(model, Architecture.from_config(config))
+        architecture = Architecture.from_config(config)
+        round_inputs(model, architecture)
+        round_cache(model, architecture)
     if packed and dtype is not None:
         # Weights only: rotary frequencies are fp32 in any model, and wrong in bf16.
         for parameter in model.parameters():

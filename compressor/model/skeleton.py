@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from compressor.model.architecture import Architecture, attention_implementation
+from compressor.model.cache import round_cache
 from compressor.model.inputs import round_inputs
 from compressor.model.quiet import quiet
 
@@ -58,6 +59,7 @@ class Skeleton:
         self._restore_buffers()
         self._doors = [_Door(layer) for layer in self.layers]
         round_inputs(self.model, architecture)
+        round_cache(self.model, architecture)
 
     def _restore_buffers(self) -> None:
         """Compute what is no weight and not on disk, such as rotary frequencies.

@@ -8,8 +8,6 @@ written to a file before the block is reported done, so that an interrupted stag
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from math import isfinite
@@ -22,7 +20,7 @@ from torch import Tensor
 from compressor.errors import NumericalError, ResumeError
 from compressor.formats.allocation import write_allocation
 from compressor.formats.atomic import atomic_write_json
-from compressor.formats.files import checkpoint_files
+from compressor.formats.files import link_checkpoint
 from compressor.formats.shards import TORCH_DTYPES
 from compressor.formats.sizes import STORED
 from compressor.model.walk import Block, BlockWalk
@@ -74,7 +72,7 @@ def allocate(
     ]
     budget = stage.budget(walk.architecture, found)
     chosen = choose([unit.costs for unit in found], table, budget)
-    _link_checkpoint(checkpoint, context.folder)
+    link_checkpoint(checkpoint, context.folder)
     schemes = allotment(found, chosen)
     write_allocation(context.folder, schemes, _expected(found, chosen, losses))
     spent = sum(unit.costs[place] for unit, place in zip(found, chosen, strict=True))
@@ -256,16 +254,3 @@ def _metric(stage: AllocateBits, moment: Tensor) -> Tensor:
     if stage.rounder == "rtn":
         return moment
     return compensated_columns(moment, damping=stage.damping)
-
-
-def _link_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """The same checkpoint in another folder: links where the file system has them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in checkpoint_files(checkpoint):
-        target = folder / path.relative_to(checkpoint)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(path.resolve(), target)  # the file itself: the Hub's cache holds symlinks
-        except OSError:
-            shutil.copy2(path, target)

@@ -21,7 +21,7 @@ from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head, TextOptions, draft_text
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.formats.files import copy_parent_files
-from compressor.model.architecture import SERVING, Architecture
+from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
 from compressor.model.quiet import quiet
@@ -86,7 +86,6 @@ def _save_model(student: Any, target: Any, checkpoint: Path, folder: Path) -> No
     dtype = getattr(torch, Architecture.from_config(read_config(checkpoint)).dtype)
     student.to(dtype)
     student.config.dtype = dtype
-    vars(student.config).pop(SERVING, None)  # how the target's inputs are rounded, by name
     with quiet():
         student.save_pretrained(folder)
     copy_parent_files(checkpoint, folder)

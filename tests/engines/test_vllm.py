@@ -13,13 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from compressor.formats import exporters
+from compressor.formats.atomic import atomic_write_json
+from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
-from compressor.model.load import load_model, load_tokenizer
+from compressor.formats.files import link_checkpoint
+from compressor.model.architecture import Architecture, cache_config
+from compressor.model.load import load_model, load_tokenizer, read_config
+from compressor.numerics.cache import cache_scale
 from compressor.resources import builtin_model
 from compressor.text import evaluation_documents
-from compressor.types import WeightScheme
+from compressor.types import CacheScheme, WeightScheme
 from tests.formats.helpers import quantize_checkpoint
 from tools.engines import install_vllm
 
@@ -115,3 +121,49 @@ def test_log_probabilities_are_those_of_the_dense_weights(
         chosen = steps.gather(1, torch.tensor(written)[:, None])[:, 0]
         # Greedy may take the second of two words between which its own error does not decide.
         assert float((steps.amax(-1) - chosen).max()) < 2 * worst
+
+
+@pytest.mark.parametrize("shrink", [1, 8], ids=["measured scales", "scales that cut off"])
+def test_keys_and_values_are_rounded_by_the_scales_in_the_file(
+    python: Path, tmp_path: Path, shrink: int
+) -> None:
+    """Scales that cut most values off leave no doubt that vLLM reads them."""
+    base = read_config(builtin_model("tiny"))
+    model = load_model(builtin_model("tiny"), dtype=torch.float32)
+    tokenizer = load_tokenizer(builtin_model("tiny"))
+    documents = evaluation_documents("prose")[:3]
+    texts = [tokenizer(document.text).input_ids[: LENGTH - 1] for document in documents]
+    scheme = CacheScheme(_scales(model, texts, 1 / shrink))
+    dense, out = tmp_path / "dense", tmp_path / "out"
+    link_checkpoint(builtin_model("tiny"), dense)
+    atomic_write_json(dense / "config.json", cache_config(base, scheme))
+    architecture = Architecture.from_config(base)
+    cache = dict(zip(architecture.cached_attention, scheme.scales, strict=True))
+    source = Source(dense, CodesReader(), architecture.parameters, "auto", cache=cache)
+    exporters.exporter("compressed-tensors").write(source, out)
+    request = {"dtype": "bfloat16", "length": LENGTH, "texts": texts, "prompts": [], "tokens": 1}
+    answer = ask(python, out, request)
+    theirs = torch.tensor([p for row in answer["logprobs"] for p in row])
+    ours, unrounded = expected(dense, texts), expected(builtin_model("tiny"), texts)
+    noise = float((expected(dense, texts, torch.bfloat16) - ours).abs().mean())
+    difference = float((theirs - ours).abs().mean())
+    print(f"vLLM {difference:.4f}, bf16 {noise:.4f}, {(theirs - unrounded).abs().mean():.4f} apart")
+    assert difference < 4 * noise
+    if shrink > 1:
+        assert float((theirs - unrounded).abs().mean()) > 3 * difference
+
+
+def _scales(model: Any, texts: list[list[int]], headroom: float) -> tuple[tuple[float, float], ...]:
+    """As `quantize.kv` finds them, from the cache of transformers."""
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([ids[: min(map(len, texts))] for ids in texts])
+    with torch.inference_mode():
+        model(ids, past_key_values=cache, use_cache=True)
+    found = []
+    for layer in cache.layers:
+        keys, values = (
+            cache_scale(float(states.abs().max()), torch.bfloat16, headroom)
+            for states in (layer.keys, layer.values)
+        )
+        found.append((keys, values))
+    return tuple(found)

@@ -15,7 +15,8 @@ import pytest
 from click.testing import CliRunner
 
 from compressor import __version__, console, resources
-from compressor.cli import INTERRUPTED, Settings, cli, default_out, main
+from compressor.cli import INTERRUPTED, Settings, cli, main
+from compressor.commands.running import default_out
 from compressor.errors import (
     AccessError,
     CompressorError,

@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from compressor import Pipeline
-from compressor.cli import Settings, cli, default_out
+from compressor.cli import Settings, cli
+from compressor.commands.running import default_out
 from compressor.efforts import apart
 from compressor.engine import resume_run, run_recipe
 from compressor.errors import RecipeError, ResumeError

@@ -30,7 +30,13 @@ ENGINE |= {
     "doctor",
     "drafts",
 }
-TOP = {"console", "cli", "__main__", "facade"}  # facade: what `compressor` itself offers
+TOP = {
+    "console",
+    "commands",
+    "cli",
+    "__main__",
+    "facade",
+}  # facade: what `compressor` itself offers
 
 LAYERS = (GROUND, ALGORITHMS, WEIGHTS, BESIDE, ENGINE, TOP)
 NEVER = {("model", "formats"), ("formats", "model"), ("evaluation", "stages")}
@@ -40,7 +46,17 @@ NEVER |= {("decoding", name) for name in ("stages", "report", "training", "evalu
 NEVER |= {("training", name) for name in ("stages", "report", "evaluation")}
 
 # What the command line reads before it knows whether it will need torch.
-LIGHT = ("cli", "console", "errors", "types", "resources", "registry", "recipe", "source")
+LIGHT = ("cli", "commands/options", "commands/running", "commands/measuring")
+LIGHT += (
+    "commands/looking",
+    "console",
+    "errors",
+    "types",
+    "resources",
+    "registry",
+    "recipe",
+    "source",
+)
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")

@@ -114,8 +114,8 @@ def _gptqmodel(name: str, *options: str) -> Method:
 METHODS = (
     _ours("rtn", "recipes/w4-rtn.yaml", "stages.0.bits={bits}", "stages.0.force=true"),
     _ours("gptq", "recipes/w4-gptq.yaml", "stages.0.bits={bits}"),
-    _ours("gptq-full-range", "recipes/w4-gptq.yaml", "stages.0.bits={bits}",
-          "stages.0.symmetry=full_range"),
+    _ours("gptq-symmetric", "recipes/w4-gptq.yaml", "stages.0.bits={bits}",
+          "stages.0.symmetry=symmetric"),
     _ours("awq-gptq", "recipes/w4-awq-gptq.yaml", "stages.0.bits={bits}", "stages.1.bits={bits}"),
     _ours("rotate-heads-gptq", "recipes/w4-rotate-gptq.yaml", "stages.0.where=heads",
           "stages.1.bits={bits}", "stages.1.head=keep"),

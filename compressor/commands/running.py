@@ -1,0 +1,198 @@
+"""Commands that make something: runs, deliverables, publications."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from compressor import console
+from compressor.commands.options import FOLDER, Settings, common, finish, recipe_options, working
+from compressor.errors import UsageError, VerificationError
+
+if TYPE_CHECKING:
+    from compressor.efforts import EffortName
+
+
+@click.command()
+@recipe_options
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory of the run.")
+@common
+@click.pass_obj
+def run(
+    settings: Settings,
+    /,
+    recipe: str,
+    model: str,
+    out: Path | None,
+    **reading: Any,
+) -> None:
+    """Run RECIPE on MODEL; the same command again resumes it."""
+    from compressor.recipe import load_recipe
+
+    loaded = load_recipe(recipe, **_reading(recipe, **reading))
+    folder = out or default_out(loaded.name, model, loaded.effort)
+    with working(settings) as observer:
+        from compressor.engine import run_recipe
+
+        outcome = run_recipe(loaded, model, folder, observer=observer, command=settings.command)
+    finish(settings, outcome)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@common
+@click.pass_obj
+def resume(settings: Settings, folder: Path) -> None:
+    """Take up the interrupted run in FOLDER."""
+    with working(settings) as observer:
+        from compressor.engine import resume_run
+
+        outcome = resume_run(folder, observer=observer)
+    finish(settings, outcome)
+
+
+@click.command()
+@recipe_options
+@common
+@click.pass_obj
+def plan(
+    settings: Settings,
+    /,
+    recipe: str,
+    model: str,
+    **reading: Any,
+) -> None:
+    """Check RECIPE against MODEL and price it, at every effort; reads no weight."""
+    from compressor.model.load import read_config, resolve
+    from compressor.plan import make_plan
+    from compressor.recipe import load_efforts, load_recipe
+
+    chosen = _reading(recipe, **reading)
+    loaded = load_recipe(recipe, **chosen)
+    config = read_config(resolve(model, config_only=True).path)
+    del chosen["effort"]
+    made = make_plan(loaded, config, model).beside(load_efforts(recipe, **chosen), config)
+    settings.emit(made.model_dump(), lambda: console.plan_text(made))
+
+
+def _reading(
+    recipe: str, *, effort: EffortName, overrides: Sequence[str], allow_outside: bool, **budget: Any
+) -> dict[str, Any]:
+    """How to read a recipe; a budget is short for --set of its stage's options."""
+    from compressor.recipe import budget_overrides
+
+    given = [name for name, value in budget.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError("--target-bpw and --target-size are two budgets", "give one of them")
+    if given:
+        overrides = [*overrides, *budget_overrides(recipe, effort=effort, **budget)]
+    return {"effort": effort, "overrides": overrides, "allow_outside": allow_outside}
+
+
+def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path:
+    """`runs/RECIPE-MODEL`, with an effort of choice between: the same command finds its run."""
+    recipe += "" if effort == "default" else f"-{effort}"
+    bare = model.partition("@")[0].rstrip("/\\").replace("\\", "/")
+    name = bare.rpartition("/")[2].rpartition(":")[2]
+    return Path("runs") / f"{recipe}-{name or 'model'}"
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option(
+    "--as",
+    "formats",
+    multiple=True,
+    required=True,
+    metavar="FORMAT",
+    help="Such as gguf or gptq; compress ls formats. May be given several times.",
+)
+@click.option("--form", help="Layout of compressed-tensors, such as int-quantized.")
+@common
+@click.pass_obj
+def export(settings: Settings, folder: Path, formats: tuple[str, ...], form: str | None) -> None:
+    """Add deliverables to the finished run in FOLDER; nothing is computed again."""
+    from pydantic import ValidationError
+
+    from compressor.recipe import ExportConfig
+
+    extra = {"form": form} if form else {}
+    try:
+        added = [ExportConfig.model_validate({"format": name, **extra}) for name in formats]
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UsageError(f"{wrong['input']!r}: {wrong['msg']}", "compress ls formats") from None
+    with working(settings) as observer:
+        from compressor.engine import export_run
+
+        outcome = export_run(folder, added, observer=observer)
+    finish(settings, outcome)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@common
+@click.pass_obj
+def verify(settings: Settings, folder: Path) -> None:
+    """Check a checkpoint, or all deliverables of a run, in FOLDER: files, hashes, values, text."""
+    from compressor.model.quiet import quiet
+    from compressor.recheck import verify_folder
+
+    with quiet():
+        checks = verify_folder(folder)
+    settings.emit([vars(check) for check in checks], lambda: console.checks_text(checks))
+    failed = [check for check in checks if check.passed is False]
+    if failed:
+        raise VerificationError(f"{failed[0].folder}: {failed[0].name}: {failed[0].detail}")
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.argument("repo", metavar="ORG/NAME")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; touch no network.")
+@click.option("--pr", is_flag=True, help="Propose the files as a pull request.")
+@click.option("--public", is_flag=True, help="Show the repository to everyone once verified.")
+@common
+@click.pass_obj
+def publish(
+    settings: Settings, folder: Path, repo: str, dry_run: bool, pr: bool, public: bool
+) -> None:
+    """Publish the run in FOLDER on the Hub as ORG/NAME; private unless told otherwise."""
+    from compressor.model.quiet import quiet
+    from compressor.publish import publish as upload
+    from compressor.publish import summary
+
+    with quiet():
+        done = summary(upload(folder, repo, dry_run=dry_run, pr=pr, public=public))
+    settings.emit(done, lambda: console.publication_text(done))
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), default="imatrix.gguf", show_default=True
+)
+@click.option("--mix", help="Calibration mix; compress ls mixes.")
+@click.option("--samples", type=int, help="Windows of text.")
+@click.option("--length", type=int, help="Tokens of a window.")
+@common
+@click.pass_obj
+def imatrix(settings: Settings, /, model: str, out: Path, **options: Any) -> None:
+    """Measure the importance of MODEL's inputs for llama-quantize --imatrix."""
+    from pydantic import ValidationError
+
+    from compressor.calibration import CalibrationConfig
+
+    try:
+        text = CalibrationConfig(**{k: v for k, v in options.items() if v is not None})
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise UsageError(f"--{wrong['loc'][0]}: {wrong['msg']}") from None
+    with working(settings) as observer:
+        from compressor.importance import write_importance
+
+        path = write_importance(model, out, text, observer)
+    settings.emit({"path": str(path)}, lambda: f"{path}: llama-quantize --imatrix {path} …")

@@ -40,6 +40,7 @@ class Settings:
 
 
 def recipe_names() -> list[str]:
+    """Of the shipped recipes."""
     return sorted(path.stem for path in resources.recipes().glob("*.yaml"))
 
 
@@ -170,6 +171,7 @@ def finish(settings: Settings, outcome: Any) -> None:
 
 
 def judge(verdict: str, hint: str) -> None:
+    """A failed or undecided gate leaves with the exit code of its own."""
     if verdict == "FAIL":
         raise GateFailed("a quality gate failed", hint)
     if verdict == "INCONCLUSIVE":

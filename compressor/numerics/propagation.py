@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.errors import NumericalError
 from compressor.numerics.gptq import HessianFactor, damped, reverse_order
-from compressor.numerics.hessian import TOKENS_AT_ONCE, exact_products
+from compressor.numerics.hessian import TOKENS_AT_ONCE, exact_products, full_precision
 
 
 class DriftAccumulator:
@@ -94,3 +94,27 @@ def propagated_target(
     order = factor.permutation.flip(0)
     step = torch.cholesky_solve(pull[:, order].T, lower)
     return dense.index_add_(1, order, step.T, alpha=share).float()
+
+
+def forward_pull(factor: HessianFactor, drift: Tensor, *, share: float) -> Tensor:
+    """P, by which GPTAQ lets open columns answer the drift of a column that is being rounded.
+
+    When column q is rounded, W X - Ŵ X̃ owes w_q (x_q - x̃_q) besides the rounding error. Least
+    squares over the columns F still open adds w_q P_qF with P_qF = α D_qF (H_FF + λI)⁻¹, where
+    D = G - H; with U of the factor, all of them at once are P = α triu(D Uᵀ, 1) U (Li et al.,
+    "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", arXiv:2504.02692).
+
+    Args:
+        factor: of X̃, the inputs that the rounded layer will see.
+        drift: G - H [in, in], in the same normalisation as the factor's Hessian.
+        share: α in [0, 1].
+
+    Returns:
+        fp32 [in, in] in visiting order, strictly upper triangular; zero where the factor failed.
+    """
+    if factor.failed:
+        return torch.zeros_like(factor.upper)
+    order = factor.permutation
+    pull = drift.float()[order.unsqueeze(1), order]
+    with full_precision():
+        return ((pull @ factor.upper.T).triu_(1) @ factor.upper).mul_(share)

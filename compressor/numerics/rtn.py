@@ -15,8 +15,16 @@ def rtn(
     *,
     search: Search = "minmax",
     importance: Tensor | None = None,
+    hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> QTensor:
     """Every weight [out, in] on the nearest point of its grid; arguments as in `fit_grid`."""
-    grid = fit_grid(weight, scheme, search=search, importance=importance, scale_dtype=scale_dtype)
+    grid = fit_grid(
+        weight,
+        scheme,
+        search=search,
+        importance=importance,
+        hessian=hessian,
+        scale_dtype=scale_dtype,
+    )
     return round_to_grid(weight, grid, scheme)

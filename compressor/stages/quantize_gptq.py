@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from compressor.stages.base import Need, option
+from pydantic import model_validator
+
+from compressor.stages.base import Need, ReportProblem, option
+from compressor.stages.grids import CompensatedSearch, check_grid
 from compressor.stages.quantize_base import RounderConfig
 
 if TYPE_CHECKING:
@@ -24,16 +27,19 @@ class QuantizeGptq(RounderConfig):
     source: ClassVar[str] = "Frantar et al. 2022, GPTQ, arXiv:2210.17323"
 
     method: Literal["quantize.gptq"] = "quantize.gptq"
-    grid: Literal["minmax", "mse", "imatrix", "obs"] = option(
+    grid: CompensatedSearch = option(
         "obs",
         "How the scale of a group is chosen, before compensation: `minmax` covers every weight, "
         "`mse` shrinks the range to the smallest rounding error, `imatrix` weights that error by "
         "the mean square of each input, `obs` by what is left of it once the other inputs have "
-        "made up for the error.",
+        "made up for the error; `neuqi`, for asymmetric grids only, searches scale and zero-point "
+        "jointly for the error of `obs`, and `clip` takes the error of what the group adds to the "
+        "output, correlations of inputs included.",
         effect="After compensation itself the cheapest gain in accuracy. Compensation takes off "
         "most of what an error in a strong input costs, so that `obs` weighs inputs more evenly "
         "than `imatrix` and is nearer on other text than that of the calibration as well.",
-        source="Optimal Brain Surgeon, Hassibi & Stork 1993, eq. 5; LOG.md, the grid of GPTQ",
+        source="Optimal Brain Surgeon, Hassibi & Stork 1993, eq. 5; NeUQI, arXiv:2505.17595; AWQ, "
+        "arXiv:2306.00978; LOG.md, the grid of GPTQ and grids",
     )
     act_order: bool = option(
         True,
@@ -74,6 +80,18 @@ class QuantizeGptq(RounderConfig):
         "and a second moment matrix per input. Routed experts keep their own weights as their "
         "aim, because the two models may route a token differently.",
         source="Qronos, arXiv:2505.11695; QEP, arXiv:2504.09629; LOG.md, unseen domains",
+        ge=0,
+        le=1,
+    )
+    gptaq: float = option(
+        0.0,
+        "Share α by which columns that are still open answer, while the others are rounded, what "
+        "rounding the blocks before did to their inputs: GPTAQ's way to the aim of `propagate`, "
+        "instead of it. 0 leaves it off.",
+        effect="Runs the parent beside, as `propagate` does. The authors take 0.25. A column does "
+        "not answer its own drift, only those after it do; sweeps then go on towards the aim of "
+        "`propagate` with the same share.",
+        source="GPTAQ, arXiv:2504.02692; LOG.md, GPTAQ",
         ge=0,
         le=1,
     )
@@ -142,6 +160,13 @@ class QuantizeGptq(RounderConfig):
         effect="Either way the report says so; nothing falls back silently.",
     )
 
+    @model_validator(mode="after")
+    def _one_way_to_propagate(self) -> Self:
+        """With `gptaq`, the default of `propagate` gives way; what is written stays."""
+        if self.gptaq and "propagate" not in self.model_fields_set:
+            vars(self)["propagate"] = 0.0
+        return self
+
     @property
     def tried(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Dampings and shares β that `robust` tries, the recipe's own first."""
@@ -178,6 +203,21 @@ class QuantizeGptq(RounderConfig):
         dampings, shares = self.tried
         return len(dampings) + len(shares) - 1
 
+    def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
+        """Bits per matrix after the stage; the grid's search must suit them."""
+        check_grid(self.grid, self.schemes(architecture), problems)
+        if self.gptaq and self.propagate:
+            problems(
+                "gptaq",
+                "gptaq and propagate both make up for what rounding did to the inputs; together "
+                "they would make up for it twice",
+                "write `propagate: 0`, or leave `gptaq` out",
+            )
+        if self.gptaq and self.robust:
+            message = "robust chooses `propagate` on held-out text, which gptaq replaces"
+            problems("gptaq", message, "leave `gptaq` out, or write `robust: false`")
+        return super().plan(architecture, problems)
+
     def calibration_need(self) -> Need | None:
         """Compensation needs the second moments of the inputs, always."""
         return Need("method", "quantize.gptq measures its Hessians on calibration text")
@@ -207,6 +247,6 @@ class QuantizeGptq(RounderConfig):
                 calibration.batches,
                 context,
                 sublayers=self.sequential == "sublayer",
-                reference=self.propagate > 0,
+                reference=self.propagate > 0 or self.gptaq > 0,
             )
         return replace(result, notes={**result.notes, _PRECISION: 8.0 * context.dtype.itemsize})

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.gptq import HessianFactor, factorize, gptq
+from compressor.numerics.gptq import Asymmetry, HessianFactor, factorize, gptq
 from compressor.numerics.grid import Search, fit_grid
 from compressor.numerics.hessian import shrink
-from compressor.numerics.propagation import propagated_target
+from compressor.numerics.propagation import forward_pull, propagated_target
 from compressor.numerics.rtn import rtn
+from compressor.stages.grids import READ_TEXT
 from compressor.stages.rounding import Moments, Rounded, Solve
 from compressor.types import QTensor, WeightScheme
 
@@ -33,13 +34,21 @@ def nearest(search: Search) -> Solve:
         moments: Moments | None,
         dtype: torch.dtype,
     ) -> list[Rounded]:
-        blind = search == "imatrix" and moments is None
-        importance = None if moments is None else moments.hessian.diagonal()
+        blind = search in READ_TEXT and moments is None
+        hessian = None if moments is None else moments.hessian
+        importance = None if hessian is None else hessian.diagonal()
         used: Search = "mse" if blind else search
         fallback = (_UNREACHED, "its grid ignores importance") if blind else None
 
-        def rounded(stacked: Tensor, scheme: WeightScheme) -> QTensor:
-            return rtn(stacked, scheme, search=used, importance=importance, scale_dtype=dtype)
+        def rounded(stacked: Tensor, scheme: WeightScheme, _: slice) -> QTensor:
+            return rtn(
+                stacked,
+                scheme,
+                search=used,
+                importance=importance,
+                hessian=hessian,
+                scale_dtype=dtype,
+            )
 
         return [Rounded(qtensor, fallback) for qtensor in _stacked(weights, schemes, rounded)]
 
@@ -62,28 +71,56 @@ def compensated(options: QuantizeGptq) -> Solve:
         factor = factorize(hessian, damping=options.damping, act_order=options.act_order)
         if factor.failed and options.on_failure == "stop":
             raise NumericalError("a Hessian is not positive definite even with full damping")
+        drift = None if moments.drift is None else moments.drift * (1 - options.shrinkage)
         targets = list(weights)
-        if moments.drift is not None:
-            drift = moments.drift * (1 - options.shrinkage)
-            target = propagated_target(torch.cat(targets), factor, drift, share=options.propagate)
+        if drift is not None:
+            share = options.gptaq or options.propagate
+            target = propagated_target(torch.cat(targets), factor, drift, share=share)
             targets = list(torch.split(target, [len(weight) for weight in weights]))
         fallback = _fallback(factor, options.damping)
-
-        def solved(stacked: Tensor, scheme: WeightScheme) -> QTensor:
-            return _solve_rows(stacked, scheme, factor, options, dtype)
-
+        if options.gptaq and drift is not None:
+            pull = forward_pull(factor, drift, share=options.gptaq)
+            solved = _asymmetric(torch.cat(targets), pull, factor, options, dtype)
+            codes = _stacked(weights, schemes, solved)
+        else:
+            codes = _stacked(targets, schemes, _symmetric(factor, options, dtype))
         return [
             Rounded(qtensor, fallback, target)
-            for qtensor, target in zip(_stacked(targets, schemes, solved), targets, strict=True)
+            for qtensor, target in zip(codes, targets, strict=True)
         ]
 
     return solve
 
 
+_Round = Callable[[Tensor, WeightScheme, slice], QTensor]
+"""Called with a few matrices stacked, their scheme, and which rows of all matrices they are."""
+
+
+def _symmetric(factor: HessianFactor, options: QuantizeGptq, dtype: torch.dtype) -> _Round:
+    """Codes close to the matrix itself, which may be a propagating target."""
+    return lambda stacked, scheme, _: _solve_rows(stacked, scheme, factor, options, dtype)
+
+
+def _asymmetric(
+    target: Tensor,
+    pull: Tensor,
+    factor: HessianFactor,
+    options: QuantizeGptq,
+    dtype: torch.dtype,
+) -> _Round:
+    """GPTAQ: from the weights, while the solve goes on, towards the target of all matrices."""
+
+    def solved(stacked: Tensor, scheme: WeightScheme, rows: slice) -> QTensor:
+        asymmetry = Asymmetry(pull, target[rows])
+        return _solve_rows(stacked, scheme, factor, options, dtype, asymmetry)
+
+    return solved
+
+
 def _stacked(
     weights: Sequence[Tensor],
     schemes: Sequence[WeightScheme],
-    rounded: Callable[[Tensor, WeightScheme], QTensor],
+    rounded: _Round,
 ) -> list[QTensor]:
     """Neighbours of one scheme rounded as one matrix, and taken apart again.
 
@@ -91,11 +128,13 @@ def _stacked(
     up) gets one divisor, where scales have one.
     """
     found: list[QTensor] = []
+    row = 0
     for scheme, pairs in groupby(zip(schemes, weights, strict=True), key=lambda pair: pair[0]):
         members = [weight for _, weight in pairs]
-        together = rounded(torch.cat(members), scheme)
-        ends = accumulate(len(weight) for weight in members)
-        found += [together.rows(start, end) for start, end in pairwise([0, *ends])]
+        ends = [0, *accumulate(len(weight) for weight in members)]
+        together = rounded(torch.cat(members), scheme, slice(row, row + ends[-1]))
+        found += [together.rows(start, end) for start, end in pairwise(ends)]
+        row += ends[-1]
     return found
 
 
@@ -105,12 +144,26 @@ def _solve_rows(
     factor: HessianFactor,
     options: QuantizeGptq,
     dtype: torch.dtype,
+    asymmetry: Asymmetry | None = None,
 ) -> QTensor:
-    importance = factor.curvature() if options.grid == "obs" else factor.hessian.diagonal()
-    search: Search = "imatrix" if options.grid == "obs" else options.grid
-    grid = fit_grid(stacked, scheme, search=search, importance=importance, scale_dtype=dtype)
+    compensating = options.grid in ("obs", "neuqi")
+    importance = factor.curvature() if compensating else factor.hessian.diagonal()
+    grid = fit_grid(
+        stacked,
+        scheme,
+        search="imatrix" if options.grid == "obs" else options.grid,
+        importance=importance,
+        hessian=factor.hessian,
+        scale_dtype=dtype,
+    )
     outcome = gptq(
-        stacked, factor, scheme, grid, sweeps=options.sweeps, block_size=options.block_size
+        stacked,
+        factor,
+        scheme,
+        grid,
+        sweeps=options.sweeps,
+        block_size=options.block_size,
+        asymmetry=asymmetry,
     )
     return outcome.quantized
 

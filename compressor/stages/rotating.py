@@ -32,7 +32,7 @@ from compressor.progress import SilentObserver
 from compressor.stages.context import StageContext
 from compressor.stages.equivalence import logit_difference
 from compressor.stages.rotation_learning import Learned, Turns, learn, load_turns, save_turns
-from compressor.types import BlockRecord, Fallback, StageResult
+from compressor.types import BlockRecord, Fallback, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.transform_rotate import TransformRotate
@@ -42,6 +42,7 @@ AnyRotation = Rotation | Turned
 
 _ROWS = 1 << 14  # of embedding and head that are in fp64 at a time
 _WRITERS = ("o", "down")
+_WINDOWS = 2  # of each domain; every check runs them
 _NOT_LEARNED = Fallback(
     "all rotations",
     "learning never lowered the divergence on held-out text",
@@ -119,13 +120,20 @@ def _learned(
         seeded = context.scratch / "seeded"
         _write(fold, checkpoint, seeded, None)
         model = load_model(seeded, context.device, torch.float32)
-        longest = fold.before.max_positions
-        held_out = build_development(load_tokenizer(checkpoint), longest=longest)
+        held = held_out(checkpoint, fold.before.max_positions)
         with context.observer.task("learning rotations", stage.learn) as task:
-            learned = learn(stage, model, fold.after, calibration.batches, held_out, task.advance)
+            learned = learn(stage, model, fold.after, calibration.batches, held, task.advance)
         shutil.rmtree(seeded)
         save_turns(learned, kept)
     return load_turns(kept)
+
+
+def held_out(checkpoint: Path, longest: int) -> list[TokenBatch]:
+    """Some windows of every domain's development text, which states are compared on."""
+    return [
+        TokenBatch(batch.input_ids[:_WINDOWS], batch.mask[:_WINDOWS], batch.domains[:_WINDOWS])
+        for batch in build_development(load_tokenizer(checkpoint), longest=longest)
+    ]
 
 
 def rotations(

@@ -39,6 +39,8 @@ RECOVER = "{method: recover.distill}"
 ALLOCATE = "{method: allocate.bits, target_bpw: 4, counting: linear, group_sizes: [64]}"
 SPEND = "{method: quantize.gptq}"
 W8A8 = "{method: quantize.gptq, bits: 8, group_size: channel, activations: int8}"
+KV = "{method: quantize.kv}"
+PACKED = "{format: compressed-tensors}"
 DRAFT = "{method: draft.standalone}"
 
 
@@ -149,6 +151,9 @@ ROWS = [
         ["{method: quantize.gptq, act_order: true, group_size: 64}"]),
     row("float-zero", ["{method: quantize.rtn, symmetry: float, group_size: 64}"], "symmetry",
         ["{method: quantize.rtn, symmetry: asymmetric, group_size: 64}"]),
+    # The cache's scales are measured last.
+    row("kv-round", [KV, GPTQ], "moves its keys", [GPTQ, KV], hint=ORDERED, export=PACKED),
+    row("kv-rotate", [KV, ROTATE], "moves its keys", [ROTATE, GPTQ, KV], export=PACKED),
     # Two bits.
     row("two-bits", ["{method: quantize.rtn, bits: 2, group_size: 64}"], "ruins a model",
         ["{method: quantize.rtn, bits: 2, group_size: 64, force: true}"], hint="force: true"),

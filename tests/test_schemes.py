@@ -186,9 +186,10 @@ def test_engines_multiply_int8_by_int8(tmp_path: Path, engine: str) -> None:
 
 def test_the_plan_says_that_inputs_are_rounded(tmp_path: Path) -> None:
     for stages in (W8A8, W8A8.replace("rtn", "gptq")):
-        (remark,) = plan(tmp_path, stages).stages[0].remarks
+        remark, caution = plan(tmp_path, stages).stages[0].remarks
         assert "28 matrices" in remark
         assert "int8" in remark
+        assert "transform.smoothquant" in caution
 
 
 # ---------------------------------------------------------------------- float formats

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compressor.numerics.cayley import by_blocks
 from compressor.numerics.hadamard_orders import (
     field_order,
     hadamard_block,
@@ -72,6 +73,36 @@ class Rotation:
 
     def dense(self) -> Tensor:
         """R itself, [n, n]."""
+        return self.right(torch.eye(self.size, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Turned:
+    """R C: a rotation followed by a block-diagonal one.
+
+    Attributes:
+        start: R [n, n], itself turned or not.
+        blocks: orthogonal blocks of C [k, n / k, n / k], fp64.
+    """
+
+    start: Rotation | Turned
+    blocks: Tensor
+
+    @property
+    def size(self) -> int:
+        """n."""
+        return self.start.size
+
+    def right(self, tensor: Tensor) -> Tensor:
+        """x R C for x [..., n], in fp64 on the tensor's device."""
+        return by_blocks(self.start.right(tensor), self.blocks.to(tensor.device))
+
+    def left(self, tensor: Tensor) -> Tensor:
+        """(R C)ᵀ x for x [..., n, m], in fp64 on the tensor's device."""
+        return self.right(tensor.mT).mT
+
+    def dense(self) -> Tensor:
+        """R C itself, [n, n]."""
         return self.right(torch.eye(self.size, dtype=torch.float64))
 
 

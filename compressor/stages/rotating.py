@@ -13,6 +13,7 @@ tokens, hence one R₂ for all heads of a block is right for grouped queries too
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -21,55 +22,118 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compressor.calibration import CalibrationSet, build_development
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.model.architecture import Architecture, Matrix
 from compressor.model.files import read_config
-from compressor.numerics.hadamard import Rotation, random_rotation
+from compressor.model.load import load_model, load_tokenizer
+from compressor.numerics.hadamard import Rotation, Turned, random_rotation
+from compressor.progress import SilentObserver
 from compressor.stages.context import StageContext
 from compressor.stages.equivalence import logit_difference
-from compressor.types import BlockRecord, StageResult
+from compressor.stages.rotation_learning import Learned, Turns, learn, load_turns, save_turns
+from compressor.types import BlockRecord, Fallback, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.transform_rotate import TransformRotate
 
+AnyRotation = Rotation | Turned
+"""Seeded, and perhaps learned further."""
+
 _ROWS = 1 << 14  # of embedding and head that are in fp64 at a time
 _WRITERS = ("o", "down")
+_WINDOWS = 2  # of each domain; every check runs them
+_NOT_LEARNED = Fallback(
+    "all rotations",
+    "learning never lowered the divergence on held-out text",
+    "they stay as the seed has them",
+)
 
 
-def rotate_model(stage: TransformRotate, checkpoint: Path, context: StageContext) -> StageResult:
+def rotate_model(
+    stage: TransformRotate,
+    checkpoint: Path,
+    calibration: CalibrationSet | None,
+    context: StageContext,
+) -> StageResult:
     """Write the rotated checkpoint and compare its function with the parent's.
 
-    A block depends on nothing but the parent and the seed, so that an interrupted stage goes on
-    at the next one.
+    A block depends on nothing but the parent and the rotations, which depend on the seed and, if
+    learned, are kept; so an interrupted stage goes on at the next one.
 
     Raises:
         VerificationError: the fp32 logits moved, or the disk holds something else than what was
             compared.
     """
-    config = read_config(checkpoint)
-    architecture = Architecture.from_config(config)
+    architecture = Architecture.from_config(read_config(checkpoint))
     reader = CheckpointReader(checkpoint)
     fold = Fold(architecture, reader, *rotations(stage, architecture), context.device)
-    writer = CheckpointWriter(context.folder)
-    done = len(context.finished)
-    with context.observer.task("rotating blocks", architecture.layers) as task:
-        task.advance(done)
-        for index in range(done, architecture.layers):
-            writer.write_shard(shard_name(index), fold.stored(_block_names(reader, index, fold)))
-            context.block_done(BlockRecord(index))
-            task.advance()
-    outside = [name for name in reader if not name.startswith(f"{architecture.blocks_path}.")]
-    writer.write_shard(shard_name("outside"), fold.stored(dict.fromkeys([*outside, *fold.added])))
-    if fold.unties:
-        config = {**config, "tie_word_embeddings": False}
-    writer.finish(config, checkpoint, fold.after.parameters)
+    notes: dict[str, float] = {}
+    fallbacks: tuple[Fallback, ...] = ()
+    if stage.learn:
+        assert calibration is not None  # calibration_need() says so; the recipe was checked
+        learned = _learned(stage, fold, checkpoint, calibration, context)
+        fold = fold.turned(learned.turns)
+        notes = {"held-out KL rounded, seed": learned.before, "held-out KL rounded": learned.after}
+        fallbacks = () if learned.after < learned.before else (_NOT_LEARNED,)
+    _write(fold, checkpoint, context.folder, context)
     difference = logit_difference(checkpoint, context.folder, fold.exact, context)
     return StageResult(
         checkpoint=context.folder,
         changed=tuple(name for name in reader if fold.moves(name)),
         added=fold.added,
-        notes={"largest logit difference in fp32, before storage": difference},
+        fallbacks=fallbacks,
+        notes=notes | {"largest logit difference in fp32, before storage": difference},
     )
+
+
+def _write(fold: Fold, checkpoint: Path, folder: Path, context: StageContext | None) -> None:
+    """The rotated checkpoint; with a context, blocks are reported and those reported are there."""
+    before, reader, writer = fold.before, CheckpointReader(checkpoint), CheckpointWriter(folder)
+    done = len(context.finished) if context else 0
+    observer = context.observer if context else SilentObserver()
+    with observer.task("rotating blocks", before.layers) as task:
+        task.advance(done)
+        for index in range(done, before.layers):
+            writer.write_shard(shard_name(index), fold.stored(_block_names(reader, index, fold)))
+            if context:
+                context.block_done(BlockRecord(index))
+            task.advance()
+    outside = [name for name in reader if not name.startswith(f"{before.blocks_path}.")]
+    writer.write_shard(shard_name("outside"), fold.stored(dict.fromkeys([*outside, *fold.added])))
+    config = read_config(checkpoint)
+    if fold.unties:
+        config = {**config, "tie_word_embeddings": False}
+    writer.finish(config, checkpoint, fold.after.parameters)
+
+
+def _learned(
+    stage: TransformRotate,
+    fold: Fold,
+    checkpoint: Path,
+    calibration: CalibrationSet,
+    context: StageContext,
+) -> Learned:
+    """What was learned behind the seeded rotations, now or by an attempt that was interrupted."""
+    kept = context.scratch / "turns.safetensors"
+    if not kept.is_file():
+        seeded = context.scratch / "seeded"
+        _write(fold, checkpoint, seeded, None)
+        model = load_model(seeded, context.device, torch.float32)
+        held = held_out(checkpoint, fold.before.max_positions)
+        with context.observer.task("learning rotations", stage.learn) as task:
+            learned = learn(stage, model, fold.after, calibration.batches, held, task.advance)
+        shutil.rmtree(seeded)
+        save_turns(learned, kept)
+    return load_turns(kept)
+
+
+def held_out(checkpoint: Path, longest: int) -> list[TokenBatch]:
+    """Some windows of every domain's development text, which states are compared on."""
+    return [
+        TokenBatch(batch.input_ids[:_WINDOWS], batch.mask[:_WINDOWS], batch.domains[:_WINDOWS])
+        for batch in build_development(load_tokenizer(checkpoint), longest=longest)
+    ]
 
 
 def rotations(
@@ -106,8 +170,8 @@ class Fold:
         self,
         before: Architecture,
         reader: Mapping[str, Tensor],
-        residual: Rotation | None,
-        heads: tuple[Rotation, ...],
+        residual: AnyRotation | None,
+        heads: tuple[AnyRotation, ...],
         device: torch.device,
     ) -> None:
         self.before, self.reader, self.device = before, reader, device
@@ -119,6 +183,16 @@ class Fold:
     def added(self) -> tuple[str, ...]:
         """Names of tensors that the parent does not have."""
         return (self._head,) if self.unties and self._head not in self.reader else ()
+
+    def turned(self, turns: Turns) -> Fold:
+        """The same with rotations turned further."""
+        residual, heads = self.residual, self.heads
+        if residual is not None and turns.residual is not None:
+            residual = Turned(residual, turns.residual)
+        if turns.heads is not None:
+            pairs = zip(heads, turns.heads, strict=True)
+            heads = tuple(Turned(head, turn[None]) for head, turn in pairs)
+        return Fold(self.before, self.reader, residual, heads, self.device)
 
     def stored(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the new checkpoint: folded in fp64, rounded once to the parent's dtype."""
@@ -198,7 +272,7 @@ class Fold:
             weight = self._on_heads(matrix, weight, self.heads[matrix.block])
         return weight.T if matrix.transposed_on_disk else weight
 
-    def _on_heads(self, matrix: Matrix, weight: Tensor, rotation: Rotation) -> Tensor:
+    def _on_heads(self, matrix: Matrix, weight: Tensor, rotation: AnyRotation) -> Tensor:
         """R₂ on the inputs [heads·head_dim] of o, or on the outputs [kv_heads·head_dim] of v."""
         if matrix.role == "o":
             return rotation.right(weight.view(len(weight), -1, rotation.size)).flatten(1)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.numerics.hadamard_orders import hadamard_block
-from compressor.stages.base import ReportProblem, StageConfig, option
+from compressor.stages.base import Need, ReportProblem, StageConfig, option
+from compressor.stages.overrides import GroupSize, group_of
+from compressor.types import WeightScheme
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
@@ -60,11 +62,58 @@ class TransformRotate(StageConfig):
         ge=0,
     )
 
+    learn: int = option(
+        0,
+        "Steps of descent that turn the seeded rotations until the rounded model predicts like "
+        "the original, each on one batch of calibration text; 0 keeps them.",
+        effect="A step runs the whole model forward twice and back once, in fp32, with all of it "
+        "in memory. The state that does best on held-out text is kept, if need be the seed's.",
+        source="SpinQuant, arXiv:2405.16406; Cayley steps, arXiv:2002.01113",
+        ge=0,
+        le=10_000,
+    )
+    bits: int = option(
+        4,
+        "Width that rotations are learned for; that of the rounder.",
+        effect="Without `learn`, none.",
+        ge=2,
+        le=8,
+    )
+    group_size: GroupSize = option(
+        128,
+        "Inputs that share one scale where rotations are learned; those of the rounder.",
+        effect="Without `learn`, none.",
+    )
+    angle: float = option(
+        0.02,
+        "Of the first step, in radians, as the root mean square over all channels; falls to 0 "
+        "linearly.",
+        effect="Larger is faster and less steady. Without `learn`, none.",
+        gt=0,
+        le=1,
+    )
+
     @property
     def label(self) -> str:
         """Such as `Rotate R1 R2`."""
         parts = {"all": "R1 R2", "residual": "R1", "heads": "R2"}[self.where]
-        return f"Rotate {parts}" + (" orthogonal" if self.kind == "orthogonal" else "")
+        kind = " orthogonal" if self.kind == "orthogonal" else ""
+        return f"Rotate {parts}{kind}" + (f" learned {self.learn}" if self.learn else "")
+
+    @property
+    def scheme(self) -> WeightScheme:
+        """The grid that rotations are learned for."""
+        return WeightScheme(self.bits, group_of(self.group_size))
+
+    def learned_block(self, size: int) -> int:
+        """Size of the blocks that are learned in a stream of `size` channels."""
+        return max(block for block in range(1, min(size, _LARGEST_BLOCK) + 1) if not size % block)
+
+    def calibration_need(self) -> Need | None:
+        """Only learning looks at text."""
+        if not self.learn:
+            return None
+        return Need("learn", "rotations are learned on calibration text")
 
     @property
     def residual(self) -> bool:
@@ -82,6 +131,8 @@ class TransformRotate(StageConfig):
             self._check_residual(architecture, problems)
         if self.heads:
             self._check_heads(architecture, problems)
+        if self.learn:
+            self._check_learning(architecture, problems)
         if self.residual and architecture.tied:
             return architecture.with_config(tie_word_embeddings=False)
         return architecture
@@ -106,6 +157,20 @@ class TransformRotate(StageConfig):
                 "leave the stage out",
             )
         self._check_size("a head", architecture.head_dim, problems)
+
+    def _check_learning(self, architecture: Architecture, problems: ReportProblem) -> None:
+        inner = [matrix for matrix in architecture.matrices if matrix.block is not None]
+        odd = [m.name for m in inner if m.kind in ("expert", "conv1d")]
+        if odd:
+            what = "is no module of its own, and learning rounds those only"
+            problems("learn", f"{odd[0]} {what}", "write `learn: 0`")
+        size = self.scheme.group_size
+        rounded = [m for m in inner if m.role != "router"]
+        if size and (bad := [matrix for matrix in rounded if matrix.shape[1] % size]):
+            message = (
+                f"groups of {size} do not divide the {bad[0].shape[1]} inputs of {bad[0].name}"
+            )
+            problems("group_size", message, "write the group size of the rounder, or `channel`")
 
     def _check_size(self, what: str, size: int, problems: ReportProblem) -> None:
         if self.kind == "hadamard" and hadamard_block(size) < _SMALLEST_BLOCK:
@@ -143,7 +208,30 @@ class TransformRotate(StageConfig):
                     f"no Hadamard matrix of order {size} is known here, so the {what} is rotated "
                     f"in {size // block} blocks of {block}; `kind: orthogonal` mixes all channels"
                 )
+        if self.learn:
+            found.append(
+                f"learning holds the whole model in fp32, its rounded weights and their gradients: "
+                f"{self.memory(before) / 1e9:.1f} GB; the rest of the stage holds one block"
+            )
         return tuple(found)
+
+    def memory(self, architecture: Architecture) -> int:
+        """With `learn`: weights, rounded weights, gradients and one more matrix product's; logits.
+
+        Logits of a batch are held four times: the teacher's, the student's, and what softmax and
+        its gradient make of them.
+        """
+        if not self.learn:
+            return 0
+        return 4 * (4 * architecture.parameters + 4 * _PLANNED_BATCH * architecture.vocab)
+
+    def flops(self, architecture: Architecture) -> float:
+        """With `learn`, by step: two passes forward, one back, and six turns of every matrix."""
+        if not self.learn:
+            return 0.0
+        inner = sum(m.parameters for m in architecture.matrices if m.block is not None)
+        turns = 6 * 2.0 * inner * self.learned_block(architecture.hidden)
+        return self.learn * (8.0 * architecture.parameters * _PLANNED_BATCH + turns)
 
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
@@ -151,8 +239,9 @@ class TransformRotate(StageConfig):
         """Fold the rotations block by block in fp64, then prove that the logits stayed."""
         from compressor.stages.rotating import rotate_model
 
-        del calibration
-        return rotate_model(self, checkpoint, context)
+        return rotate_model(self, checkpoint, calibration, context)
 
 
 _SMALLEST_BLOCK = 4
+_LARGEST_BLOCK = 1024  # of what is learned: a solve of that size for every step
+_PLANNED_BATCH = 8 * 512  # tokens; the plan does not see how batches are cut

@@ -227,7 +227,7 @@ def test_an_embedding_of_a_byte_a_code_loads_beside_any_scheme(
     def choose(module: str) -> WeightScheme | None:
         kind = ct.matrix_kind(module, config)
         if kind == "embedding" and "position" not in module:
-            return WeightScheme(8, None)
+            return WeightScheme(8, None, "full_range" if name == "Qwen2" else "symmetric")
         if alone or kind != "linear":
             return None
         return WeightScheme(6, 32) if module.endswith(LAST) else W4

@@ -305,9 +305,7 @@ def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Pro
     found = dict.fromkeys(
         message
         for one in _possible(recipe, final)
-        for message in cache_problems(
-            _targets(one), export.container, final.cache, final.head_dim, export.engines
-        )
+        for message in cache_problems(_targets(one), export.container, final.cache, export.engines)
     )
     return [
         recipe.problem(

@@ -147,7 +147,6 @@ def cache_problems(
     targets: Sequence[Target],
     container: Container,
     cache: CacheScheme,
-    head_dim: int,
     engines: Sequence[str],
 ) -> list[str]:
     """Why a rounded cache cannot be exported so, or not to these engines; a sentence per rule.
@@ -156,7 +155,6 @@ def cache_problems(
         targets: every matrix of the model.
         container: what lies on disk.
         cache: how keys and values are rounded.
-        head_dim: width of a head.
         engines: keys of `ENGINES`.
     """
     if container not in LAYOUTS:
@@ -172,16 +170,8 @@ def cache_problems(
         )
     if any(target.kind == "expert" and target.scheme is None for target in targets):
         problems.append("transformers loads experts beside a rounded cache only when quantized")
-    for name in engines:
-        engine = ENGINES[name]
-        if cache.name not in engine.caches:
-            problems.append(f"{name}: it does not take the rounding of its cache from a checkpoint")
-        elif head_dim % engine.cache_multiple:
-            problems.append(
-                f"{name}: heads are {head_dim} wide; for an {cache.name} cache it wants multiples "
-                f"of {engine.cache_multiple}"
-            )
-    return problems
+    faults = {n: ENGINES[n].cache_fault for n in engines if cache.name not in ENGINES[n].caches}
+    return problems + [f"{name}: {fault}" for name, fault in faults.items()]
 
 
 def _dequantize_problems(quantized: Sequence[Target]) -> Iterable[str]:

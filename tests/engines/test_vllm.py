@@ -21,6 +21,7 @@ from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
 from compressor.formats.files import link_checkpoint
 from compressor.model.architecture import Architecture, cache_config
+from compressor.model.cache import Entering, enter_cache
 from compressor.model.load import load_model, load_tokenizer, read_config
 from compressor.numerics.cache import cache_scale
 from compressor.resources import builtin_model
@@ -63,13 +64,8 @@ def expected(
 ) -> torch.Tensor:
     """Log-probabilities of every token but the first of each text, from transformers."""
     model = load_model(checkpoint, dtype=dtype)
-    found = []
     with torch.inference_mode():
-        for ids in texts:
-            logits = model(torch.tensor([ids])).logits[0, :-1].float()
-            chosen = torch.tensor(ids[1:])[:, None]
-            found.append(logits.log_softmax(-1).gather(1, chosen)[:, 0])
-    return torch.cat(found)
+        return torch.cat([_chosen(model, ids) for ids in texts])
 
 
 @pytest.mark.parametrize(
@@ -146,11 +142,40 @@ def test_keys_and_values_are_rounded_by_the_scales_in_the_file(
     theirs = torch.tensor([p for row in answer["logprobs"] for p in row])
     ours, unrounded = expected(dense, texts), expected(builtin_model("tiny"), texts)
     noise = float((expected(dense, texts, torch.bfloat16) - ours).abs().mean())
-    difference = float((theirs - ours).abs().mean())
-    print(f"vLLM {difference:.4f}, bf16 {noise:.4f}, {(theirs - unrounded).abs().mean():.4f} apart")
-    assert difference < 4 * noise
+    for attention, pair in zip(_attentions(model, architecture), scheme.scales, strict=True):
+        enter_cache(attention, _cut_down(*pair))
+    with torch.inference_mode():
+        cut = torch.cat([_chosen(model, ids) for ids in texts])
+    difference = {
+        name: float((theirs - other).abs().mean())
+        for name, other in (("rounded", ours), ("cut down", cut), ("dense", unrounded))
+    }
+    print(f"from vLLM: {difference}; bf16 noise {noise:.4f}")
+    # 0.32 cuts numbers down where it should round them; `capabilities` has that as its fault.
+    assert min(difference["rounded"], difference["cut down"]) < 2 * noise
     if shrink > 1:
-        assert float((theirs - unrounded).abs().mean()) > 3 * difference
+        assert difference["dense"] > 20 * difference["cut down"]
+
+
+def _attentions(model: Any, architecture: Architecture) -> list[Any]:
+    return [model.get_submodule(path) for path in architecture.cached_attention]
+
+
+def _chosen(model: Any, ids: list[int]) -> torch.Tensor:
+    """Log-probabilities of every token of a text but the first."""
+    logits = model(torch.tensor([ids])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def _cut_down(keys: float, values: float) -> Entering:
+    """Towards zero, to the next number of e4m3."""
+
+    def cut(states: torch.Tensor, scale: float) -> torch.Tensor:
+        steps = (states / scale).clamp(-448, 448)
+        unit = 2.0 ** (torch.floor(torch.log2(steps.abs().clamp_min(2.0**-6))) - 3)
+        return (steps / unit).trunc() * unit * scale
+
+    return lambda k, v: (cut(k, keys), cut(v, values))
 
 
 def _scales(model: Any, texts: list[list[int]], headroom: float) -> tuple[tuple[float, float], ...]:

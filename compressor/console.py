@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ class Row(NamedTuple):
 
     name: str
     description: str
+    group: str = ""  # under which heading
 
 
 def as_json(data: Any) -> str:
@@ -126,7 +128,7 @@ def checks_text(checks: Sequence[Check]) -> str:
 
 def publication_text(done: dict[str, Any]) -> str:
     """Repositories with their files, or with the revision once they are on the Hub."""
-    lines = []
+    lines: list[str] = []
     for repository in done["repositories"]:
         seen = "public" if done["public"] else "private"
         state = repository["revision"] or "would be uploaded"
@@ -207,9 +209,7 @@ def estimate(value: Estimate | None) -> str:
 def listing(kind: str) -> list[Row]:
     """What `compress ls KIND` shows."""
     if kind == "methods":
-        from compressor.registry import methods
-
-        return [Row(method.name, method.summary) for method in methods()]
+        return _methods()
     if kind == "engines":
         from compressor.formats.capabilities import ENGINES
 
@@ -226,6 +226,16 @@ def listing(kind: str) -> list[Row]:
         hub = Row("org/name[@revision]", f"from the Hub, of these families: {names}")
         return [tiny, hub, Row("./directory", "a local Hugging Face checkpoint of those families")]
     return [Row(path.stem, _description(path)) for path in sorted(_folder(kind).glob("*.yaml"))]
+
+
+def _methods() -> list[Row]:
+    """By strategy, in the order in which a recipe applies them."""
+    from compressor.registry import STRATEGIES, methods
+
+    headings = {name: f"{name}: {what}" for name, what in STRATEGIES.items()}
+    order = [*STRATEGIES, ""]
+    found = sorted(methods(), key=lambda method: order.index(method.strategy))
+    return [Row(m.name, m.summary, headings.get(m.strategy, "other")) for m in found]
 
 
 def _engine(engine: Engine) -> str:
@@ -266,7 +276,11 @@ def listing_text(rows: Sequence[Row]) -> str:
     if not rows:
         return "none"
     width = max(len(row.name) for row in rows) + 2
-    return "\n".join(_wrapped(row.name.ljust(width), row.description, width) for row in rows)
+    lines: list[str] = []
+    for group, members in groupby(rows, key=lambda row: row.group):
+        lines += ["", group] if group and lines else [group] if group else []
+        lines += [_wrapped(row.name.ljust(width), row.description, width) for row in members]
+    return "\n".join(lines)
 
 
 def _wrapped(start: str, text: str, indent: int) -> str:

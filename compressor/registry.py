@@ -33,6 +33,24 @@ FAMILIES = {
 }
 """What each family does, in the order in which a recipe applies them."""
 
+STRATEGIES = {
+    "structure": "take whole heads, channels or layers away",
+    "recovery": "train what is left",
+    "rotation": "spread outliers over all channels; same function",
+    "salience": "scale what matters up before rounding; same function",
+    "allocation": "spend bits where they matter",
+    "baseline": "round every weight, or group of weights, by itself",
+    "compensation": "let the weights still open make up for each error",
+    "optimization": "learn which way to round",
+    "cache": "round what attention remembers",
+    "drafting": "guess ahead with a small model",
+}
+"""What methods of post-training compression have in common, as surveys sort them.
+
+Rotation, salience, compensation and optimization are the strategies of "Benchmarking Post-Training
+Quantization in LLMs", 2025, which finds compensation behind one of the others the best chain.
+"""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -42,11 +60,13 @@ class Method:
         name: `family.name`, as written in a recipe.
         target: `module:Class` of its configuration; imported by `Registry.get`.
         summary: one line for `compress ls methods`.
+        strategy: one of `STRATEGIES`; empty for methods of other packages.
     """
 
     name: str
     target: str
     summary: str
+    strategy: str = ""
 
     @property
     def family(self) -> str:
@@ -59,76 +79,91 @@ BUILTIN = (
         "prune.depth",
         "compressor.stages.prune_depth:PruneDepth",
         "remove whole decoder blocks, those whose absence moves the outputs least",
+        "structure",
     ),
     Method(
         "prune.width",
         "compressor.stages.prune_width:PruneWidth",
         "remove heads and channels by a score (wanda, flap, magnitude, taylor); the baselines",
+        "structure",
     ),
     Method(
         "prune.obs",
         "compressor.stages.prune_obs:PruneObs",
         "remove heads and channels and refit the others by least squares; no training",
+        "structure",
     ),
     Method(
         "prune.search",
         "compressor.stages.prune_search:PruneSearch",
         "try mixes of fewer blocks, heads and channels, and keep the best on held-out text",
+        "structure",
     ),
     Method(
         "recover.distill",
         "compressor.stages.recover_distill:RecoverDistill",
         "train the smaller model to predict what the original predicts",
+        "recovery",
     ),
     Method(
         "transform.rotate",
         "compressor.stages.transform_rotate:TransformRotate",
         "rotate channels so that outliers spread out and weights round better; same function",
+        "rotation",
     ),
     Method(
         "transform.awq",
         "compressor.stages.transform_awq:TransformAwq",
         "scale inputs that matter up before rounding; folded, so the function stays the same",
+        "salience",
     ),
     Method(
         "transform.smoothquant",
         "compressor.stages.transform_smoothquant:TransformSmoothquant",
         "move outliers of activations into the weights, for 8-bit activations",
+        "salience",
     ),
     Method(
         "allocate.bits",
         "compressor.stages.allocate_bits:AllocateBits",
         "mixed precision: the bits of every matrix that cost the model least within a budget",
+        "allocation",
     ),
     Method(
         "quantize.rtn",
         "compressor.stages.quantize_rtn:QuantizeRtn",
         "round to nearest on a searched grid; no calibration text, seconds",
+        "baseline",
     ),
     Method(
         "quantize.gptq",
         "compressor.stages.quantize_gptq:QuantizeGptq",
         "round column by column, each error compensated in the columns that follow",
+        "compensation",
     ),
     Method(
         "quantize.autoround",
         "compressor.stages.quantize_autoround:QuantizeAutoround",
         "learn which way to round every weight, block by block; slow, best at 2 bits",
+        "optimization",
     ),
     Method(
         "quantize.kv",
         "compressor.stages.quantize_kv:QuantizeKv",
         "keep keys and values in 8 bits: half the memory of long contexts; changes no weight",
+        "cache",
     ),
     Method(
         "draft.eagle3",
         "compressor.stages.draft_eagle3:DraftEagle3",
         "one layer on the target's hidden states, trimmed vocabulary; for SGLang, vLLM, llama.cpp",
+        "drafting",
     ),
     Method(
         "draft.standalone",
         "compressor.stages.draft_standalone:DraftStandalone",
         "a few blocks of the target, distilled; a plain model that any engine takes as a draft",
+        "drafting",
     ),
 )
 

@@ -9,7 +9,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from compressor.errors import ResourceError, UsageError
-from compressor.registry import BUILTIN, FAMILIES, Method, Registry, methods, registry
+from compressor.registry import BUILTIN, FAMILIES, STRATEGIES, Method, Registry, methods, registry
 from compressor.stages.base import StageConfig
 
 
@@ -92,3 +92,17 @@ assert "compressor.stages.quantize_gptq" in sys.modules
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_method_that_ships_has_a_strategy_and_is_listed_under_it() -> None:
+    from compressor.console import listing, listing_text
+
+    assert {method.strategy for method in BUILTIN} == set(STRATEGIES)
+    rows = listing("methods")
+    assert {row.name for row in rows} == {method.name for method in registry()}
+    groups = [row.group for row in rows]
+    assert [group.partition(":")[0] for group in dict.fromkeys(groups)] == list(STRATEGIES)
+    text = listing_text(rows).splitlines()
+    compensation = next(i for i, line in enumerate(text) if line.startswith("compensation: "))
+    assert text[compensation - 1] == ""
+    assert text[compensation + 1].startswith("quantize.gptq ")

@@ -142,6 +142,11 @@ BUILTIN = (
         "compensation",
     ),
     Method(
+        "quantize.hqq",
+        "compressor.stages.quantize_hqq:QuantizeHqq",
+        "fit scales and zero-points to most weights, let outliers miss; no calibration text",
+    ),
+    Method(
         "quantize.autoround",
         "compressor.stages.quantize_autoround:QuantizeAutoround",
         "learn which way to round every weight, block by block; slow, best at 2 bits",

@@ -240,6 +240,23 @@ class RounderConfig(StageConfig):
             )
         return tuple(said)
 
+    def refuse_two_bits(self, what: str, problems: ReportProblem) -> None:
+        """Report every width of 2 bits that is written, unless the user forces it.
+
+        Args:
+            what: the way of rounding, to complete "2-bit … ruins a model".
+            problems: where to report.
+        """
+        widths = [("bits", self.bits)]
+        widths += [(f"overrides.{i}.bits", o.bits) for i, o in enumerate(self.overrides) if o.bits]
+        for place, bits in widths:
+            if bits <= 2 and not self.force:
+                problems(
+                    place,
+                    f"{bits}-bit {what} ruins a model",
+                    "use quantize.gptq, 3 bits or more, or write `force: true`",
+                )
+
     def _check_places(self, architecture: Architecture, problems: ReportProblem) -> None:
         """Targets are linear layers of blocks; embedding and head have options of their own."""
         ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}

@@ -153,6 +153,11 @@ BUILTIN = (
         "optimization",
     ),
     Method(
+        "quantize.bnb",
+        "compressor.stages.quantize_bnb:QuantizeBnb",
+        "NF4 and LLM.int8 as bitsandbytes rounds and stores them; no calibration text",
+    ),
+    Method(
         "quantize.kv",
         "compressor.stages.quantize_kv:QuantizeKv",
         "keep keys and values in 8 bits: half the memory of long contexts; changes no weight",

@@ -6,13 +6,13 @@ Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2
     e ← the proximal step: shrink(w - ŵ) = sign(x) · max(|x| - |x|^(p-1) / β, 0)
     grid ← least squares of scale · (codes - zero_point) to w - e, the codes held
 
-The original holds the scale and solves for a zero-point that need not be whole. Formats for engines
-store whole zero-points, and a whole one on the same scale only moves the ends of the range: rounded,
-the original's solution is that of min-max, weight for weight (`LOG.md`). So here the grid step
-solves for both, the zero-point rounded before the scale is fitted to it, and β rises as there. Errors
-are measured in steps of the scale, so that β means the same for weights of any size. Of all
-grids on the way, each group keeps the one of the least Σ|w - ŵ|^p, with scales and weights
-as they are stored; the first is the grid it starts from, so that it never ends above it.
+The original holds the scale and solves for a zero-point that need not be whole. Formats for
+engines store whole zero-points, and a whole one on the same scale only moves the ends of the range:
+rounded, the original's solution is that of min-max, weight for weight (`LOG.md`). So here the grid
+step solves for both, the zero-point rounded before the scale is fitted to it, and β rises as there.
+Errors are measured in steps of the scale, so that β means the same for weights of any size. Of all
+grids on the way, each group keeps the one of the least Σ|w - ŵ|^p, with scales and weights as they
+are stored; the first is the grid it starts from, so that it never ends above it.
 """
 
 from __future__ import annotations

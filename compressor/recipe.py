@@ -48,7 +48,7 @@ from compressor.source import Location, Source, apply_overrides, read_source, re
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-ExportFormat = Literal["compressed-tensors", "gptq", "awq", "gguf", "bitsandbytes", "dense"]
+ExportFormat = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "dense"]
 EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
 
 

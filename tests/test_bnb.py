@@ -41,8 +41,8 @@ evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
 stages:
 """
 EXPORT = "export:\n  - {format: bitsandbytes, engines: [transformers]}\n"
-NF4 = "  - {method: quantize.bnb, weights: nf4}\n"
-INT8 = "  - {method: quantize.bnb, weights: llm-int8}\n"
+NF4 = "  - {method: quantize.bnb, bits: 4}\n"
+INT8 = "  - {method: quantize.bnb, bits: 8}\n"
 
 
 @dataclass(frozen=True)
@@ -279,17 +279,17 @@ def test_nf4_may_be_exported_dense(tmp_path: Path) -> None:
         ),
         (
             "  - {method: quantize.bnb, targets: [attention]}\n"
-            "  - {method: quantize.bnb, weights: llm-int8, targets: [mlp]}\n" + EXPORT,
+            "  - {method: quantize.bnb, bits: 8, targets: [mlp]}\n" + EXPORT,
             "there are both",
         ),
         (
-            "  - {method: quantize.bnb, weights: llm-int8, targets: [attention]}\n"
-            "  - {method: quantize.bnb, weights: llm-int8, threshold: 0.0, targets: [mlp]}\n"
-            + EXPORT,
+            "  - {method: quantize.bnb, bits: 8, targets: [attention]}\n"
+            "  - {method: quantize.bnb, bits: 8, threshold: 0.0, targets: [mlp]}\n" + EXPORT,
             "one threshold",
         ),
         (NF4 + NF4, "rounded by an earlier stage"),
-        ("  - {method: quantize.bnb, threshold: 5.0}\n", "no effect"),
+        ("  - {method: quantize.bnb, threshold: 5.0}\n", "NF4 leaves inputs as they are"),
+        ("  - {method: quantize.bnb, bits: 8, group_size: 32}\n", "for each output channel"),
         ("  - {method: quantize.bnb, targets: [embed]}\n", "keeps the embedding"),
         ("  - {method: quantize.bnb, targets: [nothing]}\n", "matches no matrix"),
         ("  - {method: quantize.bnb, ignore: [linear]}\n", "nothing is left to round"),
@@ -308,6 +308,8 @@ def test_experts_and_odd_widths_are_refused(tmp_path: Path) -> None:
     odd = TINY | {"intermediate_size": 672}
     said = refused(tmp_path, NF4, odd)
     assert "blocks of 64 do not divide the 672 inputs of model.layers.0.mlp.down_proj" in said
+    smaller = NF4.replace("bits: 4", "group_size: 32") + EXPORT
+    assert plan(tmp_path, smaller, odd).stages[0].bits_linear == 5
     assert plan(tmp_path, INT8 + EXPORT, odd).stages[0].matrices == 28
     gpt2 = {
         **{"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 256},
@@ -329,5 +331,5 @@ def test_what_the_plan_says_of_the_stage(tmp_path: Path) -> None:
     assert "outliers" in plan(tmp_path, INT8 + EXPORT).stages[0].remarks[0]
     assert plan(tmp_path, NF4 + EXPORT).stages[0].remarks == ()
     assert QuantizeBnb().width_multiple == 64
-    assert QuantizeBnb(weights="llm-int8").width_multiple == 1
-    assert [QuantizeBnb().label, QuantizeBnb(weights="llm-int8").label] == ["NF4", "LLM.int8"]
+    assert QuantizeBnb(bits=8).width_multiple == 1
+    assert [QuantizeBnb().label, QuantizeBnb(bits=8).label] == ["NF4 g64", "LLM.int8"]

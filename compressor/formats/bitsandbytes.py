@@ -1,6 +1,6 @@
 """bitsandbytes' layouts, as transformers saves and loads them: NF4, and the weights of LLM.int8.
 
-Of a matrix [out, in] of NF4 codes c in -8 … 7, with blocks of 64 inputs:
+Of a matrix [out, in] of NF4 codes c in -8 … 7, with blocks of 64 inputs or another power of two:
 
     weight          uint8 [out·in/2, 1]  c + 8, two to a byte along the input, the first one high
     weight.absmax   fp32  [out·in/64]    largest magnitude of each block

@@ -106,7 +106,7 @@ CONTAINERS: Mapping[Container, str] = {
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
     "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
-    "bitsandbytes": "NF4 in blocks of 64, or LLM.int8, by quantize.bnb (format bitsandbytes)",
+    "bitsandbytes": "NF4 in blocks, or LLM.int8, by quantize.bnb (format bitsandbytes)",
 }
 
 _ROUND = Limits(

@@ -3,7 +3,7 @@
 - *GPTQ* (AutoGPTQ's layout, `quant_method: gptq`): 2, 3, 4, 8 bits, packed along the input, with
   packed zero-points along the output, so both dimensions must fill 32-bit words. Linear layers.
 - *AWQ* (`version: gemm`): 4 bits, packed along the output in words of eight; one grid for all.
-- *bitsandbytes*: NF4 in blocks of 64, or LLM.int8's rows, of linear layers, one of the two in a
+- *bitsandbytes*: NF4 in blocks, or LLM.int8's rows, of linear layers, one of the two in a
   model; nothing else, and no other container holds those.
 - *GGUF*: blocks of 32 inputs with an fp16 scale, so any group that 32 divides is repeated block
   by block, which is exact, and costs more bits than larger groups would need. Codes of 2, 3 and 4

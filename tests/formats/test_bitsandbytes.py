@@ -85,9 +85,13 @@ def test_transformers_reads_the_weights_that_were_rounded(
     }
 
 
-def test_the_real_layers_of_nf4_compute_what_ours_do(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [32, 64])
+def test_the_real_layers_of_nf4_compute_what_ours_do(
+    base: Path, tmp_path: Path, block: int
+) -> None:
     """The library's kernels sum in another order and, on some processors, in bf16."""
-    dense, codes = rounded(base, tmp_path / "dense", NF4, keep="down_proj")
+    scheme = WeightScheme(4, block, number="nf4")
+    dense, codes = rounded(base, tmp_path / "dense", scheme, keep="down_proj")
     exporters.exporter("bitsandbytes").write(source(dense, codes), tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}

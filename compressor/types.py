@@ -136,7 +136,6 @@ def activation_scheme(name: str) -> ActivationScheme | None:
         return None
 
 
-
 @dataclass(frozen=True)
 class CacheScheme:
     """How keys and values are rounded on their way into the cache: to floats of 8 bits (e4m3).

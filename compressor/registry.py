@@ -145,6 +145,7 @@ BUILTIN = (
         "quantize.hqq",
         "compressor.stages.quantize_hqq:QuantizeHqq",
         "fit scales and zero-points to most weights, let outliers miss; no calibration text",
+        "baseline",
     ),
     Method(
         "quantize.autoround",
@@ -156,6 +157,7 @@ BUILTIN = (
         "quantize.bnb",
         "compressor.stages.quantize_bnb:QuantizeBnb",
         "NF4 and LLM.int8 as bitsandbytes rounds and stores them; no calibration text",
+        "baseline",
     ),
     Method(
         "quantize.kv",

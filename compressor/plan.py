@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -31,18 +32,20 @@ from compressor.cost import (
 from compressor.efforts import DEFAULT, EffortName
 from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
+from compressor.formats.capabilities import PACKAGES
 from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
 from compressor.formats.support import Target, cache_problems, engine_problems
 from compressor.model.architecture import Architecture
 from compressor.order import cautions, order_problems
-from compressor.recipe import ExportConfig, Recipe
+from compressor.recipe import ExportConfig, ExportFormat, Recipe
 from compressor.source import Location
 from compressor.stages.base import ReportProblem, StageConfig
 from compressor.stages.packing import target_of
 from compressor.types import Problem
 
-_PACKED = ("compressed-tensors", "gptq", "awq")  # formats for quantized weights only
+# Formats for quantized weights only.
+_PACKED = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
 # Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: one
 # that stands still in front of each matrix until it has been rounded. The parent, which nobody
 # changes, needs one.
@@ -67,7 +70,7 @@ class StagePlan(Priced):
         bits_nominal: mean code width over the weights of linear layers in blocks.
         bits_linear: the same with scales and zero-points.
         bits_checkpoint: 8 · packed bytes / parameters of the base, the headline.
-        packed_bytes: of all tensors in a compressed-tensors export.
+        packed_bytes: of all tensors in a packed export.
         by_role: the same by what they hold.
         disk_bytes: what the stage itself writes: a dense checkpoint and the codes.
         peak_bytes: memory, estimated.
@@ -263,7 +266,7 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
     """Deliverables that a format cannot hold or an engine would not load."""
     found = []
     for index, export in enumerate(recipe.export):
-        if export.format != "compressed-tensors" and final.activations:
+        if export.format not in _serving(final):
             found.append(_forgotten_inputs(recipe, index, final))
             continue
         targets = _targets(final)
@@ -282,9 +285,11 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
         for message in _summary(list(dict.fromkeys(sentences))):
             hint = "change the stage, or export `dense`"
             found.append(recipe.problem(("export", index, "format"), message, hint))
-        if export.format == "gguf" and find_spec("gguf") is None:
-            message = "GGUF export needs the package gguf, which is not installed"
-            found.append(recipe.problem(("export", index, "format"), message, "pip install gguf"))
+        package = PACKAGES.get(export.format)
+        if package and find_spec(package) is None:
+            message = f"{export.format} export needs the package {package}, which is not installed"
+            hint = f"pip install {package}"
+            found.append(recipe.problem(("export", index, "format"), message, hint))
         for engine in export.engines:
             sentences = [
                 sentence
@@ -315,6 +320,14 @@ def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Pro
     ]
 
 
+def _serving(final: Architecture) -> Sequence[str]:
+    """The formats that can say how the model's inputs are rounded."""
+    numbers = {scheme.number for scheme in final.activations.values()}
+    if not numbers:
+        return get_args(ExportFormat)
+    return ("bitsandbytes",) if numbers == {"absmax"} else ("compressed-tensors",)
+
+
 def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Problem:
     """A format that holds weights only would be served otherwise than it was measured."""
     name, scheme = next(iter(final.activations.items()))
@@ -322,7 +335,8 @@ def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Proble
         f"{recipe.export[index].format} cannot say that inputs are rounded ({name}, to "
         f"{scheme.name}), so that it would not give what is measured"
     )
-    hint = "export compressed-tensors, or write `activations: none`"
+    (right,) = _serving(final)
+    hint = f"export {right}, or do not round inputs"
     return recipe.problem(("export", index, "format"), message, hint)
 
 

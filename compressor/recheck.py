@@ -27,9 +27,11 @@ from compressor.verify import value_problems, verify_weights
 
 _PROMPT = "The"
 _TOKENS = 8
-_OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros")
+_OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros", "weight_format")
 _CACHE = (".k_scale", ".v_scale")
-_PARTS = ("_packed", "_scale", "_zero_point", "qweight", "qzeros", "scales", "g_idx")
+_PACKED = ("_packed", "_scale", "_zero_point")  # parts of a packed matrix: of compressed-tensors,
+_WORDS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ,
+_PARTS = (*_PACKED, *_WORDS, "absmax", "SCB")  # and of bitsandbytes
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _shapes(folder: Path) -> Found:
     architecture = Architecture.from_config(read_config(folder))
     reader = CheckpointReader(folder)
     parts = [name for name in reader if name.endswith(_PARTS) and not name.endswith(_CACHE)]
-    packed = {name.rpartition(".")[0] for name in parts}
+    packed = {name.rpartition(".")[0].removesuffix(".weight") for name in parts}
     scaled = {name for name in reader if name.endswith(_CACHE)}
     for name, shape in architecture.tensors():
         if name.removesuffix(".weight") in packed:

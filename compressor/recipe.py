@@ -48,7 +48,7 @@ from compressor.source import Location, Source, apply_overrides, read_source, re
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-ExportFormat = Literal["compressed-tensors", "gptq", "awq", "gguf", "dense"]
+ExportFormat = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "dense"]
 EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
 
 
@@ -64,7 +64,8 @@ class ExportConfig(Section):
     format: ExportFormat = Field(
         description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
         "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `gguf` is "
-        "one file for llama.cpp; `dense` is the same model with ordinary weights, for any program.",
+        "one file for llama.cpp; `bitsandbytes` is for what quantize.bnb rounded; `dense` is the "
+        "same model with ordinary weights, for any program.",
     )
     form: Literal["auto", "pack-quantized", "int-quantized"] = Field(
         default="auto",

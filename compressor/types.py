@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Symmetry = Literal["symmetric", "full_range", "asymmetric"]
-Number = Literal["int", "float"]
+Number = Literal["int", "float", "nf4", "absmax"]
 Scales = Literal["dense", "e8m0", "e4m3"]
 
 
@@ -44,7 +44,9 @@ class WeightScheme:
         group_size: inputs that share one scale; None means one scale per output channel.
         symmetry: `symmetric` (scale > 0, no zero-point), `full_range` (the scale is signed so
             that the element of largest magnitude lands on -2^(bits-1)), or `asymmetric`.
-        number: what a code stands for before it is scaled: itself, or a floating-point number.
+        number: what a code stands for before it is scaled: itself; a floating-point number; and,
+            with the largest magnitude of a group as its scale (bitsandbytes), an entry of `NF4`
+            or, in `absmax`, the code over 127.
         scales: how scales are stored: `dense`, like the weights they replace; `e8m0`, powers of
             two; `e4m3`, 8-bit floats that one fp32 number for the whole matrix divides.
         rows: output channels that share one scale.
@@ -64,6 +66,8 @@ class WeightScheme:
         A float's code is the bit pattern of its magnitude under its sign, so that codes are in the
         order of what they stand for: e2m1 ends at 6 (code 7), e4m3 at 448 (code 126).
         """
+        if self.number == "absmax":
+            return -127, 127
         if self.number == "float":
             largest = (1 << (self.bits - 1)) - (1 if self.bits == 4 else 2)  # e4m3 ends in a NaN
             return -largest, largest
@@ -85,18 +89,30 @@ class ActivationScheme:
         number: what the inputs become: integers or floats (e4m3).
         bits: width of one of them.
         group_size: inputs of a token that share one scale; None for all of them.
+        threshold: of number `absmax` (LLM.int8): inputs of this magnitude, and all others in their
+            columns of the tokens that go through together, are not rounded; 0 for none of them.
     """
 
     number: Number
     bits: int
     group_size: int | None = None
+    threshold: float = 0.0
+
+    @property
+    def kernel(self) -> str:
+        """What engines know the rounding by: its name without the threshold."""
+        return self.name.partition(_UP_TO)[0]
 
     @property
     def name(self) -> str:
-        """Such as `int8` or `fp8-g128`."""
+        """Such as `int8`, `fp8-g128` or `llm-int8-below-6.0`."""
+        if self.number == "absmax":
+            return f"llm-int8{_UP_TO}{self.threshold!r}"
         group = "" if self.group_size is None else f"-g{self.group_size}"
         return f"{'int' if self.number == 'int' else 'fp'}{self.bits}{group}"
 
+
+_UP_TO = "-below-"
 
 ACTIVATIONS: Mapping[str, ActivationScheme] = {
     scheme.name: scheme
@@ -106,7 +122,18 @@ ACTIVATIONS: Mapping[str, ActivationScheme] = {
         ActivationScheme("float", 8, 128),
     )
 }
-"""Every rounding of inputs that exists, by name."""
+"""Every rounding of inputs that has no threshold, by name."""
+
+
+def activation_scheme(name: str) -> ActivationScheme | None:
+    """The rounding of inputs of that name; None when there is none."""
+    kernel, _, threshold = name.partition(_UP_TO)
+    if kernel != "llm-int8":
+        return ACTIVATIONS.get(name)
+    try:
+        return ActivationScheme("absmax", 8, threshold=float(threshold))
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -126,12 +153,23 @@ class CacheScheme:
 FLOATS: Mapping[int, tuple[int, int]] = {4: (1, 1), 8: (3, 7)}
 """Bits of the mantissa and bias of the exponent, by width: e2m1 and e4m3 (OCP, 2023)."""
 
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""What codes -8 to 7 stand for: quantiles of a Gaussian (QLoRA, arXiv:2305.14314, appendix E)."""
+
+_OVER_127 = 7.874015718698502e-3  # as bitsandbytes has it
+
 
 @dataclass(frozen=True)
 class QTensor:
     """What a rounder produced for one matrix: weight = scale * (codes - zero_point).
 
-    Codes of a float grid stand for floats, which take the place of `codes - zero_point`.
+    Codes of a float grid stand for floats, which take the place of `codes - zero_point`, and so do
+    those of `nf4`; those of `absmax` are divided by 127.
 
     Attributes:
         codes: int8 [out, in], within `scheme.code_range`.
@@ -151,21 +189,26 @@ class QTensor:
     def dequantize(self) -> Tensor:
         """Dense weight [out, in] in the dtype of `scale`.
 
-        The arithmetic (subtract and multiply in the scale's dtype, in fp32 if scales are divided)
-        is the one that compressed-tensors performs at load, so that dense and packed checkpoints
-        agree bit for bit.
+        The arithmetic (subtract and multiply in the scale's dtype, in fp32 if scales are divided
+        or largest magnitudes) is the one that compressed-tensors or bitsandbytes performs, so that
+        dense and packed checkpoints agree bit for bit.
         """
         out, in_features = self.codes.shape
         scale = step_sizes(self.scale, self.divisor, self.scheme)
         grouped = self.numbers().to(scale.dtype).view(out, scale.shape[1], -1)
         if self.zero_point is not None:
             grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
-        return (grouped * scale.unsqueeze(-1)).view(out, in_features).to(self.scale.dtype)
+        weight = grouped * scale.unsqueeze(-1)
+        if self.scheme.number == "absmax":
+            weight = weight * _OVER_127
+        return weight.view(out, in_features).to(self.scale.dtype)
 
     def numbers(self) -> Tensor:
         """What the codes [out, in] stand for before zero-point and scale: int8, or fp32."""
-        if self.scheme.number == "int":
+        if self.scheme.number in ("int", "absmax"):
             return self.codes
+        if self.scheme.number == "nf4":
+            return self.codes.float().new_tensor(NF4)[self.codes.int() + 8]
         mantissa_bits, bias = FLOATS[self.scheme.bits]
         magnitude = self.codes.int().abs()
         exponent = magnitude >> mantissa_bits
@@ -189,6 +232,8 @@ class QTensor:
 
 def step_sizes(scale: Tensor, divisor: Tensor | None, scheme: WeightScheme) -> Tensor:
     """What numbers are multiplied with, [out, groups], from scales as they are stored."""
+    if scheme.number in ("nf4", "absmax"):
+        return scale.float()
     divided = scale if divisor is None else scale.float() / divisor
     return divided if scheme.rows == 1 else divided.repeat_interleave(scheme.rows, 0)
 

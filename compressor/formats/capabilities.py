@@ -1,9 +1,9 @@
 """Which engine loads which container, and within what limits: the table, and nothing else.
 
 A container is what lies on disk: a layout of compressed-tensors (`pack-quantized`,
-`int-quantized`, or `auto`, where the scheme of each matrix decides), `gptq`, `awq`, `gguf`, or
-`dense`. `evidence` says where a row is from: `run` means that a test loads such a file in that
-engine; `documents`, that its documents say so.
+`int-quantized`, or `auto`, where the scheme of each matrix decides), `gptq`, `awq`, `gguf`,
+`bitsandbytes`, or `dense`. `evidence` says where a row is from: `run` means that a test loads such
+a file in that engine; `documents`, that its documents say so.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ Container = Literal[
     "gptq",
     "awq",
     "gguf",
+    "bitsandbytes",
 ]
+
+PACKAGES: Mapping[str, str] = {"gguf": "gguf", "bitsandbytes": "bitsandbytes"}
+"""What writing a format needs beyond this package's own dependencies."""
 
 _ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
 _SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
@@ -102,6 +106,7 @@ CONTAINERS: Mapping[Container, str] = {
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
     "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
+    "bitsandbytes": "NF4 in blocks, or LLM.int8, by quantize.bnb (format bitsandbytes)",
 }
 
 _ROUND = Limits(
@@ -118,6 +123,9 @@ _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
 _FP8_CACHE = frozenset(("fp8",))
 _GPTQMODEL = "gptqmodel and optimum"
+_BNB = "bitsandbytes"
+_FOUR_EIGHT = frozenset((4, 8))
+_LLM_INT8 = frozenset(("llm-int8",))
 
 ENGINES: Mapping[str, Engine] = {
     "transformers": Engine(
@@ -132,6 +140,14 @@ ENGINES: Mapping[str, Engine] = {
             "nvfp4-pack-quantized": _ROUND,
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, needs=_GPTQMODEL),
             "awq": Limits(_FOUR, multiple=8, mixed_fused=True, needs="gptqmodel"),
+            "bitsandbytes": Limits(
+                _FOUR_EIGHT,
+                _SYMMETRIC,
+                mixed_fused=True,
+                inputs=_LLM_INT8,
+                evidence="run",
+                needs=_BNB,
+            ),
         },
         caches=_FP8_CACHE,
     ),
@@ -147,6 +163,7 @@ ENGINES: Mapping[str, Engine] = {
             "nvfp4-pack-quantized": Limits(),
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
+            "bitsandbytes": Limits(_FOUR_EIGHT, _SYMMETRIC, inputs=_LLM_INT8, needs=_BNB),
         },
         caches=_FP8_CACHE,
     ),

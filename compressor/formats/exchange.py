@@ -3,12 +3,14 @@
 - *GPTQ* (AutoGPTQ's layout, `quant_method: gptq`): 2, 3, 4, 8 bits, packed along the input, with
   packed zero-points along the output, so both dimensions must fill 32-bit words. Linear layers.
 - *AWQ* (`version: gemm`): 4 bits, packed along the output in words of eight; one grid for all.
+- *bitsandbytes*: NF4 in blocks, or LLM.int8's rows, of linear layers, one of the two in a
+  model; nothing else, and no other container holds those.
 - *GGUF*: blocks of 32 inputs with an fp16 scale, so any group that 32 divides is repeated block
   by block, which is exact, and costs more bits than larger groups would need. Codes of 2, 3 and 4
   bits go into Q4_0 (symmetric) or Q4_1; 5 into Q5_0 or Q5_1; 6 to 8, symmetric, into Q8_0.
 
-Scales are fp16 in all three. A bf16 scale is an fp16 number between 2^-17 and 65504; exporters
-check every scale, and refuse one that fp16 would change.
+Scales are fp16 in GPTQ, AWQ and GGUF. A bf16 scale is an fp16 number between 2^-17 and 65504;
+exporters check every scale, and refuse one that fp16 would change.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Literal
 from compressor.formats.capabilities import Container
 from compressor.formats.sizes import PackedSize, packed_bytes
 from compressor.formats.support import (
+    ABSMAX,
     LAYOUTS,
     Target,
     export_problems,
@@ -67,12 +70,18 @@ def container_problems(
         return []
     quantized = [(target, target.scheme) for target in targets if target.scheme is not None]
     rule = _RULES[container]
+    others = [(target, scheme) for target, scheme in quantized if scheme.number in ABSMAX]
+    if others and container != "bitsandbytes":
+        target, scheme = others[0]
+        return [f"{target.name} is {ABSMAX[scheme.number]}, which only bitsandbytes holds"]
     floats = [target for target, scheme in quantized if scheme.number == "float"]
-    if floats:
+    if floats and container != "bitsandbytes":
         return [f"{floats[0].name} has a float grid, and {container} holds integer codes"]
     problems = [sentence for target, scheme in quantized for sentence in rule(target, scheme)]
     if container == "awq" and len(schemes := {scheme for _, scheme in quantized}) > 1:
         problems.append(f"AWQ has one grid for all matrices, and here there are {len(schemes)}")
+    if container == "bitsandbytes" and not problems:
+        problems += _mixed_problems(quantized)
     if container == "gguf" and model_type not in GGUF_FAMILIES:
         known = ", ".join(GGUF_FAMILIES)
         problems.append(f"GGUF export names the tensors of {known}, not of {model_type or '?'}")
@@ -119,10 +128,29 @@ def _gguf_problems(target: Target, scheme: WeightScheme) -> Iterable[str]:
         yield f"{target.name} has groups of {size}; blocks of GGUF have {GGUF_BLOCK} inputs"
 
 
+def _bitsandbytes_problems(target: Target, scheme: WeightScheme) -> Iterable[str]:
+    if target.kind != "linear":
+        yield f"{target.name} is an {target.kind}; bitsandbytes export writes linear layers"
+    if scheme.number not in ABSMAX:
+        yield (
+            f"{target.name} is not NF4 or rounded for LLM.int8, which is all that bitsandbytes "
+            "holds: use quantize.bnb"
+        )
+    yield from _grouped(target, scheme)
+
+
+def _mixed_problems(quantized: Sequence[tuple[Target, WeightScheme]]) -> Iterable[str]:
+    if len({scheme.number for _, scheme in quantized}) > 1:
+        yield "a bitsandbytes checkpoint is NF4 or LLM.int8, and here there are both"
+    elif len({target.activations for target, _ in quantized}) > 1:
+        yield "a bitsandbytes checkpoint has one threshold, and here there are several"
+
+
 _RULES: Mapping[str, Callable[[Target, WeightScheme], Iterable[str]]] = {
     "gptq": _gptq_problems,
     "awq": _awq_problems,
     "gguf": _gguf_problems,
+    "bitsandbytes": _bitsandbytes_problems,
 }
 
 
@@ -135,6 +163,8 @@ def stored_bytes(target: Target, dtype: str, container: Container) -> PackedSize
         container: what holds it.
     """
     assert target.scheme is not None
+    if target.scheme.number in ABSMAX:  # one layout each, whatever the container
+        return packed_bytes(target.shape, target.scheme, dtype)
     if container in LAYOUTS:
         return packed_bytes(target.shape, target.scheme, dtype, layout_of(target, container))
     return matrix_bytes(target.shape, target.scheme, container)

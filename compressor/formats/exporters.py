@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from compressor.errors import ResourceError
-from compressor.formats.capabilities import Container
+from compressor.formats.capabilities import PACKAGES, Container
 from compressor.types import ActivationScheme, QTensor
 
 
@@ -68,9 +68,8 @@ _MODULES: Mapping[str, str] = {
     "gptq": "compressor.formats.gptq",
     "awq": "compressor.formats.awq",
     "gguf": "compressor.formats.gguf",
+    "bitsandbytes": "compressor.formats.bitsandbytes",
 }
-
-_PACKAGES: Mapping[str, str] = {"gguf": "gguf"}  # extras of this package
 
 
 def exporter(name: str) -> Exporter:
@@ -82,7 +81,7 @@ def exporter(name: str) -> Exporter:
     try:
         module = import_module(_MODULES[name])
     except ImportError as error:
-        package = _PACKAGES.get(name)
+        package = PACKAGES.get(name)
         if package is None or error.name != package:
             raise
         raise ResourceError(

@@ -6,6 +6,7 @@ and bits per weight divide by the logical parameters of the *base* model, so tha
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import struct
@@ -24,8 +25,8 @@ from compressor.formats.headers import (
     read_folder,
     read_json,
 )
-from compressor.formats.support import Format
-from compressor.types import WeightScheme
+from compressor.formats.support import ABSMAX, Format
+from compressor.types import NF4, WeightScheme
 
 Role = Literal["codes", "scales", "zero_points", "embeddings", "head", "rest"]
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
@@ -44,11 +45,16 @@ _SUFFIX_ROLES: Mapping[str, Role] = {
     "qweight": "codes",  # of GPTQ and AWQ, as are the next two
     "scales": "scales",
     "qzeros": "zero_points",
+    "absmax": "scales",  # of bitsandbytes, as is the next
+    "SCB": "scales",
 }
 
 
 class PackedSize(BaseModel):
-    """Bytes on disk of one exported matrix; `shape` is what says how it is laid out."""
+    """Bytes on disk of one exported matrix; `shape` is what says how it is laid out.
+
+    In bitsandbytes that is the table of NF4 with its description, or a byte.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,12 +116,14 @@ def packed_bytes(
         scheme: the grid; its group size divides `in`.
         scale_dtype: as safetensors names it.
         form: int-quantized stores a byte per code and per zero-point, and no shape. Float grids
-            have one layout each.
+            have one layout each, and so do the two of bitsandbytes.
     """
     out, in_features = shape
     groups = scheme.groups(in_features)
     scales = out * groups * DTYPE_BITS[scale_dtype] // 8
     asymmetric = scheme.symmetry == "asymmetric"
+    if scheme.number in ABSMAX:
+        return _absmax_bytes(shape, scheme, scale_dtype)
     if scheme.number == "float":
         return _float_bytes(shape, scheme, scale_dtype)
     if form == "int-quantized":
@@ -134,6 +142,30 @@ def _float_bytes(shape: tuple[int, int], scheme: WeightScheme, scale_dtype: str)
     divisor = 4 if scheme.scales == "e4m3" else 0
     codes = out * in_features * scheme.bits // 8
     return PackedSize(codes=codes, scales=scales + divisor, zero_points=0, shape=0)
+
+
+def _absmax_bytes(shape: tuple[int, int], scheme: WeightScheme, dtype: str) -> PackedSize:
+    """Two NF4 to a byte with fp32 scales, their table and its description; or bytes and a byte."""
+    out, in_features = shape
+    scales = 4 * out * scheme.groups(in_features)
+    codes = out * in_features * scheme.bits // 8
+    table = 4 * len(NF4) + len(nf4_description(shape, scheme, dtype))
+    return PackedSize(
+        codes=codes, scales=scales, zero_points=0, shape=table if scheme.number == "nf4" else 1
+    )
+
+
+def nf4_description(shape: Sequence[int], scheme: WeightScheme, dtype: str) -> bytes:
+    """What bitsandbytes stores beside NF4 codes, as JSON: block, dtype and shape of the weight.
+
+    Args:
+        shape: [out, in].
+        scheme: of number `nf4`.
+        dtype: of the dense weight, as safetensors names it.
+    """
+    name = next(name for name, stored in STORED.items() if stored == dtype)
+    blocks = {"quant_type": "nf4", "blocksize": scheme.group_size}
+    return json.dumps(blocks | {"dtype": name, "shape": list(shape)}).encode()
 
 
 def _words(elements: int, bits: int) -> int:
@@ -155,7 +187,8 @@ def measure(folder: Path, logical_parameters: int) -> SizeReport:
     """Weigh a checkpoint from its headers.
 
     Args:
-        folder: dense, compressed-tensors, GPTQ or AWQ checkpoint, or one with a GGUF file.
+        folder: dense, compressed-tensors, GPTQ, AWQ or bitsandbytes checkpoint, or one with a
+            GGUF file.
         logical_parameters: weights of the base model, ties once.
 
     Raises:
@@ -189,7 +222,7 @@ def _role(name: str, info: TensorInfo) -> Role:
         return "embeddings"
     if _HEAD.search(name):
         return "head"
-    if name.endswith(".weight") and info.dtype in ("I8", "F8_E4M3"):
+    if name.endswith(".weight") and info.dtype in ("I8", "U8", "F8_E4M3"):
         return "codes"
     return _SUFFIX_ROLES.get(name.rpartition(".")[2], "rest")
 
@@ -202,12 +235,13 @@ def _linear_bits(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float
         if _EMBEDDINGS.search(name) or _HEAD.search(name):
             continue
         module, _, leaf = name.rpartition(".")
-        if leaf in ("weight_scale", "weight_global_scale", "weight_zero_point", "scales", "qzeros"):
+        if _SUFFIX_ROLES.get(leaf) in ("scales", "zero_points"):
             stored_bits += 8 * info.nbytes
         elif count := _weights(name, info, tensors):
             dense = info.dtype in FLOATING
             elements += count
-            bits = 32 * info.elements // count if leaf == "qweight" else _code_bits(module, groups)
+            stored = leaf == "qweight" or (leaf == "weight" and info.dtype == "U8")
+            bits = 8 * info.nbytes // count if stored else _code_bits(module, groups)
             code_bits += count * (DTYPE_BITS[info.dtype] if dense else bits)
             stored_bits += 8 * info.nbytes
     return (code_bits / elements, stored_bits / elements) if elements else (0.0, 0.0)
@@ -215,8 +249,8 @@ def _linear_bits(folder: Path, tensors: Mapping[str, TensorInfo]) -> tuple[float
 
 def _weights(name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> int:
     """Number of linear weights that a tensor stores; 0 for anything else."""
-    if name.endswith(".weight_packed") and info.dtype == "U8":
-        return 2 * info.elements  # fp4
+    if name.endswith((".weight_packed", ".weight")) and info.dtype == "U8":
+        return 2 * info.elements  # fp4, NF4
     if name.endswith(".weight_packed"):
         shape = tensors[name.removesuffix("packed") + "shape"]
         with shape.file.open("rb") as stream:

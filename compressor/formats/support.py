@@ -72,6 +72,8 @@ _FLOAT_LAYOUTS: Mapping[Scales, Format] = {
 SCALED_EMBEDDINGS = ("gemma2", "gemma3_text")
 """`model_type` of families whose embedding multiplies what it looks up."""
 
+ABSMAX: Mapping[str, str] = {"nf4": "NF4", "absmax": "rounded for LLM.int8"}
+"""Numbers of bitsandbytes -> how a matrix of them is called."""
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
@@ -197,6 +199,8 @@ def _matrix_problems(target: Target, form: Form) -> Iterable[str]:
             f"{target.name} is a Conv1D stored as [in, out], and compressed-tensors groups "
             "along the last dimension, which there is the output"
         )
+    if scheme.number in ABSMAX:
+        yield f"{target.name} is {ABSMAX[scheme.number]}, which only bitsandbytes holds"
     if scheme.number == "float" and target.kind in ("expert", "embedding"):
         yield f"{target.name} is an {target.kind}, which transformers loads with integer codes only"
     if out % scheme.rows:
@@ -256,7 +260,7 @@ def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> 
 
 def _container(target: Target, form: Container) -> Container:
     """What holds a matrix; that of compressed-tensors may depend on its scheme."""
-    if target.scheme is None or form in ("dense", "gptq", "awq", "gguf"):
+    if target.scheme is None or form in ("dense", "gptq", "awq", "gguf", "bitsandbytes"):
         return form
     return layout_of(target, form)  # type: ignore[arg-type]
 
@@ -285,7 +289,7 @@ def _input_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Ite
     inputs = target.activations
     if inputs is None:
         return
-    if inputs.name not in limits.inputs:
+    if inputs.kernel not in limits.inputs:
         yield (
             f"{target.name} sees inputs rounded to {inputs.name}, for which it has no kernel in "
             "this layout"

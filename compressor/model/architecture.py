@@ -17,7 +17,13 @@ from typing import Literal
 
 from compressor.errors import ModelError
 from compressor.model.families import FAMILIES, Condition, Family, Linear, Norm, NormKind
-from compressor.types import ACTIVATIONS, ActivationScheme, CacheScheme, WeightScheme
+from compressor.types import (
+    ACTIVATIONS,
+    ActivationScheme,
+    CacheScheme,
+    WeightScheme,
+    activation_scheme,
+)
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
@@ -439,12 +445,14 @@ def _rounded_inputs(config: Mapping[str, object]) -> dict[str, ActivationScheme]
     """
     serving = config.get(SERVING, {})
     found = serving.get("activations", {}) if isinstance(serving, Mapping) else None
-    if not isinstance(found, Mapping) or not all(name in ACTIVATIONS for name in found):
+    names = found if isinstance(found, Mapping) else {"": ()}
+    schemes = {name: activation_scheme(name) for name in names}
+    if not all(schemes.values()):
         raise ModelError(
             f"config.json has {found!r} as the rounding of inputs; "
-            f"known are: {', '.join(ACTIVATIONS)}"
+            f"known are: {', '.join(ACTIVATIONS)} and llm-int8 with a threshold"
         )
-    return {module: ACTIVATIONS[name] for name, modules in found.items() for module in modules}
+    return {module: scheme for name, scheme in schemes.items() if scheme for module in names[name]}
 
 
 def attention_implementation(config: Mapping[str, object]) -> str:

@@ -249,13 +249,16 @@ def load_model(
 
 def _packed(config: dict[str, Any]) -> bool:
     quantization = config.get("quantization_config") or {}
-    return bool(quantization.get("quant_method") == "compressed-tensors")
+    return quantization.get("quant_method") in ("compressed-tensors", "bitsandbytes")
 
 
 def _unpack(model: Any) -> None:
     """What the library would do at the first forward pass, done now."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:  # `dequantize` in the configuration: done, and the quantizer dropped
+        return
+    if model.quantization_method == "bitsandbytes":
+        model.dequantize()
         return
     compressor = quantizer.compressor
     compressor.decompress_model(model)

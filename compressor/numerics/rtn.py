@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.numerics.absmax import round_to_absmax
 from compressor.numerics.grid import Search, fit_grid, round_to_grid
 from compressor.types import QTensor, WeightScheme
 
@@ -18,7 +19,12 @@ def rtn(
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> QTensor:
-    """Every weight [out, in] on the nearest point of its grid; arguments as in `fit_grid`."""
+    """Every weight [out, in] on the nearest point of its grid; arguments as in `fit_grid`.
+
+    There is nothing to search where scales are the largest magnitudes of their groups.
+    """
+    if scheme.number in ("nf4", "absmax"):
+        return round_to_absmax(weight, scheme, scale_dtype)
     grid = fit_grid(
         weight,
         scheme,

@@ -22,6 +22,10 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
     "dense": {**_SERVED, "SGLang": _SGLANG},
     "gptq": _GPTQMODEL,
     "awq": _GPTQMODEL,
+    "bitsandbytes": {
+        "Transformers": "# pip install bitsandbytes accelerate\n" + _TRANSFORMERS,
+        "vLLM": _VLLM,
+    },
     "gguf": {"llama.cpp": "llama-server -m {path}/model.gguf"},
 }
 

@@ -186,18 +186,19 @@ class RounderConfig(StageConfig):
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture with a grid on every chosen matrix; each matrix is rounded once."""
-        _check_patterns("targets", architecture.select(self.targets), problems)
-        _check_patterns("ignore", architecture.select(self.ignore), problems)
+        check_patterns("targets", architecture.select(self.targets), problems)
+        check_patterns("ignore", architecture.select(self.ignore), problems)
         schemes = self.schemes(architecture)
         chosen = [architecture.matrix(name) for name in schemes]
         if not chosen:
             if architecture.select(self.targets).matrices:
                 problems("ignore", "it covers every target, so that nothing is left to round", "")
             return architecture
-        self._check_places(architecture, problems)
+        check_places(self.targets, self.ignore, architecture, problems)
+        self._check_head(architecture, problems)
         self._check_overrides(architecture, schemes, problems)
         self._check_allotment(architecture, schemes, problems)
-        _check_rounded_once(chosen, problems)
+        check_rounded_once(chosen, problems)
         if self.weights in FORMATS:
             for problem in format_problems(self.weights, dict(self), architecture, chosen):
                 problems(*problem)
@@ -240,24 +241,24 @@ class RounderConfig(StageConfig):
             )
         return tuple(said)
 
-    def _check_places(self, architecture: Architecture, problems: ReportProblem) -> None:
-        """Targets are linear layers of blocks; embedding and head have options of their own."""
-        ignored = {matrix.name for matrix in architecture.select(self.ignore).matrices}
-        for matrix in architecture.select(self.targets).matrices:
-            if matrix.name in ignored:
-                continue
-            if matrix.role == "router":
+    def refuse_two_bits(self, what: str, problems: ReportProblem) -> None:
+        """Report every width of 2 bits that is written, unless the user forces it.
+
+        Args:
+            what: the way of rounding, to complete "2-bit … ruins a model".
+            problems: where to report.
+        """
+        widths = [("bits", self.bits)]
+        widths += [(f"overrides.{i}.bits", o.bits) for i, o in enumerate(self.overrides) if o.bits]
+        for place, bits in widths:
+            if bits <= 2 and not self.force:
                 problems(
-                    "targets",
-                    f"{matrix.name} is a router; rounding it changes which experts run",
-                    "add it to `ignore`, or use the pattern `linear`, which leaves routers out",
+                    place,
+                    f"{bits}-bit {what} ruins a model",
+                    "use quantize.gptq, 3 bits or more, or write `force: true`",
                 )
-            elif matrix.block is None:
-                problems(
-                    "targets",
-                    f"{matrix.name} is outside the decoder blocks",
-                    "use the pattern `linear`, and `embeddings: quantize` or `head: quantize`",
-                )
+
+    def _check_head(self, architecture: Architecture, problems: ReportProblem) -> None:
         if self.head == "quantize" and architecture.tied and self.embeddings == "keep":
             problems(
                 "head",
@@ -276,7 +277,7 @@ class RounderConfig(StageConfig):
             place = f"overrides.{index}.pattern"
             matched = override.names(architecture)
             if not matched:
-                _check_patterns(place, architecture.select((override.pattern,)), problems)
+                check_patterns(place, architecture.select((override.pattern,)), problems)
             elif not matched & schemes.keys():
                 message = f"{override.pattern!r} matches only matrices that the stage leaves alone"
                 problems(place, message, "add them to `targets`, or remove the override")
@@ -334,13 +335,41 @@ def grid_label(scheme: WeightScheme, inputs: ActivationScheme | None = None) -> 
     return f"W{scheme.bits}{f'A{inputs.bits}' if inputs else ''} {group}{kind}"
 
 
-def _check_patterns(option_name: str, selection: Selection, problems: ReportProblem) -> None:
+def check_patterns(option_name: str, selection: Selection, problems: ReportProblem) -> None:
+    """Every pattern must match a matrix."""
     for missed in selection.unmatched:
         message = f"the pattern {missed.pattern!r} matches no matrix of the model"
         problems(option_name, message, missed.suggestion)
 
 
-def _check_rounded_once(chosen: Sequence[Matrix], problems: ReportProblem) -> None:
+def check_places(
+    targets: Sequence[str],
+    ignore: Sequence[str],
+    architecture: Architecture,
+    problems: ReportProblem,
+    hint: str = "use the pattern `linear`, and `embeddings: quantize` or `head: quantize`",
+) -> None:
+    """Targets are linear layers of blocks; `hint` is for what is outside them."""
+    ignored = {matrix.name for matrix in architecture.select(ignore).matrices}
+    for matrix in architecture.select(targets).matrices:
+        if matrix.name in ignored:
+            continue
+        if matrix.role == "router":
+            problems(
+                "targets",
+                f"{matrix.name} is a router; rounding it changes which experts run",
+                "add it to `ignore`, or use the pattern `linear`, which leaves routers out",
+            )
+        elif matrix.block is None:
+            problems(
+                "targets",
+                f"{matrix.name} is outside the decoder blocks",
+                hint,
+            )
+
+
+def check_rounded_once(chosen: Sequence[Matrix], problems: ReportProblem) -> None:
+    """No matrix may have codes of an earlier stage."""
     twice = [matrix for matrix in chosen if matrix.scheme is not None]
     if twice and twice[0].scheme is not None:
         more = f" and {len(twice) - 1} more matrices" if len(twice) > 1 else ""

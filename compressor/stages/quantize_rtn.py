@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -45,22 +44,8 @@ class QuantizeRtn(RounderConfig):
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """Bits per matrix after the stage; refuses 2 bits unless forced."""
         check_grid(self.grid, self.schemes(architecture), problems)
-        if not self.force:
-            for place, bits in self._widths():
-                if bits <= 2:
-                    problems(
-                        place,
-                        f"{bits}-bit round-to-nearest without compensation ruins a model",
-                        "use quantize.gptq, 3 bits or more, or write `force: true`",
-                    )
+        self.refuse_two_bits("round-to-nearest without compensation", problems)
         return super().plan(architecture, problems)
-
-    def _widths(self) -> Iterator[tuple[str, int]]:
-        """Every width that is written, with the option that writes it."""
-        yield "bits", self.bits
-        for index, override in enumerate(self.overrides):
-            if override.bits is not None:
-                yield f"overrides.{index}.bits", override.bits
 
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext

@@ -27,7 +27,6 @@ from compressor.numerics.hessian import HessianAccumulator, relative_loss
 from compressor.numerics.propagation import DriftAccumulator
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
-from compressor.stages.quantize_base import RounderConfig
 from compressor.types import (
     ActivationScheme,
     BlockRecord,
@@ -101,6 +100,16 @@ class Job:
     inputs: Mapping[str, ActivationScheme] | None = None
 
 
+class Rounder(Protocol):
+    """What the loop asks a stage."""
+
+    def schemes(self, architecture: Architecture) -> dict[str, WeightScheme]:
+        """The grid of every matrix that the stage rounds, by name, in model order."""
+
+    def rounded_inputs(self, architecture: Architecture) -> dict[str, ActivationScheme]:
+        """How the inputs of matrices are rounded while the model runs, by name."""
+
+
 class Balance(Protocol):
     """Weights of domains, set anew after every block by what its rounding did to held-out text."""
 
@@ -127,7 +136,7 @@ def architecture_of(checkpoint: Path) -> Architecture:
 
 
 def round_model(
-    stage: RounderConfig,
+    stage: Rounder,
     solve: Solve,
     checkpoint: Path,
     batches: Sequence[TokenBatch],

@@ -13,6 +13,7 @@ from compressor.errors import NumericalError
 from compressor.numerics.gptq import Asymmetry, HessianFactor, factorize, gptq
 from compressor.numerics.grid import Search, fit_grid
 from compressor.numerics.hessian import shrink
+from compressor.numerics.hqq import HalfQuadratic, hqq
 from compressor.numerics.propagation import forward_pull, propagated_target
 from compressor.numerics.rtn import rtn
 from compressor.stages.grids import READ_TEXT
@@ -21,6 +22,7 @@ from compressor.types import QTensor, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.stages.quantize_gptq import QuantizeGptq
+    from compressor.stages.quantize_hqq import QuantizeHqq
 
 _UNREACHED = "no calibration token reached it"
 
@@ -51,6 +53,25 @@ def nearest(search: Search) -> Solve:
             )
 
         return [Rounded(qtensor, fallback) for qtensor in _stacked(weights, schemes, rounded)]
+
+    return solve
+
+
+def half_quadratic(options: QuantizeHqq) -> Solve:
+    """HQQ, which looks at weights only."""
+    settings = HalfQuadratic(options.exponent, options.beta, options.growth, options.iterations)
+
+    def solve(
+        weights: Sequence[Tensor],
+        schemes: Sequence[WeightScheme],
+        _: Moments | None,
+        dtype: torch.dtype,
+    ) -> list[Rounded]:
+        pairs = zip(weights, schemes, strict=True)
+        return [
+            Rounded(hqq(weight, scheme, settings, start=options.grid, scale_dtype=dtype))
+            for weight, scheme in pairs
+        ]
 
     return solve
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -452,6 +453,34 @@ def test_losses_of_experts_are_near_the_measured_divergence(variant: str, tmp_pa
     content = read_json(result.checkpoint / ALLOCATION)
     assert len({(entry["bits"], entry["group_size"]) for entry in content.values()}) == 1
     assert all(0 < entry["expected_loss"] < 1 for entry in content.values())
+
+
+@pytest.mark.parametrize("rounder", ["gptq", "autoround, steps: 2, checks: 1"])
+def test_experts_come_back_from_disk_with_the_bytes_they_were_given(
+    tmp_path: Path, rounder: str
+) -> None:
+    parent = tmp_path / "parent"
+    build("qwen3_moe", torch.bfloat16, vocab_size=4096).save_pretrained(parent)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resources.builtin_model("tiny") / name, parent)
+    (tmp_path / "text.txt").write_text("A run is checked on a few words of text. " * 20)
+    text = f"""\
+calibration: {{samples: 4, length: 32, batch_size: 2}}
+stages:
+  - {{method: allocate.bits, target_bpw: 5.5, counting: linear, bits: [3, 4, 6], group_sizes: [16]}}
+  - {{method: quantize.{rounder}}}
+evaluate: {{text: {{own: text.txt}}, length: 64, resamples: 100, noise_floor: false}}
+export: [{{format: compressed-tensors}}]
+"""
+    outcome = run_recipe(load(tmp_path, text=text), str(parent), tmp_path / "run")
+    chosen = read_allocation(outcome.folder / "stages" / "01-allocate.bits")
+    assert len({grid for name, grid in chosen.items() if ".experts." in name}) == 1
+    assert len(chosen) == 2 * (4 + 3 * 3)
+    notes = outcome.report.variants[1].stage.notes  # type: ignore[union-attr]
+    folder = outcome.folder / "deliverable" / "compressed-tensors"
+    size = measure(folder, 1)
+    assert size.tensor_bytes == notes["allocated_bytes"]
+    assert outcome.report.variants[2].artifact.max_logit_difference == 0  # type: ignore[union-attr]
 
 
 def test_an_expert_that_no_token_reaches_counts_as_if_one_had(tmp_path: Path) -> None:

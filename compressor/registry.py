@@ -136,28 +136,28 @@ BUILTIN = (
         "baseline",
     ),
     Method(
-        "quantize.gptq",
-        "compressor.stages.quantize_gptq:QuantizeGptq",
-        "round column by column, each error compensated in the columns that follow",
-        "compensation",
-    ),
-    Method(
         "quantize.hqq",
         "compressor.stages.quantize_hqq:QuantizeHqq",
         "fit scales and zero-points to most weights, let outliers miss; no calibration text",
         "baseline",
     ),
     Method(
-        "quantize.autoround",
-        "compressor.stages.quantize_autoround:QuantizeAutoround",
-        "learn which way to round every weight, block by block; slow, best at 2 bits",
-        "optimization",
-    ),
-    Method(
         "quantize.bnb",
         "compressor.stages.quantize_bnb:QuantizeBnb",
         "NF4 and LLM.int8 as bitsandbytes rounds and stores them; no calibration text",
         "baseline",
+    ),
+    Method(
+        "quantize.gptq",
+        "compressor.stages.quantize_gptq:QuantizeGptq",
+        "round column by column, each error compensated in the columns that follow",
+        "compensation",
+    ),
+    Method(
+        "quantize.autoround",
+        "compressor.stages.quantize_autoround:QuantizeAutoround",
+        "learn which way to round every weight, block by block; slow, best at 2 bits",
+        "optimization",
     ),
     Method(
         "quantize.kv",

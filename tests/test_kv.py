@@ -501,7 +501,7 @@ def test_transformers_serves_every_family_as_we_measure_it(tmp_path: Path, varia
     model = build(variant)
     model.save_pretrained(tmp_path / "base")
     architecture = Architecture.from_config(read_config(tmp_path / "base"))
-    scheme = CacheScheme(((0.03125, 0.015625),) * architecture.layers)
+    scheme = CacheScheme(((0.03, 0.017),) * architecture.layers)
     dense = with_cache(tmp_path / "dense", scheme, tmp_path / "base")
     cache = dict(zip(architecture.cached_attention, scheme.scales, strict=True))
     parameters = architecture.parameters

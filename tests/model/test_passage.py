@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor.model.block import Block
 from compressor.model.passage import Passage
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from tests.model.conftest import VARIANTS
 from tests.model.test_walk import BATCHES, Checkpoints
 

@@ -17,9 +17,10 @@ from compressor.engine import run_recipe
 from compressor.errors import PlanError, VerificationError
 from compressor.model import edges as edges_module
 from compressor.model.architecture import Architecture
+from compressor.model.block import Block
 from compressor.model.edges import EDGE_KINDS, Edge
 from compressor.model.load import load_model
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from compressor.numerics.rtn import rtn
 from compressor.plan import make_plan
 from compressor.progress import SilentObserver

@@ -207,21 +207,38 @@ def load_model(
         ModelError: it cannot be loaded, or weights that its configuration calls for are missing.
         ResourceError: its format needs a package that is not installed.
     """
-    import transformers
-    from huggingface_hub.errors import StrictDataclassError
-
     from compressor.model.cache import round_cache
     from compressor.model.inputs import round_inputs
-    from compressor.model.quiet import quiet
 
     weight_files(path)
     config = read_config(path)
     packed = _packed(config)
+    model = _from_pretrained(path, config, "auto" if dtype is None or packed else dtype, packed)
+    if SERVING in config:
+        architecture = Architecture.from_config(config)
+        round_inputs(model, architecture)
+        round_cache(model, architecture)
+    if packed and dtype is not None:
+        # Weights only: rotary frequencies are fp32 in any model, and wrong in bf16.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model.eval().to(device)
+
+
+def _from_pretrained(
+    path: Path, config: dict[str, Any], dtype: torch.dtype | str, packed: bool
+) -> Any:
+    """What transformers makes of a checkpoint, unpacked; with all of its weights, or an error."""
+    import transformers
+    from huggingface_hub.errors import StrictDataclassError
+
+    from compressor.model.quiet import quiet
+
     try:
         with quiet():
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype="auto" if dtype is None or packed else dtype,
+                dtype=dtype,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -236,15 +253,7 @@ def load_model(
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"{path} cannot be loaded: {_summary(error)}") from None
     _check_complete(path, info)
-    if SERVING in config:
-        architecture = Architecture.from_config(config)
-        round_inputs(model, architecture)
-        round_cache(model, architecture)
-    if packed and dtype is not None:
-        # Weights only: rotary frequencies are fp32 in any model, and wrong in bf16.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    return model.eval().to(device)
+    return model
 
 
 def _packed(config: dict[str, Any]) -> bool:

@@ -23,7 +23,8 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.files import link_checkpoint
 from compressor.formats.shards import TORCH_DTYPES
 from compressor.formats.sizes import STORED
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.block import Block
+from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import DiagonalAccumulator, HessianAccumulator
 from compressor.numerics.knapsack import choose
 from compressor.numerics.sensitivity import compensated_columns, rounding_losses

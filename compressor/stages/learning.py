@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from compressor.model.walk import Block, BlockMatrix
+from compressor.model.block import Block, BlockMatrix
 from compressor.numerics.grid import fit_grid
 from compressor.numerics.signround import LearnedRounding, rate_at
 from compressor.stages.rounding import (

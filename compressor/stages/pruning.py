@@ -19,10 +19,11 @@ from torch import Tensor
 
 from compressor.formats.shards import CheckpointWriter, shard_name
 from compressor.model.architecture import Architecture, Matrix
+from compressor.model.block import Block
 from compressor.model.files import read_config
 from compressor.model.shape import Shape, resized, shape_of
 from compressor.model.surgery import BlockKeep, cut_block, pruned_config
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import relative_loss
 from compressor.numerics.pruning import Level
 from compressor.stages.context import StageContext

@@ -25,9 +25,10 @@ from torch import Tensor
 from compressor.calibration import CalibrationSet, build_development
 from compressor.evaluation.divergence import log_probabilities, rows_per_chunk
 from compressor.model.architecture import Architecture
+from compressor.model.block import Block
 from compressor.model.files import read_config
 from compressor.model.load import load_tokenizer
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from compressor.numerics.robust import chi_square_weights, trusted_radius
 from compressor.stages.context import StageContext
 from compressor.stages.rounding import (

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.model.architecture import Architecture, Matrix
+from compressor.model.block import Block
 from compressor.model.edges import Edge
 from compressor.model.experts import place
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import HessianAccumulator, row_losses
 from compressor.numerics.scaling import (
     Choice,

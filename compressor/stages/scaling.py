@@ -19,9 +19,10 @@ from torch import Tensor
 from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.model.architecture import Architecture
+from compressor.model.block import Block
 from compressor.model.edges import Edge, edges
 from compressor.model.files import read_config
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from compressor.numerics.scaling import (
     fold_norm,
     spread_heads,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.model.architecture import Architecture
-from compressor.model.walk import Block, BlockMatrix, Observer
+from compressor.model.block import Block, BlockMatrix, Observer
 from compressor.numerics.hessian import HessianAccumulator, full_precision
 from compressor.numerics.pruning import Level
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor.model.block import Block
 from compressor.model.passage import Passage
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from tests.model.conftest import VARIANTS
 from tests.model.test_walk import BATCHES, Checkpoints
 
@@ -122,7 +123,7 @@ def test_a_full_budget_runs_anew(checkpoints: Checkpoints, tmp_path: Path) -> No
     """Room for the first batch only; the second one gives way."""
     path = checkpoints("llama")
     probe = BlockWalk(path, BATCHES, scratch=tmp_path / "probe")
-    room = BATCHES[0].mask.numel() * probe._bytes_standing(0)
+    room = BATCHES[0].mask.numel() * probe.bytes_standing(0)
     walk = BlockWalk(path, BATCHES, scratch=tmp_path / "walk", memory_budget=2 * room)
     block = next(walk.blocks())
     block.capture(lambda *_: None, ["model.layers.0.attention.in"])

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.errors import ModelError, ResumeError
+from compressor.model.block import Block
 from compressor.model.load import load_model
-from compressor.model.walk import Block, BlockWalk
+from compressor.model.walk import BlockWalk
 from compressor.types import TokenBatch
 from tests.model.conftest import VARIANTS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import gguf as library
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -61,8 +62,19 @@ def quantized(draw: st.DrawFn) -> QTensor:
     return QTensor(integers(out, groups * group_size), scale, zero, scheme)
 
 
+TINY_SCALES = QTensor(
+    torch.arange(-8, 8, dtype=torch.int8).repeat(2, 4),
+    torch.tensor([[1e-9, 0.01], [3e-7, -4e-6]], dtype=torch.bfloat16),
+    None,
+    W4,
+)
+
+
 @settings(max_examples=60, deadline=None)
 @given(q=quantized())
+@example(q=TINY_SCALES)
+@example(q=replace(TINY_SCALES, zero_point=torch.tensor([[3, -8], [7, -2]], dtype=torch.int8),
+                   scheme=WeightScheme(4, 32, "asymmetric")))  # fmt: skip
 def test_ggml_reads_the_weights_that_the_codes_say(q: QTensor) -> None:
     kind = gguf_type(q.scheme)
     assert kind is not None
@@ -77,7 +89,10 @@ def test_ggml_reads_the_weights_that_the_codes_say(q: QTensor) -> None:
     assert (torch.from_numpy(read) - exact).abs().le(slack * scale.abs() + 2.0**-24).all()
     again = unpack_blocks(blocks, kind, torch.bfloat16)
     assert torch.equal(again.codes, q.codes)
-    assert torch.equal(again.dequantize(), q.dequantize())
+    stored = replace(q, scale=half_scales(q.scale).to(q.scale.dtype))
+    assert torch.equal(again.dequantize(), stored.dequantize())
+    exact_in_fp16 = q.scale.abs() >= 2.0**-17
+    assert torch.equal(stored.scale[exact_in_fp16], q.scale[exact_in_fp16])
 
 
 def test_blocks_are_those_of_ggml() -> None:

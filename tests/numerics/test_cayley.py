@@ -37,7 +37,7 @@ def test_descent_finds_the_procrustes_rotation() -> None:
         loss = (free - wanted).square().sum()
         (gradient,) = torch.autograd.grad(loss, free)
         rotation = turned(rotation, descent(rotation, gradient), 0.05 * (1 - step / 400))
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 1e-3 < losses[0]
     worse = turned(torch.eye(6).double(), -descent(torch.eye(6).double(), -2 * wanted), 0.05)
     assert (worse - wanted).square().sum() > losses[0]

@@ -151,14 +151,30 @@ def test_a_rank_deficient_hessian_is_solved(width: int) -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 10_000), noise=st.floats(0.05, 0.6), bits=st.sampled_from([2, 3, 4]))
-def test_propagating_never_loses_on_calibration(seed: int, noise: float, bits: int) -> None:
-    """‖W X - Ŵ X̃‖, mean of a few layers: lower with any share than with none."""
+@given(seed=st.integers(0, 10_000), noise=st.floats(0.05, 0.6), share=st.floats(0.1, 1))
+def test_the_target_is_nearer_on_calibration_before_rounding(
+    seed: int, noise: float, share: float
+) -> None:
+    """‖W X - W' X̃‖ falls along the way to its minimum, in every case."""
+    original, rounded = streams(400, 64, noise, seed)
+    weight = normal(24, 64, seed=seed + 5)
+    hessian, drift = moments(original, rounded)
+    target = propagated_target(weight, factorize(hessian), drift, share=share)
+    assert error(weight, target, original, rounded) < error(weight, weight, original, rounded)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("noise", [0.05, 0.3, 0.6])
+def test_propagating_never_loses_on_calibration(noise: float, bits: int) -> None:
+    """‖W X - Ŵ X̃‖, mean of many layers: lower with any share than with none.
+
+    GPTQ is greedy, so that a few layers by chance prove nothing, one way or the other.
+    """
     scheme = WeightScheme(bits, 16, "symmetric")
     errors = {0.0: 0.0, 0.5: 0.0, 1.0: 0.0}
-    for layer in range(0, 40, 10):
-        original, rounded = streams(400, 64, noise, seed + layer)
-        weight = normal(24, 64, seed=seed + layer + 5)
+    for layer in range(0, 320, 10):
+        original, rounded = streams(400, 64, noise, layer)
+        weight = normal(24, 64, seed=layer + 5)
         hessian, drift = moments(original, rounded)
         factor, importance = factorize(hessian), hessian.diagonal()
         for share in errors:

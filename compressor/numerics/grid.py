@@ -20,6 +20,7 @@ from torch import Tensor
 from compressor.errors import NumericalError
 from compressor.numerics.floats import LARGEST, float_codes, round_to_float_
 from compressor.numerics.grid_search import (
+    TRIES,
     Objective,
     OutputObjective,
     Stored,
@@ -71,6 +72,7 @@ def fit_grid(
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
+    tries: int = TRIES,
 ) -> Grid:
     """Scales (and zero-points) for a weight matrix.
 
@@ -96,6 +98,7 @@ def fit_grid(
         hessian: H [in, in], in any unit; read by `clip` only, which requires it. Only the blocks
             about its diagonal count. Inputs without energy are treated as by `imatrix`.
         scale_dtype: the dtype scales are stored in: bfloat16, float16 or float32.
+        tries: ranges that a search tries, evenly spaced; its time is proportional.
 
     Raises:
         NumericalError: the weight, the importance or the Hessian holds NaN or infinity.
@@ -112,7 +115,9 @@ def fit_grid(
     emphasis = _emphasis(importance, grouped, scheme) if weighted else None
     moment = _moment(hessian, in_features, scheme) if search == "clip" else None
     stored = Stored.of(weight, scheme, scale_dtype)
-    found = [_fit_rows(rows, stored, search, emphasis, moment) for rows in _row_chunks(grouped)]
+    found = [
+        _fit_rows(rows, stored, search, emphasis, moment, tries) for rows in _row_chunks(grouped)
+    ]
     scale = torch.cat([scale for scale, _ in found]).squeeze(-1)
     if stored.divisor is not None:
         exact = round_to_float_(scale * stored.divisor, 8)  # dividing may have cost a last bit
@@ -213,6 +218,7 @@ def _fit_rows(
     search: Search,
     emphasis: Tensor | None,
     moment: Tensor | None,
+    tries: int,
 ) -> tuple[Tensor, Tensor]:
     """Scale, as it is multiplied with, and zero-point in fp32, both [rows, groups, 1]."""
     widest, zero = full_range_of(weight, stored.scheme)
@@ -224,7 +230,7 @@ def _fit_rows(
     objective = Objective(weight, emphasis, stored)
     if moment is not None:
         objective = OutputObjective(weight, emphasis, stored, moment)
-    best = clip_search(objective, widest, zero)
+    best = clip_search(objective, widest, zero, tries)
     if search == "neuqi":
         best = joint_search(objective, best, widest)
     return best[1], best[2]

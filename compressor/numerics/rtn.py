@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressor.numerics.absmax import round_to_absmax
 from compressor.numerics.grid import Search, fit_grid, round_to_grid
+from compressor.numerics.grid_search import TRIES
 from compressor.types import QTensor, WeightScheme
 
 
@@ -18,6 +19,7 @@ def rtn(
     importance: Tensor | None = None,
     hessian: Tensor | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
+    tries: int = TRIES,
 ) -> QTensor:
     """Every weight [out, in] on the nearest point of its grid; arguments as in `fit_grid`.
 
@@ -32,5 +34,6 @@ def rtn(
         importance=importance,
         hessian=hessian,
         scale_dtype=scale_dtype,
+        tries=tries,
     )
     return round_to_grid(weight, grid, scheme)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compressor.errors import NumericalError
 from compressor.numerics.grid import Search
+from compressor.numerics.grid_search import TRIES
 from compressor.numerics.hessian import full_precision, row_losses
 from compressor.numerics.rtn import rtn
 from compressor.types import WeightScheme
@@ -138,6 +139,22 @@ class Choice:
     identity_loss: float
 
 
+def shortlist(
+    scales: Iterable[Tensor], loss: Callable[[Tensor], float], size: int
+) -> Iterator[Tensor]:
+    """The identity, and the `size` others of the lowest loss, in the order they came in.
+
+    Args:
+        scales: the identity, then the others.
+        loss: a cheap one, as for `best_scale`; the identity's is not asked for.
+        size: how many others to keep.
+    """
+    identity, *rest = scales
+    losses = [loss(scale) for scale in rest]
+    ranked = sorted(range(len(rest)), key=lambda i: (losses[i] != losses[i], losses[i]))
+    return iter([identity, *(rest[i] for i in sorted(ranked[:size]))])
+
+
 def best_scale(scales: Iterable[Tensor], loss: Callable[[Tensor], float]) -> Choice:
     """The scale of the lowest loss; among equals the first.
 
@@ -169,6 +186,7 @@ def rounded_at(
     search: Search,
     energy: Tensor,
     dtype: torch.dtype,
+    tries: int = TRIES,
 ) -> Tensor:
     """Q(W·s)/s, fp32 [out, in]: what the layer multiplies with when it is rounded at scale s.
 
@@ -179,10 +197,13 @@ def rounded_at(
         search: how its scales are chosen; `imatrix` weighs with E[x²]/s².
         energy: E[x²] [in]; read by `imatrix` only.
         dtype: in which the grid's scales are stored.
+        tries: ranges that the search tries.
     """
     importance = energy / scale.square() if search == "imatrix" else None
     scaled = weight.float() * scale
-    rounded = rtn(scaled, scheme, search=search, importance=importance, scale_dtype=dtype)
+    rounded = rtn(
+        scaled, scheme, search=search, importance=importance, scale_dtype=dtype, tries=tries
+    )
     return rounded.dequantize().float() / scale
 
 

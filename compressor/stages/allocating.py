@@ -57,14 +57,7 @@ def allocate(
         NumericalError: a gradient or an input is not finite.
     """
     parts, sample = sampled(batches, stage.tokens)
-    walk = BlockWalk(
-        checkpoint,
-        [parts[place] for place in sample.places],
-        device=context.device,
-        dtype=context.dtype,
-        scratch=context.scratch,
-        memory_budget=context.activation_budget,
-    )
+    walk = context.walk(checkpoint, [parts[place] for place in sample.places])
     found = stage.units(walk.architecture)
     losses = _measure(stage, walk, found, context) | _of_tables(stage, walk, found, batches)
     table = [

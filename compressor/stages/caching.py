@@ -43,14 +43,7 @@ def scale_cache(
     Raises:
         NumericalError: a key or a value is not finite.
     """
-    walk = BlockWalk(
-        checkpoint,
-        batches,
-        device=context.device,
-        dtype=context.dtype,
-        scratch=context.scratch,
-        memory_budget=context.activation_budget,
-    )
+    walk = context.walk(checkpoint, batches)
     records = list(context.finished)
     with context.observer.task("measuring blocks", walk.architecture.layers) as task:
         task.advance(len(records))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.progress import Observer
-from compressor.types import BlockRecord
+from compressor.types import BlockRecord, TokenBatch
 
 if TYPE_CHECKING:
     import torch
+
+    from compressor.model.walk import BlockWalk
 
 
 @dataclass(frozen=True)
@@ -39,3 +41,30 @@ class StageContext:
     block_done: Callable[[BlockRecord], None]
     observer: Observer
     original: Path | None = None
+
+    def walk(
+        self,
+        checkpoint: Path,
+        batches: Sequence[TokenBatch],
+        *,
+        dtype: torch.dtype | None = None,
+        folder: str = "",
+    ) -> BlockWalk:
+        """A walk over the blocks of a checkpoint, in these surroundings.
+
+        Args:
+            checkpoint: a plain Hugging Face directory.
+            batches: the text that runs through.
+            dtype: precision, where it is not that of the context.
+            folder: below `scratch`, for the activations of a walk beside others.
+        """
+        from compressor.model.walk import BlockWalk
+
+        return BlockWalk(
+            checkpoint,
+            batches,
+            device=self.device,
+            dtype=dtype or self.dtype,
+            scratch=self.scratch / folder,
+            memory_budget=self.activation_budget,
+        )

@@ -227,11 +227,4 @@ def spread_rows(batches: Sequence[TokenBatch], tokens: int) -> list[TokenBatch]:
 
 
 def _walk(checkpoint: Path, batches: Sequence[TokenBatch], context: StageContext) -> BlockWalk:
-    return BlockWalk(
-        checkpoint,
-        batches,
-        device=context.device,
-        dtype=context.dtype,
-        scratch=context.scratch / "depth",
-        memory_budget=context.activation_budget,
-    )
+    return context.walk(checkpoint, batches, folder="depth")

@@ -48,14 +48,7 @@ def logit_difference(
         VerificationError: above the tolerance, or `child` holds something else.
     """
     after = Architecture.from_config(read_config(child))
-    walk = BlockWalk(
-        parent,
-        [_probe(after)],
-        device=context.device,
-        dtype=torch.float32,
-        scratch=context.scratch / "equivalence",
-        memory_budget=context.activation_budget,
-    )
+    walk = context.walk(parent, [_probe(after)], dtype=torch.float32, folder="equivalence")
     written = CheckpointReader(child)
     embedding, head = after.matrices[0].tensor, _head(after)
 

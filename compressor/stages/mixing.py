@@ -304,14 +304,7 @@ class Held:
 
     def _run(self, checkpoint: Path) -> tuple[BlockWalk, list[Tensor]]:
         """The model, and what enters its head."""
-        walk = BlockWalk(
-            checkpoint,
-            self.batches,
-            device=self._context.device,
-            dtype=torch.float32,
-            scratch=self._context.scratch / "held",
-            memory_budget=self._context.activation_budget,
-        )
+        walk = self._context.walk(checkpoint, self.batches, dtype=torch.float32, folder="held")
         for block in walk.blocks():
             block.forward()
         return walk, list(walk.final_hidden())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from pydantic import model_validator
 
@@ -186,19 +186,13 @@ class RounderConfig(StageConfig):
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture with a grid on every chosen matrix; each matrix is rounded once."""
-        check_patterns("targets", architecture.select(self.targets), problems)
-        check_patterns("ignore", architecture.select(self.ignore), problems)
         schemes = self.schemes(architecture)
-        chosen = [architecture.matrix(name) for name in schemes]
+        chosen = checked_choice(self, schemes, architecture, problems)
         if not chosen:
-            if architecture.select(self.targets).matrices:
-                problems("ignore", "it covers every target, so that nothing is left to round", "")
             return architecture
-        check_places(self.targets, self.ignore, architecture, problems)
         self._check_head(architecture, problems)
         self._check_overrides(architecture, schemes, problems)
         self._check_allotment(architecture, schemes, problems)
-        check_rounded_once(chosen, problems)
         if self.weights in FORMATS:
             for problem in format_problems(self.weights, dict(self), architecture, chosen):
                 problems(*problem)
@@ -335,6 +329,47 @@ def grid_label(scheme: WeightScheme, inputs: ActivationScheme | None = None) -> 
     return f"W{scheme.bits}{f'A{inputs.bits}' if inputs else ''} {group}{kind}"
 
 
+class Choosing(Protocol):
+    """A stage that says by patterns what it rounds."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What to round."""
+        ...
+
+    @property
+    def ignore(self) -> tuple[str, ...]:
+        """What not to; wins over `targets`."""
+        ...
+
+
+def checked_choice(
+    stage: Choosing,
+    names: Iterable[str],
+    architecture: Architecture,
+    problems: ReportProblem,
+    hint: str = "use the pattern `linear`, and `embeddings: quantize` or `head: quantize`",
+) -> list[Matrix]:
+    """The matrices that a stage rounds, after the checks that every rounder makes of its choice.
+
+    Args:
+        stage: what it was told.
+        names: of the matrices that this comes to.
+        architecture: before the stage.
+        problems: where to report.
+        hint: what to write for a matrix outside the decoder blocks.
+    """
+    check_patterns("targets", architecture.select(stage.targets), problems)
+    check_patterns("ignore", architecture.select(stage.ignore), problems)
+    chosen = [architecture.matrix(name) for name in names]
+    if chosen:
+        check_places(stage.targets, stage.ignore, architecture, problems, hint)
+        check_rounded_once(chosen, problems)
+    elif architecture.select(stage.targets).matrices:
+        problems("ignore", "it covers every target, so that nothing is left to round", "")
+    return chosen
+
+
 def check_patterns(option_name: str, selection: Selection, problems: ReportProblem) -> None:
     """Every pattern must match a matrix."""
     for missed in selection.unmatched:
@@ -347,7 +382,7 @@ def check_places(
     ignore: Sequence[str],
     architecture: Architecture,
     problems: ReportProblem,
-    hint: str = "use the pattern `linear`, and `embeddings: quantize` or `head: quantize`",
+    hint: str,
 ) -> None:
     """Targets are linear layers of blocks; `hint` is for what is outside them."""
     ignored = {matrix.name for matrix in architecture.select(ignore).matrices}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.stages.base import ReportProblem, StageConfig, option
-from compressor.stages.quantize_base import check_patterns, check_places, check_rounded_once
+from compressor.stages.quantize_base import checked_choice
 from compressor.types import ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
@@ -93,17 +93,11 @@ class QuantizeBnb(StageConfig):
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture with codes of bitsandbytes on every chosen matrix."""
-        check_patterns("targets", architecture.select(self.targets), problems)
-        check_patterns("ignore", architecture.select(self.ignore), problems)
         schemes = self.schemes(architecture)
-        chosen = [architecture.matrix(name) for name in schemes]
-        if not chosen:
-            if architecture.select(self.targets).matrices:
-                problems("ignore", "it covers every target, so that nothing is left to round", "")
-            return architecture
         hint = "use the pattern `linear`; bitsandbytes keeps the embedding and the head"
-        check_places(self.targets, self.ignore, architecture, problems, hint)
-        check_rounded_once(chosen, problems)
+        chosen = checked_choice(self, schemes, architecture, problems, hint)
+        if not chosen:
+            return architecture
         self._check_matrices(chosen, problems)
         if any(matrix.allotted for matrix in architecture.matrices):
             message = "allocate.bits chooses integer grids, which bitsandbytes does not have"

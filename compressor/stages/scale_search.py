@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from compressor.model.block import Block
 from compressor.model.edges import Edge
 from compressor.model.experts import place
 from compressor.model.walk import BlockWalk
+from compressor.numerics.grid_search import TRIES
 from compressor.numerics.hessian import HessianAccumulator, row_losses
 from compressor.numerics.scaling import (
     Choice,
@@ -23,6 +25,7 @@ from compressor.numerics.scaling import (
     int8_output_error,
     output_error,
     rounded_at,
+    shortlist,
     smoothing_scale,
     tie_heads,
     weight_magnitude,
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
     from compressor.stages.transform_awq import TransformAwq
     from compressor.stages.transform_smoothquant import TransformSmoothquant
 
+# Candidates are ranked on grids searched with few tries; the best few, and no scale, on full ones.
+_ROUGH = 6
+_FINALISTS = 3
 _UNREACHED = "no calibration token reached it"
 
 
@@ -83,7 +89,7 @@ class AwqChooser:
         weights = [block.matrix(reader.name).weight.float() for reader in edge.readers]
         dtype = block.tensor(edge.readers[0].tensor).dtype
 
-        def rounded(scale: Tensor) -> list[Tensor]:
+        def rounded(scale: Tensor, tries: int) -> list[Tensor]:
             per_input = expanded(edge, scale)
             return [
                 rounded_at(
@@ -93,23 +99,25 @@ class AwqChooser:
                     search=self.options.grid,
                     energy=size.energy,
                     dtype=dtype,
+                    tries=tries,
                 )
                 for weight in weights
             ]
 
         if isinstance(judge, Half):
             energy, half = judge.energy, judge
-            choice = best_scale(
-                self._candidates(edge, size, weights),
-                lambda scale: half.error(dict(zip(edge.readers, rounded(scale), strict=True))),
-            )
+
+            def loss(scale: Tensor, tries: int = TRIES) -> float:
+                return half.error(dict(zip(edge.readers, rounded(scale, tries), strict=True)))
         else:
             hessian = judge.matrix()
             energy = sum(row_losses(w.to(hessian), hessian).double().sum().item() for w in weights)
-            choice = best_scale(
-                self._candidates(edge, size, weights),
-                lambda scale: output_error(weights, rounded(scale), hessian),
-            )
+
+            def loss(scale: Tensor, tries: int = TRIES) -> float:
+                return output_error(weights, rounded(scale, tries), hessian)
+
+        tried = self._candidates(edge, size, weights)
+        choice = best_scale(shortlist(tried, partial(loss, tries=_ROUGH), _FINALISTS), loss)
         return Chosen(edge, choice.scale, _metric(edge, choice, energy, dtype))
 
     def _candidates(

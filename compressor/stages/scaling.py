@@ -95,14 +95,7 @@ def scale_model(
     architecture = Architecture.from_config(config)
     kinds = stage.edge_kinds(architecture)
     parts, sample = sampled(batches, choose.tokens)
-    walk = BlockWalk(
-        checkpoint,
-        parts,
-        device=context.device,
-        dtype=context.dtype,
-        scratch=context.scratch,
-        memory_budget=context.activation_budget,
-    )
+    walk = context.walk(checkpoint, parts)
     writer = CheckpointWriter(context.folder)
     records = list(context.finished)
     with context.observer.task("scaling blocks", architecture.layers) as task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
+
+_COARSE = 4  # bits whose errors stand far above those of bf16 arithmetic, so that it can judge them
 
 
 class TransformAwq(ScalingConfig):
@@ -129,10 +132,16 @@ class TransformAwq(ScalingConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Choose and fold scales block by block, on the inputs of the model as it is."""
+        import torch
+
+        from compressor.model.precision import working_dtype
         from compressor.stages.scale_search import AwqChooser
         from compressor.stages.scaling import scale_model
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
+        coarse = self.bits <= _COARSE
+        dtype = working_dtype(checkpoint, context.device) if coarse else torch.float32
+        context = replace(context, dtype=dtype)
         return scale_model(self, AwqChooser(self), checkpoint, calibration.batches, context)
 
 

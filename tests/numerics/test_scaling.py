@@ -17,6 +17,7 @@ from compressor.numerics.scaling import (
     int8_output_error,
     output_error,
     rounded_at,
+    shortlist,
     smoothing_scale,
     spread_heads,
     tie_heads,
@@ -139,6 +140,30 @@ def test_among_equals_the_first_wins() -> None:
 def test_an_identity_without_a_loss_is_an_error(bad: float) -> None:
     with pytest.raises(NumericalError, match="not finite"):
         best_scale([torch.ones(1)], lambda _: bad)
+
+
+def test_a_shortlist_has_the_identity_and_the_best_in_their_order() -> None:
+    scales = [torch.full((1,), float(i)) for i in range(6)]
+    rough = {1: 3.0, 2: float("nan"), 3: 1.0, 4: 4.0, 5: 2.0}  # the identity's is not asked for
+    found = [int(scale) for scale in shortlist(scales, lambda scale: rough[int(scale)], 2)]
+    assert found == [0, 3, 5]
+    everything = [int(scale) for scale in shortlist(scales, lambda scale: rough[int(scale)], 9)]
+    assert everything == [0, 1, 2, 3, 4, 5]
+    assert [int(scale) for scale in shortlist(scales[:1], lambda _: 0.0, 2)] == [0]
+
+
+@pytest.mark.parametrize("symmetry", ["symmetric", "full_range", "asymmetric"])
+def test_more_tries_find_no_worse_grid_than_no_search(symmetry) -> None:
+    weight, inputs = layer()
+    scheme, energy = WeightScheme(3, 16, symmetry), inputs.square().mean(0)
+    errors = []
+    for search, tries in (("minmax", 24), ("imatrix", 6), ("imatrix", 24)):
+        options = {"search": search, "importance": energy, "tries": tries}
+        rounded = rtn(weight, scheme, scale_dtype=torch.float32, **options).dequantize()
+        errors.append(float(((rounded - weight).square() * energy).sum()))
+    assert errors[1] < errors[0]
+    assert errors[2] < errors[0]
+    assert errors[1] < 1.25 * errors[2]
 
 
 def test_scaling_by_one_number_rounds_to_the_same_weights() -> None:

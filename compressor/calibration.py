@@ -23,8 +23,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compressor import resources, text
-from compressor.errors import AccessError, CompressorError, ResourceError, TextError
+from compressor.errors import TextError
 from compressor.text import Document
+from compressor.text_sources import SUFFIXES, numbered_rows
 from compressor.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 USER_DOMAIN = "user"  # the domain of text that the user brings
 DEVELOPMENT_WINDOWS, DEVELOPMENT_LENGTH = 8, 256  # of every domain; tokens a window
 _SHARE_TOLERANCE = 1e-6
-_Numbered = tuple[int, Mapping[str, Any]]  # a row and its place in the source
 _OF_SOURCE = ("split", "column", "subset", "revision", "streaming", "chat_template")
-_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
 class CalibrationConfig(BaseModel):
@@ -213,7 +212,7 @@ def require_origin(config: CalibrationConfig) -> None:
         load_mix(config.mix)
         return
     path = Path(config.source).expanduser()
-    local = path.suffix in _SUFFIXES or config.source.startswith((".", "/", "~"))
+    local = path.suffix in SUFFIXES or config.source.startswith((".", "/", "~"))
     if local and not path.exists():
         raise TextError(f"calibration source {config.source} does not exist")
 
@@ -263,8 +262,9 @@ def _user_documents(
     if config.chat_template and not getattr(tokenizer, "chat_template", None):
         hint = "set `chat_template: false`, or use a model whose tokenizer has one"
         raise TextError("`chat_template` is set but the tokenizer has no chat template", hint)
+    require_origin(config)
     empty = True
-    for number, row in _rows(config, source):
+    for number, row in numbered_rows(config, source):
         content = _cell(row, column, source)
         written = _as_text(content, column, source, config, tokenizer)
         if written.strip():
@@ -298,123 +298,6 @@ def _as_text(
         kind = type(content).__name__
         raise TextError(f"column {column!r} of {source} holds {kind}, not {wanted}", hint)
     return content
-
-
-# Sources
-
-
-def _rows(config: CalibrationConfig, source: str) -> Iterator[_Numbered]:
-    """Rows of a source with their numbers; shuffled by the seed unless they are streamed."""
-    path = Path(source).expanduser()
-    require_origin(config)
-    if not path.exists():
-        yield from _hub_rows(config, source)
-    elif path.is_file():
-        yield from _shuffled(list(_file_rows(path)), config.seed)
-    elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        yield from _saved_rows(config, path)
-    else:
-        yield from _shuffled(_folder_rows(path), config.seed)
-
-
-def _shuffled(rows: Any, seed: int) -> Iterator[_Numbered]:
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    for index in order:
-        yield index, rows[index]
-
-
-def _folder_rows(folder: Path) -> list[Mapping[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
-    if not files:
-        raise TextError(f"folder {folder} holds no file that ends in {', '.join(_SUFFIXES)}")
-    return [row for file in files for row in _file_rows(file)]
-
-
-def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of one file; a text file is one row.
-
-    Raises:
-        TextError: unknown kind of file, or its content is broken.
-    """
-    if path.suffix not in _SUFFIXES:
-        raise TextError(f"{path} must end in one of {', '.join(_SUFFIXES)}")
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    content = text.read_utf8(path)
-    if path.suffix == ".jsonl":
-        yield from _json_rows(path, content)
-    else:
-        yield {"text": content}
-
-
-def _json_rows(path: Path, content: str) -> Iterator[Mapping[str, Any]]:
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}:{number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise TextError(f"{path}:{number} must be a JSON object with named columns")
-        yield row
-
-
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise TextError(f"{path} is not a parquet file: {error}") from error
-    yield from table.to_pylist()
-
-
-def _saved_rows(config: CalibrationConfig, path: Path) -> Iterator[_Numbered]:
-    """Rows of a folder that `Dataset.save_to_disk` wrote."""
-    import datasets
-
-    loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        if config.split not in loaded:
-            hint = f"splits: {', '.join(loaded)}"
-            raise TextError(f"dataset {path} has no split {config.split!r}", hint)
-        loaded = loaded[config.split]
-    yield from _shuffled(loaded, config.seed)
-
-
-def _hub_rows(config: CalibrationConfig, source: str) -> Iterator[_Numbered]:
-    """Rows of a dataset of the Hub; streamed rows keep their order.
-
-    `datasets` reports a wrong subset or split as ValueError, with a list of the right ones.
-    """
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(
-            source,
-            config.subset,
-            split=config.split,
-            streaming=config.streaming,
-            revision=config.revision,
-        )
-    except (OSError, ValueError) as error:
-        raise _hub_error(source, error) from error
-    yield from enumerate(loaded) if config.streaming else _shuffled(loaded, config.seed)
-
-
-def _hub_error(source: str, error: OSError | ValueError) -> CompressorError:
-    """`datasets` says that a dataset is gated in its message only."""
-    if "is a gated dataset" in str(error):
-        hint = "accept its terms on its page, then run `hf auth login`"
-        return AccessError(f"dataset {source!r} is gated", hint)
-    if isinstance(error, (FileNotFoundError, ValueError)):
-        return TextError(f"dataset {source!r} cannot be read: {error}")
-    hint = "calibrate on a shipped mix or a local file when offline"
-    return ResourceError(f"dataset {source!r} cannot be fetched: {error}", hint)
 
 
 # Tokens

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from compressor import calibration, resources, text
+from compressor import calibration, resources, text, text_sources
 from compressor.calibration import CalibrationConfig, build_batches, load_documents, load_mix
 from compressor.errors import AccessError, ResourceError, TextError
 
@@ -309,4 +309,4 @@ def test_gated_missing_and_misnamed_datasets_are_told_apart() -> None:
         (ValueError("BuilderConfig 'x' not found. Available: ['y']"), TextError),
         (ConnectionError("no route"), ResourceError),
     ]:
-        assert type(calibration._hub_error("a/b", error)) is kind
+        assert type(text_sources._hub_error("a/b", error)) is kind

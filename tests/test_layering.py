@@ -15,8 +15,17 @@ GROUND |= {"efforts", "paths"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
-BESIDE = {"text", "calibration", "evaluation", "report", "publish", "provenance", "meter"}
-BESIDE |= {"stages", "order", "registry", "decoding", "training"}
+BESIDE = {
+    "text",
+    "text_sources",
+    "calibration",
+    "evaluation",
+    "report",
+    "publish",
+    "provenance",
+    "meter",
+}
+BESIDE |= {"provenance", "meter", "stages", "order", "registry", "decoding", "training"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
 ENGINE |= {
     "claim",

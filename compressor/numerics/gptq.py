@@ -222,7 +222,7 @@ def _damping_steps(damping: float) -> list[float]:
 
 
 def _inverse_factor(damped: Tensor, order: Tensor) -> Tensor | None:
-    """Upper U with UᵀU = H⁻¹, fp32, or None where H is not positive definite.
+    """Upper U with UᵀU = H⁻¹, fp32, or None where H is not positive definite; `damped` is used up.
 
     Factoring H from its last row up gives H = R Rᵀ with R upper triangular, hence U = R⁻¹. One
     factorisation and a triangular solve; the usual detour over H⁻¹ is slower and, close to
@@ -233,11 +233,14 @@ def _inverse_factor(damped: Tensor, order: Tensor) -> Tensor | None:
         damped: H, fp64, in the original order.
         order: in which its columns are visited.
     """
-    lower, info = torch.linalg.cholesky_ex(reverse_order(damped, order))
+    damped = reverse_order(damped, order)  # each name lets go of a matrix that is done with
+    lower, info = torch.linalg.cholesky_ex(damped)
     if int(info):
         return None
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).float().flip(0, 1)
+    inverse = damped.zero_().fill_diagonal_(1)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    upper = inverse.float().flip(0, 1)
     return upper if bool(torch.isfinite(upper).all()) else None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.gptq import HessianFactor, damped, reverse_order
+from compressor.numerics.gptq import HessianFactor
 from compressor.numerics.hessian import TOKENS_AT_ONCE, exact_products, full_precision
 
 
@@ -82,18 +82,16 @@ def propagated_target(
         share: β in [0, 1].
 
     Returns:
-        The target, fp32 [out, in]; solved in fp64.
+        The target, fp32 [out, in], found with the factor that GPTQ has anyway.
     """
     if share == 0 or factor.failed:
         return weight.float()
-    dense = weight.double()
-    pull = dense @ drift.double()
-    pull[:, factor.dead] = 0
-    # In the order in which `factorize` succeeded.
-    lower = torch.linalg.cholesky(reverse_order(damped(factor), factor.permutation))
-    order = factor.permutation.flip(0)
-    step = torch.cholesky_solve(pull[:, order].T, lower)
-    return dense.index_add_(1, order, step.T, alpha=share).float()
+    dense, order = weight.float(), factor.permutation
+    with full_precision():
+        pull = dense @ drift.to(dense)
+        pull[:, factor.dead] = 0
+        step = pull[:, order] @ factor.upper.T @ factor.upper  # UᵀU = (H + λI)⁻¹
+    return dense.index_add(1, order, step, alpha=share)
 
 
 def forward_pull(factor: HessianFactor, drift: Tensor, *, share: float) -> Tensor:

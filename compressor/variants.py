@@ -19,7 +19,7 @@ from compressor.report.schema import (
 from compressor.report.schema import Variant as ReportVariant
 from compressor.report.snippets import load_snippets
 from compressor.stages.base import StageConfig
-from compressor.types import BlockRecord, Fallback, ModuleMetric, StageResult
+from compressor.types import BlockRecord, Fallback, MixturePoint, ModuleMetric, StageResult
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Variant:
             removed=tuple(facts.get("removed", ())),
             resized=tuple(facts.get("resized", ())),
             renamed=facts.get("renamed", {}),
+            mixture=tuple(MixturePoint(**point) for point in facts.get("mixture", ())),
+            mixture_unit=facts.get("mixture_unit", "update"),
         )
         return replace(
             self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]

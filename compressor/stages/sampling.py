@@ -223,9 +223,14 @@ class Sampler:
         shares, radius = base, 0.0
         if self._options.sampler == "dro" and all(name in windows for name in names):
             if self._forecasting(entry["update"]):
-                reference = {name: self._forecast(name, base) for name in names}
-            excess = self._vector(entry["loss"]) - self._vector(reference)
-            radius = guarded_radius(self._options.radius, [windows[name] for name in names])
+                reference = {name: self._forecast(name) for name in names}
+            excess = self._excess(self._vector(entry["loss"]), self._vector(reference))
+            # Noise is judged against what shares lean by: a forecast shifts a domain as a whole.
+            shifted = [
+                windows[name] - windows[name].mean() + excess[place]
+                for place, name in enumerate(names)
+            ]
+            radius = guarded_radius(self._options.radius, shifted)
             if float(excess.max() - excess.min()) > 0:
                 shares = chi_square_weights(base, excess, radius)
         return {
@@ -234,6 +239,10 @@ class Sampler:
             "radius": radius,
             "shares": self._named(shares),
         }
+
+    def _excess(self, loss: Tensor, reference: Tensor) -> Tensor:
+        """What shares lean by; experiments turn it around."""
+        return loss - reference
 
     def _base(self) -> Tensor:
         """The centre of the ball now."""
@@ -252,12 +261,14 @@ class Sampler:
     def _settled(self) -> list[dict[str, Any]]:
         return [e for e in self.history if e["update"] >= max(1, _SETTLED * self._steps)]
 
-    def _forecast(self, name: str, base: Tensor) -> float:
-        """What the law gives for the end, when the domain gets the share of the centre until then.
+    def _forecast(self, name: str) -> float:
+        """What the law gives for a whole training on this domain alone: the best it could have.
 
-        The latest fit counts, not the lowest so far: what one bad fit has promised must not stick.
+        At the domain's own share, as DRPruning has it, a domain that is seldom seen promises little
+        and so asks for little. The latest fit counts, not the lowest so far: what one bad fit has
+        promised must not stick.
         """
-        known, place = self._settled(), self._rows.domains.index(name)
+        known = self._settled()
         tokens, kept, losses = (
             torch.tensor(values, dtype=torch.float64)
             for values in (
@@ -266,9 +277,8 @@ class Sampler:
                 [e["loss"][name] for e in known],
             )
         )
-        left = (self._steps - known[-1]["update"]) * self._options.batch * self._rows.mean_length
-        end = float(tokens[-1]) + left * float(base[place])
-        return forecast(tokens, kept, losses, (end, float(kept[-1])))
+        everything = self._steps * self._options.batch * self._rows.mean_length
+        return forecast(tokens, kept, losses, (everything, float(kept[-1])))
 
     def _show(self, entry: Mapping[str, Any]) -> None:
         head = (

@@ -25,7 +25,7 @@ from compressor.progress import Observer
 from compressor.types import Fallback, MixturePoint, TokenBatch
 
 MEASUREMENTS = 40  # planned ones that a forecast needs
-_KNOWN = 10  # measurements that a law is fitted to at least
+_KNOWN = 11  # measurements that a law is fitted to at least
 _SETTLED, _FORECAST, _DRIFT = 0.02, 0.1, 0.2  # of training: when points count, and what begins
 
 Windows = Mapping[str, Tensor]
@@ -220,17 +220,19 @@ class Sampler:
         """Reference, centre, radius and shares; domains without held-out text keep theirs."""
         names, entry = self._rows.domains, self.history[-1]
         base, reference = self._base(), dict.fromkeys(entry["loss"], 0.0)
-        shares, radius = base, 0.0
+        shares, radius, uncertain = base, 0.0, 0.0
         if self._options.sampler == "dro" and all(name in windows for name in names):
             if self._forecasting(entry["update"]):
                 reference = {name: self._forecast(name) for name in names}
+                # It was fitted to as noisy measurements, so that noise counts twice.
+                uncertain = sum(_error(windows[name]) ** 2 for name in names) / len(names)
             excess = self._excess(self._vector(entry["loss"]), self._vector(reference))
             # Noise is judged against what shares lean by: a forecast shifts a domain as a whole.
             shifted = [
                 windows[name] - windows[name].mean() + excess[place]
                 for place, name in enumerate(names)
             ]
-            radius = guarded_radius(self._options.radius, shifted)
+            radius = guarded_radius(self._options.radius, shifted, reference=uncertain)
             if float(excess.max() - excess.min()) > 0:
                 shares = chi_square_weights(base, excess, radius)
         return {
@@ -253,7 +255,8 @@ class Sampler:
         base = self._vector(last["base"])
         if not self._options.drift or last["update"] < _DRIFT * self._steps:
             return base
-        return drifted(base, self._vector(last["shares"]), self._rows.shares)
+        start = self._rows.shares  # where nothing can be told apart, the centre goes back
+        return drifted(base, self._vector(last["shares"]) if last["radius"] else start, start)
 
     def _forecasting(self, step: int) -> bool:
         return self.forecasts and step >= _FORECAST * self._steps and len(self._settled()) >= _KNOWN
@@ -269,6 +272,7 @@ class Sampler:
         promised must not stick.
         """
         known = self._settled()
+        known = known[-max(_KNOWN, len(known) // 2) :]  # training begins unlike any law
         tokens, kept, losses = (
             torch.tensor(values, dtype=torch.float64)
             for values in (
@@ -277,8 +281,8 @@ class Sampler:
                 [e["loss"][name] for e in known],
             )
         )
-        everything = self._steps * self._options.batch * self._rows.mean_length
-        return forecast(tokens, kept, losses, (everything, float(kept[-1])))
+        at = (self._steps * self._options.batch * self._rows.mean_length, float(kept[-1]))
+        return forecast(tokens, kept, losses, at)
 
     def _show(self, entry: Mapping[str, Any]) -> None:
         head = (

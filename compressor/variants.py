@@ -11,11 +11,13 @@ from compressor.formats.sizes import SizeReport
 from compressor.report.schema import (
     Artifact,
     LayerMetric,
+    Mixture,
     RoleBytes,
     Size,
     StageFacts,
     StageFallback,
 )
+from compressor.report.schema import MixturePoint as ReportedPoint
 from compressor.report.schema import Variant as ReportVariant
 from compressor.report.snippets import load_snippets
 from compressor.stages.base import StageConfig
@@ -114,7 +116,15 @@ class Variant:
             metrics_per_module=tuple(LayerMetric(**asdict(m)) for m in self.result.metrics),
             fallbacks=tuple(StageFallback(**asdict(f)) for f in self.result.fallbacks),
             notes=self.result.notes,
+            mixture=_mixture(self.result),
         )
+
+
+def _mixture(result: StageResult) -> Mixture | None:
+    if not result.mixture:
+        return None
+    points = tuple(ReportedPoint(**asdict(point)) for point in result.mixture)
+    return Mixture(unit=result.mixture_unit, points=points)
 
 
 def block_record(facts: Mapping[str, Any]) -> BlockRecord:

@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.3.0"
+SCHEMA_VERSION = "1.4.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -115,6 +115,21 @@ class StageFallback(Frozen):
     action: str
 
 
+class MixturePoint(Frozen):
+    """`compressor.types.MixturePoint` as it is written to JSON."""
+
+    at: int
+    shares: dict[str, float]
+    losses: dict[str, float]
+
+
+class Mixture(Frozen):
+    """Shares of the domains over time, of a stage that weighs them."""
+
+    unit: str = Field(description="what `at` counts: update, block or round")
+    points: tuple[MixturePoint, ...]
+
+
 class StageFacts(Frozen):
     """What was done to get a variant from its parent."""
 
@@ -125,6 +140,7 @@ class StageFacts(Frozen):
     metrics_per_module: tuple[LayerMetric, ...] = ()
     fallbacks: tuple[StageFallback, ...] = ()
     notes: dict[str, float] = Field(default_factory=dict)
+    mixture: Mixture | None = None
 
 
 class RoleBytes(Frozen):

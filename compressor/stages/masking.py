@@ -88,7 +88,7 @@ def prune_with_masks(
     source = Source(measure, gates.kept)
     sampler = Sampler(leaning(stage), rows, source, steps, path, context.observer)
     trained = _train(stage, teacher, student, gates, rows, sampler, context)
-    late = () if gates.fixed else (_late(stage),)
+    late = () if gates.fixed else (_late(stage, trained),)
     gates.fix()
     sampler.finish(trained.steps)
     result = write_pruned(checkpoint, architecture, gates, student, context.folder)
@@ -100,10 +100,10 @@ def prune_with_masks(
     )
 
 
-def _late(stage: PruneDro) -> Fallback:
+def _late(stage: PruneDro, trained: Fit) -> Fallback:
     return Fallback(
         stage.method,
-        f"{stage.minutes:g} minutes ended before gates were fixed",
+        f"training ended after {trained.steps} updates, before gates were fixed",
         "they were fixed at the end, with no updates after",
     )
 

@@ -102,7 +102,7 @@ class TrainConfig(StageConfig):
     reference: Literal["original", "forecast"] = option(
         "original",
         "With `dro`: what a domain's distance is counted from: `original`, 0; `forecast`, what a "
-        "scaling law fitted to its distances so far gives for the end of training.",
+        "scaling law fitted to its distances so far gives for a training on it alone.",
         effect="`forecast` does not chase what a model of this size will never learn. It needs 40 "
         "measurements; with fewer, `original` is taken and the report says so.",
         source="DRPruning, section 3.2",

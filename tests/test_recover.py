@@ -144,6 +144,7 @@ def test_parts_of_an_update_add_up_to_it(
 
 def test_other_losses_train_too(tmp_path: Path, pruned: Path, text: CalibrationSet) -> None:
     options = {"top_k": 20, "cross_entropy": 0.1, "temperature": 2.0, "checkpointing": True}
+    options |= {"hidden_states": 0.5, "precision": "bf16"}
     result = recover(
         pruned, tmp_path / "out", text, tokens=4 * 48 * 8, learning_rate=3e-4, **options
     )
@@ -237,3 +238,21 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(Exception, match="the loss of training step 0 is nan"):
         recover(broken, tmp_path / "out", text)
+
+
+def test_adapters_are_merged_and_nothing_else_moves(
+    tmp_path: Path, pruned: Path, text: CalibrationSet
+) -> None:
+    """Every matrix of the blocks moves by a sum of the rank, up to rounding; the others stay."""
+    result = recover(
+        pruned, tmp_path / "out", text, adapters=2, tokens=4 * 48 * 8, learning_rate=5e-3
+    )
+    before, after = CheckpointReader(pruned), CheckpointReader(tmp_path / "out")
+    architecture = Architecture.from_config(read_config(pruned))
+    inside = {matrix.tensor for matrix in architecture.matrices if matrix.block is not None}
+    assert set(result.changed) == inside
+    name = "model.layers.1.mlp.up_proj.weight"
+    values = torch.linalg.svdvals((after[name].float() - before[name].float()).double())
+    assert values[1] > 8 * values[2]
+    losses = [domain_losses(result, when) for when in ("before", "after")]
+    assert sum(losses[1].values()) < sum(losses[0].values())

@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DELTA = 1e-3  # nats, the least at which the loss of a residual turns from square to linear
-_TYPICAL = 1.5  # that over the median residual
-_ROUNDS = 8
+_DELTA = 1e-3  # nats, where the loss of a residual turns from square to linear
+_ROUNDS = 6
 _POINTS = 64
 _TINY = 1e-12
 
@@ -50,8 +49,11 @@ def forecast(tokens: Tensor, kept: Tensor, losses: Tensor, at: tuple[float, floa
 
 
 def _exponents(*, varies: bool) -> Tensor:
-    """Pairs (α, γ) [pairs, 2]."""
-    alpha = torch.logspace(-1.5, 0.5, 41, dtype=torch.float64)
+    """Pairs (α, γ) [pairs, 2].
+
+    Smaller α would be nearly logarithms, which promise a fall without end to any loss that wavers.
+    """
+    alpha = torch.linspace(0.25, 2, 15, dtype=torch.float64)
     gamma = torch.linspace(0, 4, 17 if varies else 1, dtype=torch.float64)
     return torch.cartesian_prod(alpha, gamma)
 
@@ -60,15 +62,12 @@ def _fits(features: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A, E and the sum of Huber losses for every row of features [pairs, measurements]."""
     weights = torch.ones_like(features)
     amplitude = floor = torch.zeros(len(features), dtype=torch.float64)
-    size = delta = losses.expand_as(features)
+    size = losses.expand_as(features)
     for _ in range(_ROUNDS):
         amplitude, floor = _linear(features, losses, weights)
         size = (losses - amplitude[:, None] * features - floor[:, None]).abs()
-        delta = (_TYPICAL * size.median(1, keepdim=True).values).clamp_min(_DELTA)
-        weights = (delta / size.clamp_min(_TINY)).clamp_max(1.0)
-    # One bend for all exponents, so that their misfits compare.
-    least = delta.amin(0, keepdim=True)
-    huber = torch.where(size <= least, 0.5 * size.square(), least * (size - 0.5 * least))
+        weights = (_DELTA / size.clamp_min(_TINY)).clamp_max(1.0)
+    huber = torch.where(size <= _DELTA, 0.5 * size.square(), _DELTA * (size - 0.5 * _DELTA))
     return amplitude, floor, huber.sum(1)
 
 

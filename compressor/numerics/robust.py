@@ -10,7 +10,7 @@ Its solution is q = p·r with r proportional to the excess e over a threshold η
 Domains below the threshold keep a floor (Deng et al., "DRPruning", 2024, whose rule this is).
 The solution does not change when all e are shifted or scaled together, so that noise would be
 followed as far as a real difference: `trusted_radius` shrinks the ball by what noise explains on
-average, `guarded_radius` by the most that it explains in 999 of 1000 draws.
+average, `guarded_radius` by the most that it explains in 99 of 100 draws.
 
 Everything is fp64 and one-dimensional, one entry a domain.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 _STEPS = 50
 _TOLERANCE = 1e-4  # of the radius
-_RESAMPLES = 4000
+_RESAMPLES = 1000
 
 
 def chi_square_weights(
@@ -86,9 +86,7 @@ def trusted_radius(radius: float, losses: Tensor, errors: Tensor) -> float:
     return radius * max(0.0, 1 - noise / spread)
 
 
-def guarded_radius(
-    radius: float, windows: Sequence[Tensor], *, level: float = 0.999, reference: float = 0.0
-) -> float:
+def guarded_radius(radius: float, windows: Sequence[Tensor], *, level: float = 0.99) -> float:
     """ρ·max(0, 1 - c·noise / variance): the share of the spread that noise cannot explain.
 
     The variance of the means over their mean squared standard error is 1 on average where domains
@@ -101,37 +99,30 @@ def guarded_radius(
         windows: what every domain's windows lose over its reference; domains of one window tell
             nothing of noise, so that nothing is trusted then.
         level: share of draws of pure noise that leave no radius at all.
-        reference: variance of what the losses are counted from, as estimated over the domains.
     """
     if len(windows) < 2 or min(len(values) for values in windows) < 2:
         return 0.0
     means = torch.stack([values.double().mean() for values in windows])
     squares = torch.stack([values.double().var() / len(values) for values in windows])
-    spread, noise = float(means.var()), float(squares.mean()) + reference
+    spread, noise = float(means.var()), float(squares.mean())
     if spread == 0 or noise == 0:
         return radius if spread else 0.0
-    bound = float(_null_ratios(windows, reference).quantile(level))
+    bound = float(_null_ratios(windows).quantile(level))
     return radius * max(0.0, 1 - bound * noise / spread)
 
 
-def _null_ratios(windows: Sequence[Tensor], reference: float) -> Tensor:
-    """Variance of means over their mean squared error where no domain differs, [resamples].
-
-    The references' errors are normal, their variance known as well as from one value a domain.
-    """
+def _null_ratios(windows: Sequence[Tensor]) -> Tensor:
+    """Variance of means over their mean squared error where no domain differs, [resamples]."""
     generator = torch.Generator().manual_seed(0)
-    shape = (len(windows), _RESAMPLES)
-    errors = reference**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    again = reference**0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
     means, squares = [], []
-    for values, error in zip(windows, errors, strict=True):
+    for values in windows:
         count = len(values)
         residuals = (values.double() - values.double().mean()) * (count / (count - 1)) ** 0.5
         drawn = residuals[torch.randint(count, (_RESAMPLES, count), generator=generator)]
-        means.append(drawn.mean(1) + error)
+        means.append(drawn.mean(1))
         squares.append(drawn.var(1) / count)
-    noise = torch.stack(squares).mean(0) + again.square().mean(0)
-    ratios: Tensor = torch.stack(means).var(0) / noise.clamp_min(torch.finfo(torch.float64).tiny)
+    noise = torch.stack(squares).mean(0).clamp_min(torch.finfo(torch.float64).tiny)
+    ratios: Tensor = torch.stack(means).var(0) / noise
     return ratios
 
 

@@ -17,7 +17,8 @@ from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
-from compressor.numerics.recovery import logit_divergence
+from compressor.numerics.recovery import hidden_distance, logit_divergence
+from compressor.stages.adapters import adapt, merge
 from compressor.stages.context import StageContext
 from compressor.stages.sampling import Leaning, Rows, Sampler, Source
 from compressor.training import Fit, Schedule, fit
@@ -53,14 +54,15 @@ def distill(
         NumericalError: the loss is not finite.
     """
     tokenizer = load_tokenizer(checkpoint)
-    rows = training_rows(stage, tokenizer, calibration)
     teacher, student = pair(context.original, checkpoint, context, stage.checkpointing)
+    rows = training_rows(stage, tokenizer, calibration)
     steps = stage.updates(rows.mean_length)
     judge = Judge(teacher, student, held_out(tokenizer, student, rows))
     path = context.folder / "dro.jsonl"
     source = Source(judge.measure)
     sampler = Sampler(leaning(stage), rows, source, steps, path, context.observer)
     trained = _train(stage, teacher, student, rows, sampler, context)
+    merge(student)
     sampler.finish(trained.steps)
     result = _write(checkpoint, student, context)
     return replace(
@@ -136,8 +138,11 @@ def _train(
             stage, rows, sampler, step, lambda b: distance(stage, teacher, student, b)
         )
 
+    architecture = Architecture.from_config(student.config.to_dict())
     return fit(
-        dict(student.named_parameters()),
+        adapt(student, architecture, stage.adapters, stage.seed)
+        if stage.adapters
+        else dict(student.named_parameters()),
         loss,
         schedule(stage, stage.updates(rows.mean_length)),
         context.scratch,
@@ -180,15 +185,20 @@ def accumulated(
 
 
 def distance(stage: TrainConfig, teacher: Any, student: Any, batch: TokenBatch) -> Tensor:
-    """Mean loss of a token: the divergence, and the cross entropy by its weight."""
+    """Mean loss of a token: the divergence, and the others by their weights."""
     device = next(student.parameters()).device
     ids, mask = batch.input_ids.to(device), batch.mask.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    half = stage.precision == "bf16" or (stage.precision == "auto" and device.type == "cuda")
+    asked = {"use_cache": False, "output_hidden_states": stage.hidden_states > 0}
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
         with torch.no_grad():
-            expected = teacher(ids, use_cache=False).logits[mask]
-        logits = student(ids, use_cache=False).logits
-    options = {"top": stage.top_k, "temperature": stage.temperature}
-    total = logit_divergence(expected, logits[mask], **options).mean()  # type: ignore[arg-type]
+            expected = teacher(ids, **asked)
+        found = student(ids, **asked)
+    logits, options = found.logits, {"top": stage.top_k, "temperature": stage.temperature}
+    total = logit_divergence(expected.logits[mask], logits[mask], **options).mean()  # type: ignore[arg-type]
+    if stage.hidden_states:
+        pair = (model.hidden_states[-1][mask].float() for model in (expected, found))
+        total = total + stage.hidden_states * hidden_distance(*pair)
     if stage.cross_entropy:
         labels = ids.masked_fill(~mask, -100)[:, 1:].flatten()
         own = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels)

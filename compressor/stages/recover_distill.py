@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from compressor.stages.base import option
 from compressor.stages.train_base import TrainConfig
 
 if TYPE_CHECKING:
@@ -28,6 +29,15 @@ class RecoverDistill(TrainConfig):
     )
 
     method: Literal["recover.distill"] = "recover.distill"
+
+    adapters: int | None = option(
+        None,
+        "Rank of low-rank adapters that are trained in place of the weights, and merged.",
+        effect="Gradients and moments shrink to the adapters'; so does what can be recovered. "
+        "Wants some ten times the `learning_rate`.",
+        source="LoRA, arXiv:2106.09685",
+        ge=1,
+    )
 
     @property
     def label(self) -> str:

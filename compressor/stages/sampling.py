@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from compressor.types import Fallback, MixturePoint, TokenBatch
 
 MEASUREMENTS = 40  # planned ones that a forecast needs
 _KNOWN = 11  # measurements that a law is fitted to at least
+_USUAL = 7  # forecasts of which the median counts
 _SETTLED, _FORECAST, _DRIFT = 0.02, 0.1, 0.2  # of training: when points count, and what begins
 
 Windows = Mapping[str, Tensor]
@@ -129,7 +131,8 @@ class Sampler:
         source: measures domains on held-out text.
         steps: updates of the whole training.
         path: `dro.jsonl`. Every line has the number of the `update` and, by domain: `tokens` drawn
-            so far (expected), mean `loss` with its standard `error`, `reference` (what the loss is
+            so far (expected), mean `loss` with its standard `error`, the losses of
+            all `windows`, `forecast` and `reference` (what the loss is
             counted from), `base` (centre of the ball) and `shares`; further the `radius` that noise
             has left and the share of the model that is `kept`.
         observer: shown a table of every measurement.
@@ -192,7 +195,8 @@ class Sampler:
         self.history = [entry for entry in self.history if entry["update"] < step]
         windows = self._source.measure()
         losses = {name: float(values.mean()) for name, values in windows.items()}
-        if broken := [name for name, value in losses.items() if math.isnan(value)]:
+        broken = [name for name, value in losses.items() if math.isnan(value)]
+        if broken and (step or self._options.sampler == "dro"):
             message = f"the loss of domain {broken[0]!r} before update {step} is no number"
             raise NumericalError(message, "lower `learning_rate`; the run goes on from there")
         entry = {
@@ -201,6 +205,7 @@ class Sampler:
             "kept": self._source.kept(),
             "loss": losses,
             "error": {name: _error(values) for name, values in windows.items()},
+            "windows": {name: values.tolist() for name, values in windows.items()},
         }
         self.history.append(entry)
         entry |= self._leaning(windows)
@@ -220,19 +225,17 @@ class Sampler:
         """Reference, centre, radius and shares; domains without held-out text keep theirs."""
         names, entry = self._rows.domains, self.history[-1]
         base, reference = self._base(), dict.fromkeys(entry["loss"], 0.0)
-        shares, radius, uncertain = base, 0.0, 0.0
+        shares, radius = base, 0.0
         if self._options.sampler == "dro" and all(name in windows for name in names):
             if self._forecasting(entry["update"]):
-                reference = {name: self._forecast(name) for name in names}
-                # It was fitted to as noisy measurements, so that noise counts twice.
-                uncertain = sum(_error(windows[name]) ** 2 for name in names) / len(names)
+                entry["forecast"] = {name: self._forecast(name) for name in names}
+                reference = {name: self._usual(name) for name in names}
             excess = self._excess(self._vector(entry["loss"]), self._vector(reference))
-            # Noise is judged against what shares lean by: a forecast shifts a domain as a whole.
-            shifted = [
-                windows[name] - windows[name].mean() + excess[place]
-                for place, name in enumerate(names)
+            judged = [
+                self._spread(name) + value
+                for name, value in zip(names, excess.tolist(), strict=True)
             ]
-            radius = guarded_radius(self._options.radius, shifted, reference=uncertain)
+            radius = guarded_radius(self._options.radius, judged)
             if float(excess.max() - excess.min()) > 0:
                 shares = chi_square_weights(base, excess, radius)
         return {
@@ -241,6 +244,19 @@ class Sampler:
             "radius": radius,
             "shares": self._named(shares),
         }
+
+    def _spread(self, name: str) -> Tensor:
+        """How far the windows of a domain are from its mean, fp64 [windows].
+
+        Against a forecast, which was fitted to the same windows, it is how differently they have
+        come down lately: that some are harder than others says nothing of it.
+        """
+        entry = self.history[-1]
+        values = torch.tensor(entry["windows"][name], dtype=torch.float64)
+        if self._forecasting(entry["update"]):
+            before = self._settled()[-_KNOWN]["windows"][name]
+            values = values - torch.tensor(before, dtype=torch.float64)
+        return values - values.mean()
 
     def _excess(self, loss: Tensor, reference: Tensor) -> Tensor:
         """What shares lean by; experiments turn it around."""
@@ -272,7 +288,6 @@ class Sampler:
         promised must not stick.
         """
         known = self._settled()
-        known = known[-max(_KNOWN, len(known) // 2) :]  # training begins unlike any law
         tokens, kept, losses = (
             torch.tensor(values, dtype=torch.float64)
             for values in (
@@ -283,6 +298,11 @@ class Sampler:
         )
         at = (self._steps * self._options.batch * self._rows.mean_length, float(kept[-1]))
         return forecast(tokens, kept, losses, at)
+
+    def _usual(self, name: str) -> float:
+        """Median of the latest forecasts, as one fit in a few is far off."""
+        made = [e["forecast"][name] for e in self.history if "forecast" in e]
+        return median(made[-_USUAL:])
 
     def _show(self, entry: Mapping[str, Any]) -> None:
         head = (

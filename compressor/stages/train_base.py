@@ -86,6 +86,18 @@ class TrainConfig(StageConfig):
         effect="0 recovers the original; more fits the text.",
         ge=0,
     )
+    hidden_states: float = option(
+        0.0,
+        "Weight of the distance between the last hidden states, relative to their size.",
+        effect="Helps where whole blocks went; predictions alone do as well elsewhere.",
+        source="Minitron, arXiv:2407.14679",
+        ge=0,
+    )
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        "Of products in forward and backward passes; weights and moments stay fp32. `auto` takes "
+        "bf16 on a GPU.",
+    )
     sampler: Literal["static", "dro"] = option(
         "static",
         "Shares of the domains: `static`, as in the text; `dro`, more of those that are "

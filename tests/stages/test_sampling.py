@@ -98,7 +98,7 @@ def test_a_forecast_does_not_chase_what_cannot_be_learned(tmp_path: Path) -> Non
     shares = {}
     for reference in ("original", "forecast"):
         learner = Learner()
-        made = sampler(tmp_path / reference, learner, reference=reference, drift=True, radius=1.0)
+        made = sampler(tmp_path / reference, learner, reference=reference, drift=True, radius=0.3)
         learner.of = made
         walk(made)
         later = [entry["shares"] for entry in made.history[len(made.history) // 2 :]]

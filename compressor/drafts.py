@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compressor.decoding.assisted import settings
 from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
+from compressor.decoding.early_exit import TrackedExitDraft
 from compressor.decoding.load import load_draft
-from compressor.decoding.measure import Protocol, measure_draft
+from compressor.decoding.measure import Protocol, measure_draft, measure_early_exit
 from compressor.decoding.prompts import as_prompt
 from compressor.decoding.proposals import Tree
 from compressor.decoding.results import DraftMeasurement
@@ -40,14 +42,18 @@ def measure(variant: Variant, session: Session) -> DraftMeasurement:
     assert parent is not None
     model = load_model(parent.checkpoint, session.device, session.dtype)
     draft = load_draft(variant.checkpoint, model, tokenizer_sha256(parent.checkpoint))
-    measurement = measure_draft(
-        CachedModel(model, draft.layers),
-        draft,
-        stage.untrained(model, variant.checkpoint),
-        _prompts(session, stage.prompts),
-        Protocol(stage.drafted, stage.new_tokens, _tree(stage), _TIMED, stage.seed),
-        session.observer,
-    )
+    prompts = _prompts(session, stage.prompts)
+    protocol = Protocol(stage.drafted, stage.new_tokens, _tree(stage), _TIMED, stage.seed)
+    if isinstance(draft, TrackedExitDraft):
+        measurement = measure_early_exit(
+            CachedModel(model), draft, prompts, protocol, session.observer
+        )
+    else:
+        target, before = (
+            CachedModel(model, draft.layers),
+            stage.untrained(model, variant.checkpoint),
+        )
+        measurement = measure_draft(target, draft, before, prompts, protocol, session.observer)
     atomic_write_json(_path(variant, session), measurement.model_dump(mode="json"))
     return measurement
 
@@ -100,13 +106,8 @@ def deliver(variant: Variant, measurement: DraftMeasurement, out: Path) -> None:
     drafted = measurement.speeds[0].drafted
     _propose_in_speculators(out / "speculators" / "config.json", drafted)
     path = out / _GENERATION
-    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    settings |= {
-        "num_assistant_tokens": drafted,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-    atomic_write_json(path, settings)
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    atomic_write_json(path, known | settings(drafted, measurement.exit))
 
 
 def _propose_in_speculators(path: Path, drafted: int) -> None:

@@ -35,6 +35,23 @@ class DraftDomain(Frozen):
     sampled: Acceptance
 
 
+class DomainSpeed(Frozen):
+    """One domain's speed-up over plain decoding at batch 1, at the γ of all domains."""
+
+    predicted: float
+    measured: float
+
+
+class ExitTrial(Frozen):
+    """One place at which a model that speculates for itself may exit."""
+
+    exit: int = Field(description="blocks of a guess")
+    length: float = Field(description="τ at `drafted`, greedy, over all domains")
+    draft_cost: float = Field(description="c")
+    drafted: int = Field(description="the best γ by prediction")
+    predicted: float = Field(description="speed-up at that γ")
+
+
 class DraftSpeed(Frozen):
     """Speed on this machine at one batch size, everything relative to plain decoding.
 
@@ -52,7 +69,15 @@ class DraftSpeed(Frozen):
     predicted: float
     measured: float
     tree: float | None = Field(default=None, description="the same draft with a tree")
-    untrained: float = Field(description="the draft as it was before training, same γ")
+    untrained: float | None = Field(
+        default=None, description="the draft as it was before training, same γ; none if untrained"
+    )
+    tracked: float | None = Field(
+        default=None, description="early exit with exit and γ chosen anew before every pass"
+    )
+    domains: dict[str, DomainSpeed] = Field(
+        default_factory=dict, description="speed-up by domain, at batch 1"
+    )
     lookup: float = Field(description="prompt lookup")
     assisted: float | None = Field(
         default=None, description="transformers' assisted generation with this draft, same γ"
@@ -65,7 +90,10 @@ class DraftMeasurement(Frozen):
     Attributes:
         domains: acceptance by domain.
         greedy, sampled: over all domains.
-        untrained, lookup: greedy acceptance of what needs no training.
+        untrained, lookup: greedy acceptance of what needs no training; `untrained` is None for a
+            draft that is never trained.
+        exits: of an early exit, every candidate that was tried; the chosen one is `exit`.
+        tracked: of an early exit, greedy acceptance with exit and γ chosen before every pass.
         tree_length: τ with the tree, greedy; None where no tree was tried.
         speeds: by batch size, 1 first.
         prompts: compared token by token with plain decoding, greedy.
@@ -77,13 +105,16 @@ class DraftMeasurement(Frozen):
     domains: dict[str, DraftDomain]
     greedy: Acceptance
     sampled: Acceptance
-    untrained: Acceptance
+    untrained: Acceptance | None = None
     lookup: Acceptance
     tree_length: float | None
     speeds: tuple[DraftSpeed, ...]
     prompts: int
     identical: int
     largest_margin: float
+    exit: int | None = None
+    exits: tuple[ExitTrial, ...] = ()
+    tracked: Acceptance | None = None
 
     @property
     def worthwhile(self) -> bool:

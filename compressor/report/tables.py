@@ -340,7 +340,47 @@ def draft_tables(report: Report) -> list[Table]:
     """Speed and acceptance of every draft."""
     if not report.drafts:
         return []
-    return [draft_speeds(report), *(_draft_acceptance(draft) for draft in report.drafts)]
+    found = [draft_speeds(report)]
+    for draft in report.drafts:
+        found.append(_draft_acceptance(draft))
+        found += [_draft_domains(draft)] if draft.measurement.speeds[0].domains else []
+        found += [_exits(draft)] if draft.measurement.exits else []
+    return found
+
+
+def _draft_domains(draft: Draft) -> Table:
+    """Speed-up by domain at batch 1."""
+    speed = draft.measurement.speeds[0]
+    return Table(
+        f"speed-{draft.id}",
+        f"{draft.label}: speed-up over plain decoding by kind of text, one prompt at a time.",
+        ("text", "predicted", "measured"),
+        tuple(
+            (name, numbers.ratio(found.predicted), numbers.ratio(found.measured))
+            for name, found in speed.domains.items()
+        ),
+        frozenset({0}),
+    )
+
+
+def _exits(draft: Draft) -> Table:
+    """Every exit that was tried."""
+    return Table(
+        f"exits-{draft.id}",
+        f"{draft.label}: the places tried, each with its best γ; the one with the largest "
+        "prediction was taken.",
+        ("exit after block", "γ", "τ", "c", "predicted"),
+        tuple(
+            (
+                str(trial.exit),
+                str(trial.drafted),
+                numbers.number(trial.length),
+                numbers.number(trial.draft_cost),
+                numbers.ratio(trial.predicted),
+            )
+            for trial in draft.measurement.exits
+        ),
+    )
 
 
 def draft_speeds(report: Report) -> Table:
@@ -357,7 +397,8 @@ def draft_speeds(report: Report) -> Table:
             numbers.ratio(speed.predicted),
             numbers.ratio(speed.measured),
             _or_none(speed.tree, numbers.ratio),
-            numbers.ratio(speed.untrained),
+            _or_none(speed.tracked, numbers.ratio),
+            _or_none(speed.untrained, numbers.ratio),
             numbers.ratio(speed.lookup),
             _or_none(speed.assisted, numbers.ratio),
         )
@@ -369,7 +410,8 @@ def draft_speeds(report: Report) -> Table:
         "Greedy decoding with a draft against plain decoding, wall-clock on this machine. γ: "
         "tokens drafted before each pass, the best by prediction. τ: tokens per pass, the "
         "target's own included. c: a draft step, v: a pass over γ + 1 tokens, both in plain "
-        "steps. Predicted: τ at γ / (γ c + v). Lookup: n-grams copied from the text. Assisted: "
+        "steps. Predicted: τ at γ / (γ c + v). Tracked: exit and γ chosen before every pass. "
+        "Lookup: n-grams copied from the text. Assisted: "
         "transformers with the same draft.",
         (
             "draft",
@@ -382,6 +424,7 @@ def draft_speeds(report: Report) -> Table:
             "predicted",
             "measured",
             "tree",
+            "tracked",
             "untrained",
             "lookup",
             "assisted",
@@ -400,9 +443,10 @@ def _draft_acceptance(draft: Draft) -> Table:
     rows += [
         ("all domains", "greedy", found.greedy),
         ("all domains", "sampled", found.sampled),
-        ("untrained draft", "greedy", found.untrained),
         ("prompt lookup", "greedy", found.lookup),
     ]
+    beside = (("untrained draft", found.untrained), ("tracked exit", found.tracked))
+    rows += [(name, "greedy", one) for name, one in beside if one is not None]
     places = len(found.greedy.by_position)
     return Table(
         f"acceptance-{draft.id}",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressor.stages.base import ReportProblem, option
-from compressor.stages.draft_base import DraftConfig
+from compressor.stages.draft_base import TrainedDraftConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressor.types import StageResult
 
 
-class DraftStandalone(DraftConfig):
+class DraftStandalone(TrainedDraftConfig):
     """Copy some blocks of the target into a small model and distil it on the target's text.
 
     The result is a plain checkpoint with the target's tokenizer: transformers takes it as

@@ -27,7 +27,7 @@ from compressor.model.load import load_model, load_tokenizer
 from compressor.model.quiet import quiet
 from compressor.numerics.distillation import divergence
 from compressor.stages.context import StageContext
-from compressor.stages.draft_base import DraftConfig
+from compressor.stages.draft_base import TrainedDraftConfig
 from compressor.training import Fit, fit
 from compressor.types import Fallback, StageResult
 
@@ -95,7 +95,7 @@ def _save_model(student: Any, target: Any, checkpoint: Path, folder: Path) -> No
 
 
 def read_corpus(
-    config: DraftConfig,
+    config: TrainedDraftConfig,
     target: Any,
     checkpoint: Path,
     layers: tuple[int, ...],
@@ -125,7 +125,7 @@ def read_corpus(
 
 
 def train(
-    config: DraftConfig, parameters: Mapping[str, Tensor], loss: Any, context: StageContext
+    config: TrainedDraftConfig, parameters: Mapping[str, Tensor], loss: Any, context: StageContext
 ) -> Fit:
     """Run the schedule, taking up what an interrupted run left."""
     context.scratch.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def train(
 
 
 def finish(
-    config: DraftConfig,
+    config: TrainedDraftConfig,
     kind: Kind,
     target: Any,
     checkpoint: Path,
@@ -169,7 +169,7 @@ def finish(
     )
 
 
-def _cut_short(config: DraftConfig, done: Fit) -> tuple[Fallback, ...]:
+def _cut_short(config: TrainedDraftConfig, done: Fit) -> tuple[Fallback, ...]:
     if done.steps == config.steps:
         return ()
     reason = f"{config.minutes:g} minutes were over after {done.steps} of {config.steps} steps"

@@ -14,10 +14,13 @@ from compressor.decoding.load import load_draft
 from compressor.decoding.measure import Protocol, measure_draft, measure_early_exit
 from compressor.decoding.prompts import as_prompt
 from compressor.decoding.proposals import Tree
-from compressor.decoding.results import DraftMeasurement
+from compressor.decoding.results import WORTHWHILE, DraftMeasurement, Outlook
 from compressor.evaluation.session import Session
 from compressor.formats.atomic import atomic_write_bytes, atomic_write_json
+from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
 from compressor.model.load import load_model
+from compressor.numerics.speculative import limiting_term, paying_scale
 from compressor.report.schema import Draft
 from compressor.stages.draft_base import DraftConfig
 from compressor.variants import Variant
@@ -144,4 +147,31 @@ def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Pa
         trained_tokens=binding.trained_tokens,
         measurement=measurement,
         worthwhile=measurement.worthwhile,
+        outlook=None if measurement.worthwhile else outlook(measurement, parent.checkpoint),
+        curve=binding.curve,
+    )
+
+
+def outlook(measurement: DraftMeasurement, target: Path) -> Outlook:
+    """Why a draft does not pay at batch 1, and from which size of target on it would.
+
+    What the formula leaves out, measured over predicted speed-up, is taken as it is.
+
+    Args:
+        measurement: of the draft.
+        target: its checkpoint.
+    """
+    speed, shares = measurement.speeds[0], measurement.greedy.by_position
+    limit = limiting_term(shares, speed.draft_cost, speed.verify_costs)
+    wanted = WORTHWHILE * speed.predicted / speed.measured
+    scale = paying_scale(shares, speed.draft_cost, speed.verify_costs, wanted)
+    if measurement.exit is not None:  # its steps grow with the target
+        scale = None
+    parameters = Architecture.from_config(read_config(target)).parameters
+    return Outlook(
+        limit=limit.term,
+        better_cost=limit.better_cost,
+        better_verify=limit.better_verify,
+        better_acceptance=limit.better_acceptance,
+        paying_parameters=None if scale is None else round(scale * parameters),
     )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from compressor.decoding.results import LearningCurve
 from compressor.errors import ModelError
 from compressor.formats.atomic import atomic_write_text
 from compressor.provenance import file_sha256
@@ -35,6 +36,7 @@ class Binding(BaseModel):
         tokenizer_sha256: of the target's `tokenizer.json`; None when it has none.
         layers: hidden states of the target that the draft reads.
         rates: of an early exit, how often the target agreed after each of `layers`.
+        curve: acceptance on development text while it was trained.
         trained_tokens: positions that training looked at, repetitions counted.
     """
 
@@ -45,6 +47,7 @@ class Binding(BaseModel):
     tokenizer_sha256: str | None
     layers: tuple[int, ...] = ()
     rates: tuple[float, ...] = ()
+    curve: LearningCurve | None = None
     trained_tokens: int = 0
 
 

@@ -42,7 +42,6 @@ Prompts = Sequence[Sequence[int]]
 
 _CONTEXT = 64  # tokens in the cache when a pass is timed
 _ROUNDS = 7
-BATCHES = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,7 @@ class Protocol:
         tree: tried beside chains; None leaves it out.
         timed: prompts whose decoding is timed.
         seed: of sampling.
+        batches: sizes at which speed is measured, 1 first.
     """
 
     drafted: int
@@ -62,6 +62,7 @@ class Protocol:
     tree: Tree | None
     timed: int
     seed: int
+    batches: tuple[int, ...] = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ class _Measuring:
 
     def run(self) -> DraftMeasurement:
         """Acceptance first, then costs, then wall-clock time at the best γ."""
-        with self.observer.task("measure draft", len(self.prompts) + 3 + len(BATCHES)) as task:
+        batches = self.protocol.batches
+        with self.observer.task("measure draft", len(self.prompts) + 3 + len(batches)) as task:
             domains, blocks = {}, _Blocks()
             for name, rows in self.prompts.items():
                 domains[name] = self._domain(rows, blocks)
@@ -150,7 +152,7 @@ class _Measuring:
             task.advance()
             greedy = _acceptance(blocks.greedy, self.protocol.drafted)
             speeds, compared = [], []
-            for batch in BATCHES:
+            for batch in batches:
                 speed, pairs = self._speed(batch, greedy, domains)
                 speeds.append(speed)
                 compared += pairs

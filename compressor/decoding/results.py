@@ -52,6 +52,45 @@ class ExitTrial(Frozen):
     predicted: float = Field(description="speed-up at that γ")
 
 
+class Outlook(Frozen):
+    """Why a draft does not pay, and where it would."""
+
+    limit: str = Field(
+        description="term of τ / (γ c + v) that, made good by itself, would help most: `draft "
+        "cost`, `verify cost` or `acceptance`"
+    )
+    better_cost: float = Field(description="predicted speed-up at c = 0.05, all else the same")
+    better_verify: float = Field(description="the same at v = 1")
+    better_acceptance: float = Field(description="the same with four tokens of five accepted")
+    paying_parameters: int | None = Field(
+        description="parameters of a target with which the same draft, accepted as often and "
+        "verified as cheaply, would pay; None if no size would do or the draft grows with it"
+    )
+
+
+class CurvePoint(Frozen):
+    """Acceptance at one moment of training."""
+
+    tokens: int = Field(description="positions that training had looked at")
+    length: float = Field(description="τ on development text, greedy")
+
+
+class LogFit(Frozen):
+    """τ = intercept + slope · ln(tokens), least squares, with the 95 % interval of the slope."""
+
+    intercept: float
+    slope: float
+    low: float | None = Field(description="None with fewer than three points")
+    high: float | None
+
+
+class LearningCurve(Frozen):
+    """Acceptance against training tokens (Scylla: log-linear, arXiv:2505.07858)."""
+
+    points: tuple[CurvePoint, ...]
+    fit: LogFit | None
+
+
 class DraftSpeed(Frozen):
     """Speed on this machine at one batch size, everything relative to plain decoding.
 

@@ -104,6 +104,15 @@ class TrainedDraftConfig(DraftConfig):
         "result then depends on the machine.",
         gt=0,
     )
+    probes: int = option(
+        4,
+        "Times that acceptance on development text is looked at during training: at the last "
+        "step, at half of them, at a quarter, and so on; 0 for none.",
+        effect="The report then has τ against training tokens, and what more text would bring.",
+        source="Scaling laws for speculative decoding, arXiv:2505.07858",
+        ge=0,
+        le=12,
+    )
     learning_rate: float = option(1e-3, "At its peak; AdamW, cosine.", gt=0)
     loss: Literal["kl", "tv", "ce", "lk_hybrid"] = option(
         "lk_hybrid",
@@ -111,6 +120,13 @@ class TrainedDraftConfig(DraftConfig):
         "likely token; `lk_hybrid`: KL while the draft is poor, acceptance once it is good.",
         effect="`lk_hybrid` mostly helps sampled decoding; `ce` and `kl` suffice for greedy.",
         source="LK losses, as reported for MLP speculators, Medusa and EAGLE-3",
+    )
+    top_k: int | None = option(
+        None,
+        "Learn only the target's so many likeliest tokens at each place; all by default.",
+        effect="The draft spends nothing on the tail, which greedy decoding never asks for.",
+        source="HASS, arXiv:2408.15766, takes 10",
+        ge=1,
     )
 
     def calibration_need(self) -> Need:

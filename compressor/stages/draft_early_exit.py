@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 
+_ROW = 2048  # tokens of the longest usual row of calibration text
+
 
 class DraftEarlyExit(DraftConfig):
     """Find the block after which the model can guess its own next tokens, and how many.
@@ -74,6 +76,11 @@ class DraftEarlyExit(DraftConfig):
         head = architecture.hidden * architecture.vocab
         exits = len(self.candidates(architecture.layers))
         return 2.0 * self.tokens * (architecture.parameters + exits * head)
+
+    def memory(self, architecture: Architecture) -> int:
+        """Bytes at the peak: the model in fp32, and the logits of one row."""
+        longest = min(_ROW, architecture.max_positions)
+        return 4 * (architecture.parameters + longest * architecture.vocab)
 
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext

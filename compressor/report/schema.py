@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compressor.decoding.results import DraftMeasurement
+from compressor.decoding.results import DraftMeasurement, LearningCurve, Outlook
 from compressor.evaluation.results import (
     Contamination,
     Divergence,
@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.3.0"
+SCHEMA_VERSION = "1.4.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -204,6 +204,8 @@ class Draft(Frozen):
     trained_tokens: int
     measurement: DraftMeasurement
     worthwhile: bool = Field(description="whether it was measurably faster than plain decoding")
+    outlook: Outlook | None = Field(default=None, description="of a draft that does not pay")
+    curve: LearningCurve | None = Field(default=None, description="τ against training tokens")
 
 
 class Reproduce(Frozen):

@@ -25,6 +25,7 @@ Container = Literal[
     "gptq",
     "awq",
     "gguf",
+    "llama-quantize",
     "bitsandbytes",
 ]
 
@@ -106,6 +107,8 @@ CONTAINERS: Mapping[Container, str] = {
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
     "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
+    "llama-quantize": "the same, rounded by llama.cpp's quantizer to K- and I-quants (format gguf "
+    "with a type)",
     "bitsandbytes": "NF4 in blocks, or LLM.int8, by quantize.bnb (format bitsandbytes)",
 }
 
@@ -195,6 +198,9 @@ ENGINES: Mapping[str, Engine] = {
     "llama.cpp": Engine(
         "llama.cpp",
         "b11434",
-        {"gguf": Limits(embeddings=True, mixed_fused=True, evidence="run")},
+        {
+            "gguf": Limits(embeddings=True, mixed_fused=True, evidence="run"),
+            "llama-quantize": Limits(embeddings=True, mixed_fused=True, evidence="run"),
+        },
     ),
 }

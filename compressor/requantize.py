@@ -127,7 +127,7 @@ def write(
             found = measure_importance(source.checkpoint, text.tokens.batches, observer)
             name, chunk = dataset_name(text.config), text.config.length
             write_imatrix(importance, found, dataset=name, chunk=chunk)
-        llama_quantize.quantize(
+        version = llama_quantize.quantize(
             program,
             dense,
             out / "model.gguf",
@@ -140,7 +140,7 @@ def write(
     for fallback in fallbacks:
         observer.event("fallback", **fallback)
     return {
-        "quantizer": f"{llama_quantize.PROGRAM} {llama_quantize.version(program)}",
+        "quantizer": f"{llama_quantize.PROGRAM} {version}",
         "seconds": meter.seconds,
         "peak_bytes": meter.peak_bytes,
         "relative_error": error,

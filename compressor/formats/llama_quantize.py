@@ -54,13 +54,6 @@ def missing() -> str:
     return f"{PROGRAM}, llama.cpp's own quantizer, is not on this machine"
 
 
-def version(program: Path) -> str:
-    """What the program says of itself, such as `0.6.0-dev (build 108, commit 9fb3f86)`."""
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    match = _VERSION.search(done.stdout + done.stderr)
-    return match[1].strip() if match else "of unknown version"
-
-
 def command(
     program: Path, dense: Path, out: Path, kind: QuantType, importance: Path | None, threads: int
 ) -> list[str]:
@@ -81,7 +74,7 @@ def quantize(
     *,
     importance: Path | None = None,
     threads: int = 1,
-) -> None:
+) -> str:
     """Round a GGUF file of dense weights to a type; `out` is written whole or not at all.
 
     Args:
@@ -92,6 +85,9 @@ def quantize(
         importance: file of mean squared inputs, in the folder of `dense`.
         threads: at once.
 
+    Returns:
+        What the program says of itself, such as `0.6.0-dev (build 11434, commit b11434)`.
+
     Raises:
         ResourceError: the program failed; what it said last is told.
     """
@@ -101,3 +97,5 @@ def quantize(
         if done.returncode:
             said = (done.stdout + done.stderr).strip()[-_LAST:]
             raise ResourceError(f"{PROGRAM} could not round to {kind}: {said}")
+    match = _VERSION.search(done.stdout + done.stderr)
+    return match[1].strip() if match else "of unknown version"

@@ -20,9 +20,7 @@ Q8_0 = gguf.GGMLQuantizationType.Q8_0
 
 
 def main(arguments: list[str]) -> None:
-    if arguments == ["--version"]:
-        sys.stderr.write("version: 0.0.0 (stand-in)\nbuilt with nothing\n")
-        return
+    sys.stderr.write("version: 0.0.0 (stand-in)\nbuilt with nothing\n")
     importance = ""
     if arguments[0] == "--imatrix":
         importance, arguments = arguments[1], arguments[2:]

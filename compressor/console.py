@@ -249,7 +249,8 @@ def _engine(engine: Engine) -> str:
         for name, limits in engine.containers.items()
     )
     caches = f"; caches in {', '.join(sorted(engine.caches))}" if engine.caches else ""
-    return f"{engine.title} {engine.version}. {'; '.join(loads)}{caches}"
+    drafts = f"; drafts: {', '.join(sorted(engine.drafts))}" if engine.drafts else ""
+    return f"{engine.title} {engine.version}. {'; '.join(loads)}{caches}{drafts}"
 
 
 def _loaded_by(container: Container) -> str:

@@ -16,14 +16,17 @@ from compressor.decoding.prompts import as_prompt
 from compressor.decoding.proposals import Tree
 from compressor.decoding.results import WORTHWHILE, DraftMeasurement, Outlook
 from compressor.evaluation.session import Session
+from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_bytes, atomic_write_json
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model
 from compressor.numerics.speculative import limiting_term, paying_scale
 from compressor.report.schema import Draft
+from compressor.report.snippets import draft_snippets
 from compressor.stages.draft_base import DraftConfig
 from compressor.variants import Variant
+from compressor.verify import verify_weights
 
 _GENERATION = "generation_config.json"
 _PROMPT_TOKENS = 32
@@ -122,7 +125,38 @@ def _propose_in_speculators(path: Path, drafted: int) -> None:
         atomic_write_json(path, config)
 
 
-def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Path) -> Draft:
+def deliver_gguf(variant: Variant, out: Path) -> Path | None:
+    """Write a standalone draft as a GGUF file too, read it back and compare every weight.
+
+    Args:
+        variant: the draft stage.
+        out: folder of the delivered draft; the file goes into `gguf` below it.
+
+    Returns:
+        The file; None for drafts that are no model of their own.
+
+    Raises:
+        VerificationError: the file does not hold the draft's weights.
+    """
+    if read_binding(out).kind != "standalone":
+        return None
+    written, gguf = out / "gguf", exporters.exporter("gguf")
+    assert gguf.read is not None
+    gguf.write(exporters.Source(variant.checkpoint, {}, 0, "gguf"), written)
+    verify_weights(gguf.read(written), variant.checkpoint, (), written.name)
+    (file,) = written.glob("*.gguf")
+    return file
+
+
+def facts(
+    variant: Variant,
+    measurement: DraftMeasurement,
+    out: Path,
+    folder: Path,
+    *,
+    gguf: Path | None = None,
+    target: str = "",
+) -> Draft:
     """The draft's place in the report.
 
     Args:
@@ -130,18 +164,23 @@ def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Pa
         measurement: of this draft.
         out: where it was delivered.
         folder: of the run.
+        gguf: the same draft for llama.cpp, if there is one.
+        target: path of the GGUF file that it speculates for.
     """
     stage, parent, done = variant.stage, variant.parent, variant.stage_facts()
     assert stage is not None
     assert parent is not None
     assert done is not None
     binding = read_binding(out)
+    own = None if gguf is None else gguf.relative_to(folder).as_posix()
     return Draft(
         id=variant.id,
         label=stage.label,
         target=parent.id,
         stage=done,
         path=out.relative_to(folder).as_posix(),
+        gguf=own,
+        load_snippets=draft_snippets(target, own, measurement.speeds[0].drafted) if own else {},
         bytes_on_disk=sum(path.stat().st_size for path in out.glob("*") if path.is_file()),
         target_sha256=binding.target_sha256,
         trained_tokens=binding.trained_tokens,

@@ -26,6 +26,8 @@ from compressor.decoding.proposals import Chain
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.engine import run_recipe
 from compressor.errors import ModelError, PlanError
+from compressor.formats import gguf
+from compressor.formats.shards import CheckpointReader
 from compressor.journal import Journal
 from compressor.model.load import load_model, read_config
 from compressor.plan import make_plan
@@ -69,7 +71,7 @@ stages:
     tree_nodes: 6
     minutes: 0.0001
 evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
-export: [{format: compressed-tensors}]
+export: [{format: compressed-tensors}, {format: gguf}]
 """
 STAGE = "02-draft.standalone"
 EAGLE = "03-draft.eagle3"
@@ -131,6 +133,30 @@ def test_a_second_draft_stands_beside_the_first(run: Path) -> None:
     config = json.loads((out / "speculators" / "config.json").read_text())
     (proposal,) = config["speculators_config"]["proposal_methods"]
     assert proposal["speculative_tokens"] == speed["drafted"]
+
+
+def test_a_standalone_draft_stands_beside_a_gguf_target(run: Path) -> None:
+    """Weight by weight the checkpoint; llama.cpp decodes with it in `tests/engines`."""
+    report = json.loads((run / "report.json").read_text())
+    draft, eagle = report["drafts"]
+    assert draft["gguf"] == "deliverable/draft/gguf/model.gguf"
+    assert (eagle["gguf"], eagle["load_snippets"]) == (None, {})
+    most = draft["measurement"]["speeds"][0]["drafted"]
+    line = (
+        "llama-server -m deliverable/gguf/model.gguf --spec-type draft-simple "
+        f"-md deliverable/draft/gguf/model.gguf --spec-draft-n-max {most}"
+    )
+    assert draft["load_snippets"] == {"llama.cpp": line}
+    assert line in (run / "README.md").read_text()
+    assert line in (run / "report.html").read_text()
+    dense = CheckpointReader(run / "deliverable" / "draft")
+    stored = dict(gguf.read(run / "deliverable" / "draft" / "gguf"))
+    assert set(stored) == set(dense)
+    assert all(torch.equal(value.to(dense.dtype(n)), dense[n]) for n, value in stored.items())
+    config, _ = gguf.described(run / "deliverable" / "draft" / "gguf")
+    target, _ = gguf.described(run / "deliverable" / "gguf")
+    assert config["num_hidden_layers"] == 1
+    assert config["vocab_size"] == target["vocab_size"]  # as llama.cpp asks of a draft
 
 
 def test_a_time_box_is_told(run: Path) -> None:

@@ -286,6 +286,17 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
         if variant.artifact is None or not variant.artifact.reload_ok:
             continue
         artifact = ("variants", place, "artifact")
+        if variant.artifact.quantizer is not None:
+            yield state(
+                document,
+                f"quantizer-{variant.id}",
+                "{label} is the work of a second quantizer, {quantizer}: it rounded the weights of "
+                "{parent} itself, and none of our codes are in its file.",
+                label=(pointer("variants", place, "label"), "text"),
+                quantizer=(pointer(*artifact, "quantizer"), "text"),
+                parent=(pointer("variants", place, "parent"), "text"),
+            )
+            continue
         logits = variant.artifact.max_logit_difference is not None
         found = "max_logit_difference" if logits else "max_weight_difference"
         yield state(

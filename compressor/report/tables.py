@@ -102,9 +102,10 @@ def deliverable_table(report: Report) -> Table:
     )
     return Table(
         "deliverables",
-        "Exports of the last variant, all from the same codes. Read back: largest difference "
-        "between what the files hold and memory, of logits where Transformers loads the format, "
-        "else of weights, relative to the largest in their matrix.",
+        "Exports of the last stage, all from the same codes, but for those that a second quantizer "
+        "rounded itself. Read back: largest difference between what the files hold and memory, of "
+        "logits where Transformers loads the format, else of weights, relative to the largest in "
+        "their matrix.",
         ("format", "folder", "on disk", "ratio", "read back", "loads in"),
         tuple(rows),
         frozenset({0, 1, 4, 5}),
@@ -112,6 +113,8 @@ def deliverable_table(report: Report) -> Table:
 
 
 def _read_back(item: Artifact) -> str:
+    if item.quantizer is not None:
+        return f"rounded by {item.quantizer}"
     if item.max_logit_difference is not None:
         return f"logits: {numbers.number(item.max_logit_difference)}"
     if item.max_weight_difference is not None:

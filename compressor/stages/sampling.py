@@ -302,7 +302,8 @@ class Sampler:
     def _usual(self, name: str) -> float:
         """Median of the latest forecasts, as one fit in a few is far off."""
         made = [e["forecast"][name] for e in self.history if "forecast" in e]
-        return median(made[-_USUAL:])
+        usual: float = median(made[-_USUAL:])
+        return usual
 
     def _show(self, entry: Mapping[str, Any]) -> None:
         head = (

@@ -53,7 +53,7 @@ def _exponents(*, varies: bool) -> Tensor:
 
     Smaller α would be nearly logarithms, which promise a fall without end to any loss that wavers.
     """
-    alpha = torch.linspace(0.25, 2, 15, dtype=torch.float64)
+    alpha = torch.linspace(0.25, 2, 36, dtype=torch.float64)
     gamma = torch.linspace(0, 4, 17 if varies else 1, dtype=torch.float64)
     return torch.cartesian_prod(alpha, gamma)
 

@@ -41,11 +41,11 @@ def test_all_arms_run_and_are_not_run_again(
 
 
 def test_arms_lean_as_they_say(arms: ModuleType) -> None:
-    """By its loss noise is worst; the wrong way round it is best; a label apart it is nothing."""
+    """Static shares are the text's; those that lean by the loss leave what falls first: noise."""
     size = arms.Size(steps=40, radius=1.0)
     shares = {arm: arms.train(arm, 0, size, None)["shares"] for arm in ("static", "dro-none")}
     assert shares["static"] == pytest.approx(arms.SHARES)
-    assert shares["dro-none"]["noise"] > 0.4
+    assert shares["dro-none"]["noise"] < 0.15
     assert arms.train("uniform", 0, size, None)["shares"]["rare"] == pytest.approx(0.25)
     given = {"easy": 0.1, "noise": 0.2, "rare": 0.3, "slow": 0.4}
     assert arms.train("replay", 0, size, given)["loss"].keys() == given.keys()

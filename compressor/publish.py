@@ -249,7 +249,8 @@ def report_of(report: Report, artifact: Artifact, folder: Path, name: str) -> Re
         }
     )
     variant = last.model_copy(update={"size": size, "artifact": own, "load_snippets": snippets})
-    facts |= {"variants": (*others, variant), "deliverables": (own,)}
+    checks = tuple(check for check in report.engine_checks if check.sha256 == artifact.sha256)
+    facts |= {"variants": (*others, variant), "deliverables": (own,), "engine_checks": checks}
     facts["judged"] = variant.id if report.judged else None
     if variant.id != report.headline:  # the gates spoke of another
         facts["gates"] = ()

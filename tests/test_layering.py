@@ -32,6 +32,7 @@ ENGINE |= {
     "facts",
     "importance",
     "recheck",
+    "serving",
     "sessions",
     "compare",
     "engine",
@@ -68,6 +69,7 @@ LIGHT += (
     "source",
 )
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
+LIGHT += ("commands/serving", "serving/programs")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
 LIGHT += ("formats/support", "report/schema", "efforts", "paths")

@@ -194,6 +194,14 @@ ENGINES: Mapping[str, Engine] = {
         cache_fault="its CPU kernels cut keys and values down to the next fp8 number, where others "
         "round to the nearest; that is three times as far from the original as what is measured",
     ),
+    "gptqmodel": Engine(
+        "GPTQModel",
+        "7.7 on CPU",
+        {
+            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True),
+            "awq": Limits(_FOUR, multiple=8, mixed_fused=True),
+        },
+    ),
     "sglang": Engine(
         "SGLang",
         "0.5 on GPU",

@@ -9,7 +9,7 @@ import click
 from compressor import console
 from compressor.commands.options import FOLDER, Settings, common, working
 from compressor.errors import VerificationError
-from compressor.serving.programs import PROGRAMS
+from compressor.programs import PROGRAMS
 
 
 @click.command(name="serve-check")

@@ -27,10 +27,15 @@ Container = Literal[
     "gguf",
     "llama-quantize",
     "bitsandbytes",
+    "onnx",
+    "openvino",
 ]
 
 PACKAGES: Mapping[str, str] = {"gguf": "gguf", "bitsandbytes": "bitsandbytes"}
 """What writing a format needs beyond this package's own dependencies."""
+
+ENVIRONMENTS: Mapping[str, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""Formats that are written by, and read by, a program in an environment of its own."""
 
 _ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
 _SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
@@ -115,6 +120,8 @@ CONTAINERS: Mapping[Container, str] = {
     "llama-quantize": "the same, rounded by llama.cpp's quantizer to K- and I-quants (format gguf "
     "with a type)",
     "bitsandbytes": "NF4 in blocks, or LLM.int8, by quantize.bnb (format bitsandbytes)",
+    "onnx": "a graph with the rounded weights in fp32, so not smaller (format onnx)",
+    "openvino": "the same in OpenVINO's representation (format openvino)",
 }
 
 _ROUND = Limits(
@@ -126,6 +133,7 @@ _ROUND = Limits(
 )
 _BYTES = Limits(inputs=frozenset(("int8",)))
 _FP8 = Limits(inputs=frozenset(("fp8", "fp8-g128")))
+_GRAPH = Limits(embeddings=True, mixed_fused=True, evidence="run")
 _DENSE = Limits(embeddings=True, mixed_fused=True)
 _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
@@ -224,4 +232,6 @@ ENGINES: Mapping[str, Engine] = {
         },
         drafts={"standalone": "run"},
     ),
+    "onnxruntime": Engine("ONNX Runtime", "1.31 on CPU", {"onnx": _GRAPH}),
+    "openvino": Engine("OpenVINO", "2026.4 on CPU", {"openvino": _GRAPH}),
 }

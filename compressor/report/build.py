@@ -298,14 +298,15 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
                 parent=(pointer("variants", place, "parent"), "text"),
             )
             continue
-        logits = variant.artifact.max_logit_difference is not None
-        found = "max_logit_difference" if logits else "max_weight_difference"
+        found = next(key for key in _READ_BACK if getattr(variant.artifact, key) is not None)
         asked = {check.sha256 for check in report.engine_checks if check.verdict == "PASS"}
-        unasked = "" if logits or variant.artifact.sha256 in asked else _NOT_ASKED
+        ran = found != "max_weight_difference" or variant.artifact.sha256 in asked
         yield state(
             document,
             f"reload-{variant.id}",
-            "{label} was read back from disk as {format}; " + unasked + _READ_BACK[logits],
+            "{label} was read back from disk as {format}; "
+            + ("" if ran else _NOT_ASKED)
+            + _READ_BACK[found],
             label=(pointer("variants", place, "label"), "text"),
             format=(pointer(*artifact, "format"), "text"),
             difference=(pointer(*artifact, found), "number"),
@@ -313,9 +314,11 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
 
 
 _READ_BACK = {
-    True: "its logits differ from those in memory by at most {difference}.",
-    False: "the weights it holds differ from those in memory by at most {difference} of the "
-    "largest in their matrix.",
+    "max_logit_difference": "its logits differ from those in memory by at most {difference}.",
+    "max_weight_difference": "the weights it holds differ from those in memory by at most "
+    "{difference} of the largest in their matrix.",
+    "max_logprob_difference": "log-probabilities that its engine computes differ from those in "
+    "memory by at most {difference} nats.",
 }
 _NOT_ASKED = "no engine loaded it here, but "
 

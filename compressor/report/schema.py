@@ -171,6 +171,11 @@ class Artifact(Frozen):
         description="for formats that Transformers does not load: of the dense weights that the "
         "file holds to those in memory, relative to the largest weight of the matrix",
     )
+    max_logprob_difference: float | None = Field(
+        default=None,
+        description="for formats that one engine alone loads: the largest difference of a token's "
+        "log-probability between that engine and memory, nats",
+    )
     bytes_on_disk: int | None = None
     quantizer: str | None = Field(
         default=None,

@@ -119,6 +119,8 @@ def _read_back(item: Artifact) -> str:
         return f"logits: {numbers.number(item.max_logit_difference)}"
     if item.max_weight_difference is not None:
         return f"weights: {numbers.number(item.max_weight_difference)}"
+    if item.max_logprob_difference is not None:
+        return f"log-probabilities: {numbers.number(item.max_logprob_difference)}"
     return "no: memory does not hold it"
 
 

@@ -7,14 +7,12 @@ the answer comes back on its standard output, so that the two sides share no pac
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import CompressorError
+from compressor.programs import EngineFailed, run
 from compressor.text import evaluation_documents, evaluation_domains
 
 WINDOW = 256  # tokens
@@ -23,16 +21,7 @@ TOKENS = 16  # written greedily after each prompt
 TIMED = 32  # written to measure speed
 PROMPTS = ("The history of the", "def main():\n", "It is a truth universally")
 _CHARACTERS = 4000  # of each domain
-_TIMEOUT = 3600  # seconds
 _DRIVERS = Path(__file__).resolve().parent / "drivers"
-
-
-class EngineFailed(CompressorError):
-    """An engine that is there did not answer; carries all that it wrote to standard error."""
-
-    def __init__(self, message: str, log: str) -> None:
-        super().__init__(message)
-        self.log = log
 
 
 @dataclass(frozen=True)
@@ -145,50 +134,3 @@ def ask_python(driver: Sequence[str], python: Path, checkpoint: Path, question: 
         return Answer(**json.loads(done.stdout))
     except (ValueError, TypeError):
         raise EngineFailed("it did not give an answer that can be read", done.stderr) from None
-
-
-def run(command: Sequence[Any], stdin: str = "") -> subprocess.CompletedProcess[str]:
-    """Run a program of an engine, offline and without our own settings of Python.
-
-    Raises:
-        EngineFailed: it ended with an error, or took an hour.
-    """
-    try:
-        done = subprocess.run(
-            [str(word) for word in command],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            timeout=_TIMEOUT,
-            env=_environment(),
-        )
-    except subprocess.TimeoutExpired:
-        raise EngineFailed(f"it gave no answer within {_TIMEOUT} s", "") from None
-    if done.returncode:
-        raise EngineFailed(_last_error(done.stderr, done.returncode), done.stderr)
-    return done
-
-
-def _environment() -> dict[str, str]:
-    """Nothing is fetched or reported, and no token is handed on."""
-    ours = {"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    return {
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB; the default takes what is free
-        **kept,
-        **offline,
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-
-
-def _last_error(log: str, code: int) -> str:
-    """The line of a log that says best why a program ended."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line or line.lower().startswith("error")]
-    chosen = (named or lines or [""])[-1]
-    return f"it ended with code {code}: {chosen[-300:]}" if chosen else f"it ended with code {code}"

@@ -20,17 +20,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError, ModelError, UsageError
+from compressor.errors import CompressorError, ModelError, UsageError, VerificationError
 from compressor.formats.capabilities import ENGINES
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_model, load_tokenizer, read_config, resolve
+from compressor.programs import PROGRAMS, EngineFailed, Program
 from compressor.progress import Observer
 from compressor.provenance import combined_sha256, hash_files
 from compressor.report.render import load_report
 from compressor.report.schema import EngineCheck
-from compressor.serving.ask import Answer, EngineFailed, Question, ask_python, make_question
+from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.llama_cpp import ask_llama_cpp
-from compressor.serving.programs import PROGRAMS, Program
 from compressor.serving.reference import (
     as_checkpoint,
     container_of,
@@ -96,6 +96,23 @@ def serve_check(
     for subject in subjects:
         observer.event("ask", engine=program.title, about=subject.form)
         found.append(check(program, where, subject, observer))
+    return found
+
+
+def prove(
+    engine: str, checkpoint: Path, folder: Path, original: Path, observer: Observer
+) -> EngineCheck:
+    """Ask the only engine that loads a deliverable whether it computes what the checkpoint does.
+
+    Raises:
+        ResourceError: the engine is not there.
+        VerificationError: it does not.
+    """
+    program = PROGRAMS[engine]
+    subject = Subject(folder, folder.name, checkpoint, original)
+    found = check(program, program.find(), subject, observer)
+    if found.verdict == "FAIL":
+        raise VerificationError(f"{program.title} and {folder.name}: {found.detail}")
     return found
 
 

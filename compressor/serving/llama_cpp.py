@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor import machine
-from compressor.serving.ask import Answer, EngineFailed, Question, run
+from compressor.programs import EngineFailed, run
+from compressor.serving.ask import Answer, Question
 
 _MAGIC = b"_logits_"
 _SPEED = re.compile(r"\n\S* *I? *common_perf_print: +eval time =.*?([\d.]+) tokens per second")

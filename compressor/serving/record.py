@@ -24,13 +24,18 @@ def record(run: Path, checks: Sequence[EngineCheck]) -> Report:
     with exclusive(run):
         journal = Journal(run / "journal.jsonl")
         for check in checks:
-            journal.append(EVENT, check=check.model_dump(mode="json"))
+            record_event(journal, check)
         report = load_report(run)
         facts = {name: getattr(report, name) for name in Facts.model_fields}
         facts["engine_checks"] = checks_of(journal, report.deliverables)
         rebuilt = build_report(Facts(**facts))
         write_report(rebuilt, run)
         return rebuilt
+
+
+def record_event(journal: Journal, check: EngineCheck) -> None:
+    """Put a check into the journal."""
+    journal.append(EVENT, check=check.model_dump(mode="json"))
 
 
 def checks_of(journal: Journal, artifacts: Iterable[Artifact]) -> tuple[EngineCheck, ...]:

@@ -15,11 +15,11 @@ from compressor.formats import exporters
 from compressor.formats.capabilities import ENGINES
 from compressor.formats.exporters import Source
 from compressor.model.load import load_tokenizer
+from compressor.programs import PROGRAMS
 from compressor.progress import SilentObserver
 from compressor.resources import builtin_model
 from compressor.serving.ask import Question, make_question
 from compressor.serving.check import Subject, ask, check, compare, judge
-from compressor.serving.programs import PROGRAMS
 from compressor.types import WeightScheme
 from tests.formats.helpers import quantize_checkpoint
 from tools.engines import install

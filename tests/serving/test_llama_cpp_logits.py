@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compressor.serving.ask import EngineFailed, Question
+from compressor.programs import EngineFailed
+from compressor.serving.ask import Question
 from compressor.serving.llama_cpp import _LOAD, _SPEED, read_logits
 
 VOCABULARY, LENGTH = 7, 6

@@ -20,6 +20,7 @@ from compressor.formats import exporters
 from compressor.formats.exporters import Source
 from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
+from compressor.programs import PROGRAMS, EngineFailed
 from compressor.publish import plan_publication
 from compressor.recipe import ExportConfig, load_recipe
 from compressor.report.render import load_report, stale_files
@@ -27,9 +28,8 @@ from compressor.report.schema import EngineCheck
 from compressor.report.text import to_text
 from compressor.resources import builtin_model
 from compressor.serving import check as checking
-from compressor.serving.ask import Answer, EngineFailed, Question, ask_python, make_question
+from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.check import compare, judge, subjects_of
-from compressor.serving.programs import PROGRAMS
 from compressor.serving.record import record
 from compressor.serving.reference import as_checkpoint, container_of
 from compressor.types import WeightScheme

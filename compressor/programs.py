@@ -1,4 +1,4 @@
-"""The programs that `compress serve-check` can ask, and where they are found.
+"""Inference engines that run beside us: where they are found, and how their programs are run.
 
 An engine lives in an environment of its own, because its pins contradict ours. It is looked for
 where `--at` says, where the environment variable says, and below `cache/engines/` of the working
@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from compressor.errors import ResourceError
+from compressor.errors import CompressorError, ResourceError
 
+_TIMEOUT = 3600  # seconds
 _LLAMA_TOOLS = ("llama-perplexity", "llama-completion")
-_ROOTS = (Path(), Path(__file__).resolve().parents[2])
+_ROOTS = (Path(), Path(__file__).resolve().parents[1])
 _INSTALL = "python tools/engines/install.py {}"
+
+
+class EngineFailed(CompressorError):
+    """An engine that is there did not answer; carries all that it wrote to standard error."""
+
+    def __init__(self, message: str, log: str) -> None:
+        super().__init__(message)
+        self.log = log
 
 
 @dataclass(frozen=True)
@@ -108,3 +119,50 @@ PROGRAMS: Mapping[str, Program] = {
     )
 }
 """By the name that `--engine` takes."""
+
+
+def run(command: Sequence[Any], stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program of an engine, offline and without our own settings of Python.
+
+    Raises:
+        EngineFailed: it ended with an error, or took an hour.
+    """
+    try:
+        done = subprocess.run(
+            [str(word) for word in command],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=_TIMEOUT,
+            env=_environment(),
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineFailed(f"it gave no answer within {_TIMEOUT} s", "") from None
+    if done.returncode:
+        raise EngineFailed(_last_error(done.stderr, done.returncode), done.stderr)
+    return done
+
+
+def _environment() -> dict[str, str]:
+    """Nothing is fetched or reported, and no token is handed on."""
+    ours = {"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB; the default takes what is free
+        **kept,
+        **offline,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+
+
+def _last_error(log: str, code: int) -> str:
+    """The line of a log that says best why a program ended."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line or line.lower().startswith("error")]
+    chosen = (named or lines or [""])[-1]
+    return f"it ended with code {code}: {chosen[-300:]}" if chosen else f"it ended with code {code}"

@@ -9,7 +9,7 @@ a file in that engine; `documents`, that its documents say so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from compressor.types import ACTIVATIONS, Symmetry
@@ -195,7 +195,7 @@ ENGINES: Mapping[str, Engine] = {
         {
             "dense": _DENSE,
             "pack-quantized": Limits(_FOUR, multiple=32, group_multiple=2, evidence="run"),
-            "int-quantized": _BYTES,
+            "int-quantized": replace(_BYTES, evidence="run"),
             "gptq": Limits(_FOUR, multiple=32, evidence="run"),
             "awq": Limits(_FOUR, multiple=32, evidence="run"),
         },

@@ -162,11 +162,11 @@ def _engine_row(check: EngineCheck) -> tuple[str, ...]:
         check.verdict if check.verdict == "PASS" else f"{check.verdict}: {check.detail}",
         check.arithmetic or NONE,
         numbers.count(check.tokens) if check.tokens else NONE,
-        _or_none(check.difference, numbers.number),
-        _or_none(check.allowed, numbers.number),
-        _or_none(check.to_original, numbers.number),
+        or_none(check.difference, numbers.number),
+        or_none(check.allowed, numbers.number),
+        or_none(check.to_original, numbers.number),
         f"{check.same_text} of {check.prompts}" if check.prompts else NONE,
-        _or_none(check.tokens_per_second, numbers.number),
+        or_none(check.tokens_per_second, numbers.number),
     )
 
 

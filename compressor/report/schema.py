@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.5.0"
+SCHEMA_VERSION = "1.6.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]

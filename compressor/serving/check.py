@@ -60,12 +60,15 @@ class Subject:
         form: its format.
         measured: checkpoint with the weights that were measured, where a run has it.
         original: the model before any stage, where it is on this machine.
+        like: checkpoint whose configuration and tokenizer the files have, where another quantizer
+            rounded their weights.
     """
 
     folder: Path
     form: str
     measured: Path | None = None
     original: Path | None = None
+    like: Path | None = None
 
 
 def serve_check(
@@ -149,12 +152,13 @@ def _subjects(folder: Path) -> Iterator[Subject]:
         return
     report = load_report(folder)
     artifacts = report.deliverables or tuple(v.artifact for v in report.variants if v.artifact)
-    last = folder / "stages" / report.variants[-1].id
+    stages = (folder / "stages" / variant.id for variant in reversed(report.variants))
+    last = next((stage for stage in stages if stage.is_dir()), None)
     original = _local(report.base.id)
     for artifact in artifacts:
-        yield Subject(
-            folder / artifact.path, artifact.format, last if last.is_dir() else None, original
-        )
+        ours = artifact.quantizer is None
+        measured, like = (last, None) if ours else (None, last)
+        yield Subject(folder / artifact.path, artifact.format, measured, original, like)
 
 
 def _form(folder: Path) -> str:
@@ -181,7 +185,7 @@ def check(program: Program, where: Path, subject: Subject, observer: Observer) -
         "format": subject.form,
         "sha256": combined_sha256(hash_files(subject.folder)),
     }
-    with as_checkpoint(subject.measured or subject.folder) as checkpoint:
+    with as_checkpoint(subject.measured or subject.folder, subject.like) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
         architecture = Architecture.from_config(read_config(checkpoint))
         question = make_question(tokenizer, architecture.max_positions)

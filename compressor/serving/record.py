@@ -41,9 +41,9 @@ def record_event(journal: Journal, check: EngineCheck) -> None:
 def checks_of(journal: Journal, artifacts: Iterable[Artifact]) -> tuple[EngineCheck, ...]:
     """The latest check of each engine and deliverable, of the files as they are now."""
     present = {artifact.sha256 for artifact in artifacts}
-    found: dict[tuple[str, str], EngineCheck] = {}
+    found: dict[tuple[str, str], EngineCheck] = {}  # by engine and files
     for event in journal.all(EVENT):
         check = EngineCheck.model_validate(event["check"])
         if check.sha256 in present:
-            found[check.engine, check.format] = check
+            found[check.engine, check.sha256] = check
     return tuple(found.values())

@@ -25,6 +25,7 @@ from compressor.formats.files import copy_parent_files
 from compressor.formats.headers import SINGLE
 from compressor.model.load import load_model, read_config
 from compressor.recheck import form_of
+from compressor.requantize import unpack
 from compressor.serving.ask import Question
 
 _BLOCK = 32  # inputs that share a scale in llama.cpp's products
@@ -32,8 +33,12 @@ _LOADED_BY_TRANSFORMERS = ("dense", "compressed-tensors", "bitsandbytes")
 
 
 @contextmanager
-def as_checkpoint(folder: Path) -> Iterator[Path]:
+def as_checkpoint(folder: Path, like: Path | None = None) -> Iterator[Path]:
     """A checkpoint that our loader reads, with the weights that the folder holds.
+
+    Args:
+        folder: of any format that has a reader.
+        like: checkpoint with the configuration, where the folder has none.
 
     Raises:
         UsageError: the folder holds weights alone, as GGUF does.
@@ -41,6 +46,11 @@ def as_checkpoint(folder: Path) -> Iterator[Path]:
     form = form_of(folder)
     if form in _LOADED_BY_TRANSFORMERS:
         yield folder
+        return
+    if like is not None:
+        with tempfile.TemporaryDirectory(prefix="compress-serve-") as work:
+            unpack(folder, like, Path(work) / "dense", 1)
+            yield Path(work) / "dense"
         return
     read = exporters.exporter(form).read
     if read is None or not (folder / "config.json").is_file():

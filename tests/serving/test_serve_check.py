@@ -214,7 +214,7 @@ def test_what_an_engine_loads_is_chosen(finished: RunOutcome) -> None:
     (subject,) = subjects_of(folder, PROGRAMS["transformers"], "compressed-tensors")
     assert subject.measured == folder / "stages" / "01-quantize.rtn"
     assert subject.original == builtin_model("tiny")
-    with pytest.raises(UsageError, match=r"llama\.cpp loads gguf, and .* holds pack-quantized"):
+    with pytest.raises(UsageError, match=r"llama\.cpp loads gguf, .* holds pack-quantized"):
         subjects_of(folder, PROGRAMS["llama.cpp"])
     with pytest.raises(UsageError, match="has no gptq"):
         subjects_of(folder, PROGRAMS["vllm"], "gptq")

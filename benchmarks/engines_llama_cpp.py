@@ -110,12 +110,21 @@ class Files:
             write_imatrix(path, found, dataset="mix default", chunk=self.length)
         return path
 
-    def tool(self, name: str, *arguments: object) -> str:
-        """What one of llama.cpp's tools says."""
+    def tool(self, name: str, *arguments: object, says: str = "") -> str:
+        """What one of llama.cpp's tools says; some end before all of it is written, and run again.
+
+        Args:
+            name: without `llama-`.
+            arguments: of the command line.
+            says: the last of what is needed.
+        """
         program = llama_quantize.require_program().with_name(f"llama-{name}")
         line = [str(program), *map(str, arguments)]
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
+        for _ in range(20):
+            done = subprocess.run(line, capture_output=True, text=True, check=True)
+            if says in done.stdout + done.stderr:
+                return done.stdout + done.stderr
+        raise SystemExit(f"llama-{name} never says {says!r}")
 
     def measure(self, row: str) -> dict[str, Any]:
         """Bytes, speeds, perplexity and KL of one row."""
@@ -132,7 +141,7 @@ class Files:
             original = self.make("F16")[0]
             self.tool("perplexity", "-m", original, *common, "--kl-divergence-base", logits)
         options = (*common, "--kl-divergence-base", logits, "--kl-divergence")
-        said = self.tool("perplexity", "-m", file, *options)
+        said = self.tool("perplexity", "-m", file, *options, says="Minimum KLD")
         return {"perplexity": number(r"PPL\(Q\)", said), "kl": number("KLD", said)}
 
     def speed(self, file: Path) -> dict[str, float]:

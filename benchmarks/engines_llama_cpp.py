@@ -26,6 +26,7 @@ from typing import Any
 from bench import Bench, Kept, parameters, stage
 
 from compressor.formats import gguf, llama_quantize
+from compressor.formats.atomic import replacing
 from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
 from compressor.formats.imatrix import write_imatrix
@@ -74,8 +75,8 @@ class Files:
         out, dense = self.folder / name, self.folder / f"{name}-dense"
         if row == "F16":
             if not (out / gguf.FILE).is_file():
-                out.mkdir(parents=True, exist_ok=True)
-                self.tool("quantize", self.original(), out / gguf.FILE, "F16", self.threads)
+                with replacing(out / gguf.FILE) as temporary:
+                    self.tool("quantize", self.original(), temporary, "F16", self.threads)
             return out / gguf.FILE, self.bench.base
         if row in OURS:
             calibration = self.bench.calibration("default", self.samples, self.length)
@@ -122,7 +123,9 @@ class Files:
         program = llama_quantize.require_program().with_name(f"llama-{name}")
         line = [str(program), *map(str, arguments)]
         for _ in range(20):
-            done = subprocess.run(line, capture_output=True, text=True, check=True)
+            done = subprocess.run(line, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(line)}\n{(done.stdout + done.stderr)[-2000:]}")
             if says in done.stdout + done.stderr:
                 return done.stdout + done.stderr
         raise SystemExit(f"llama-{name} never says {says!r}")
@@ -140,7 +143,9 @@ class Files:
         logits = self.folder / "logits"
         if not logits.is_file():
             original = self.make("F16")[0]
-            self.tool("perplexity", "-m", original, *common, "--kl-divergence-base", logits)
+            with replacing(logits) as temporary:
+                base = ("--kl-divergence-base", temporary)
+                self.tool("perplexity", "-m", original, *common, *base)
         options = (*common, "--kl-divergence-base", logits, "--kl-divergence")
         said = self.tool("perplexity", "-m", file, *options, says="Minimum KLD")
         return {"perplexity": number(r"PPL\(Q\)", said), "kl": number("KLD", said)}

@@ -96,6 +96,9 @@ def plan_text(plan: Plan) -> str:
         f"export {export.format}: {size(export.tensor_bytes)}, {export.ratio:.2f}x smaller"
         for export in plan.exports
     ]
+    exports += [
+        f"export {export.format}: {remark}" for export in plan.exports for remark in export.remarks
+    ]
     remarks = [f"{stage.method}: {remark}" for stage in plan.stages for remark in stage.remarks]
     base = f"{plan.family}, {plan.parameters:,} parameters, {size(plan.base_bytes)}"
     tokens = f"{plan.calibration_tokens:,} to calibrate, about {plan.evaluation_tokens:,} to score"
@@ -104,7 +107,8 @@ def plan_text(plan: Plan) -> str:
         f"{size(plan.peak_bytes)} of memory, at most {size(plan.disk_bytes)} of disk"
     )
     heads = [f"{plan.model}: {base}", f"tokens: {tokens}"]
-    return "\n".join([*heads, table(rows), *remarks, *exports, *_efforts(plan), total])
+    stages = [table(rows)] if plan.stages else []
+    return "\n".join([*heads, *stages, *remarks, *exports, *_efforts(plan), total])
 
 
 def _efforts(plan: Plan) -> list[str]:
@@ -245,7 +249,8 @@ def _engine(engine: Engine) -> str:
         for name, limits in engine.containers.items()
     )
     caches = f"; caches in {', '.join(sorted(engine.caches))}" if engine.caches else ""
-    return f"{engine.title} {engine.version}. {'; '.join(loads)}{caches}"
+    drafts = f"; drafts: {', '.join(sorted(engine.drafts))}" if engine.drafts else ""
+    return f"{engine.title} {engine.version}. {'; '.join(loads)}{caches}{drafts}"
 
 
 def _loaded_by(container: Container) -> str:

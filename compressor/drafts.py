@@ -6,19 +6,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+from compressor.decoding.assisted import settings
 from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
+from compressor.decoding.early_exit import TrackedExitDraft
 from compressor.decoding.load import load_draft
-from compressor.decoding.measure import Protocol, measure_draft
+from compressor.decoding.measure import Protocol, measure_draft, measure_early_exit
 from compressor.decoding.prompts import as_prompt
 from compressor.decoding.proposals import Tree
-from compressor.decoding.results import DraftMeasurement
+from compressor.decoding.results import WORTHWHILE, DraftMeasurement, Outlook
 from compressor.evaluation.session import Session
+from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_bytes, atomic_write_json
+from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
 from compressor.model.load import load_model
+from compressor.numerics.speculative import limiting_term, paying_scale
 from compressor.report.schema import Draft
+from compressor.report.snippets import draft_snippets
 from compressor.stages.draft_base import DraftConfig
 from compressor.variants import Variant
+from compressor.verify import verify_weights
 
 _GENERATION = "generation_config.json"
 _PROMPT_TOKENS = 32
@@ -40,14 +48,18 @@ def measure(variant: Variant, session: Session) -> DraftMeasurement:
     assert parent is not None
     model = load_model(parent.checkpoint, session.device, session.dtype)
     draft = load_draft(variant.checkpoint, model, tokenizer_sha256(parent.checkpoint))
-    measurement = measure_draft(
-        CachedModel(model, draft.layers),
-        draft,
-        stage.untrained(model, variant.checkpoint),
-        _prompts(session, stage.prompts),
-        Protocol(stage.drafted, stage.new_tokens, _tree(stage), _TIMED, stage.seed),
-        session.observer,
-    )
+    prompts = _prompts(session, stage.prompts)
+    protocol = Protocol(stage.drafted, stage.new_tokens, _tree(stage), _TIMED, stage.seed)
+    if isinstance(draft, TrackedExitDraft):
+        measurement = measure_early_exit(
+            CachedModel(model), draft, prompts, protocol, session.observer
+        )
+    else:
+        target, before = (
+            CachedModel(model, draft.layers),
+            stage.untrained(model, variant.checkpoint),
+        )
+        measurement = measure_draft(target, draft, before, prompts, protocol, session.observer)
     atomic_write_json(_path(variant, session), measurement.model_dump(mode="json"))
     return measurement
 
@@ -100,13 +112,8 @@ def deliver(variant: Variant, measurement: DraftMeasurement, out: Path) -> None:
     drafted = measurement.speeds[0].drafted
     _propose_in_speculators(out / "speculators" / "config.json", drafted)
     path = out / _GENERATION
-    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    settings |= {
-        "num_assistant_tokens": drafted,
-        "num_assistant_tokens_schedule": "constant",
-        "assistant_confidence_threshold": 0.0,
-    }
-    atomic_write_json(path, settings)
+    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    atomic_write_json(path, known | settings(drafted, measurement.exit))
 
 
 def _propose_in_speculators(path: Path, drafted: int) -> None:
@@ -118,7 +125,38 @@ def _propose_in_speculators(path: Path, drafted: int) -> None:
         atomic_write_json(path, config)
 
 
-def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Path) -> Draft:
+def deliver_gguf(variant: Variant, out: Path) -> Path | None:
+    """Write a standalone draft as a GGUF file too, read it back and compare every weight.
+
+    Args:
+        variant: the draft stage.
+        out: folder of the delivered draft; the file goes into `gguf` below it.
+
+    Returns:
+        The file; None for drafts that are no model of their own.
+
+    Raises:
+        VerificationError: the file does not hold the draft's weights.
+    """
+    if read_binding(out).kind != "standalone":
+        return None
+    written, gguf = out / "gguf", exporters.exporter("gguf")
+    assert gguf.read is not None
+    gguf.write(exporters.Source(variant.checkpoint, {}, 0, "gguf"), written)
+    verify_weights(gguf.read(written), variant.checkpoint, (), written.name)
+    (file,) = written.glob("*.gguf")
+    return file
+
+
+def facts(
+    variant: Variant,
+    measurement: DraftMeasurement,
+    out: Path,
+    folder: Path,
+    *,
+    gguf: Path | None = None,
+    target: str = "",
+) -> Draft:
     """The draft's place in the report.
 
     Args:
@@ -126,21 +164,53 @@ def facts(variant: Variant, measurement: DraftMeasurement, out: Path, folder: Pa
         measurement: of this draft.
         out: where it was delivered.
         folder: of the run.
+        gguf: the same draft for llama.cpp, if there is one.
+        target: path of the GGUF file that it speculates for.
     """
     stage, parent, done = variant.stage, variant.parent, variant.stage_facts()
     assert stage is not None
     assert parent is not None
     assert done is not None
     binding = read_binding(out)
+    own = None if gguf is None else gguf.relative_to(folder).as_posix()
     return Draft(
         id=variant.id,
         label=stage.label,
         target=parent.id,
         stage=done,
         path=out.relative_to(folder).as_posix(),
+        gguf=own,
+        load_snippets=draft_snippets(target, own, measurement.speeds[0].drafted) if own else {},
         bytes_on_disk=sum(path.stat().st_size for path in out.glob("*") if path.is_file()),
         target_sha256=binding.target_sha256,
         trained_tokens=binding.trained_tokens,
         measurement=measurement,
         worthwhile=measurement.worthwhile,
+        outlook=None if measurement.worthwhile else outlook(measurement, parent.checkpoint),
+        curve=binding.curve,
+    )
+
+
+def outlook(measurement: DraftMeasurement, target: Path) -> Outlook:
+    """Why a draft does not pay at batch 1, and from which size of target on it would.
+
+    What the formula leaves out, measured over predicted speed-up, is taken as it is.
+
+    Args:
+        measurement: of the draft.
+        target: its checkpoint.
+    """
+    speed, shares = measurement.speeds[0], measurement.greedy.by_position
+    limit = limiting_term(shares, speed.draft_cost, speed.verify_costs)
+    wanted = WORTHWHILE * speed.predicted / speed.measured
+    scale = paying_scale(shares, speed.draft_cost, speed.verify_costs, wanted)
+    if measurement.exit is not None:  # its steps grow with the target
+        scale = None
+    parameters = Architecture.from_config(read_config(target)).parameters
+    return Outlook(
+        limit=limit.term,
+        better_cost=limit.better_cost,
+        better_verify=limit.better_verify,
+        better_acceptance=limit.better_acceptance,
+        paying_parameters=None if scale is None else round(scale * parameters),
     )

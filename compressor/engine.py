@@ -7,7 +7,8 @@ The engine is the only writer of a run's directory:
     journal.jsonl       what is done, one line an event
     stages/NN-method/   the checkpoint and codes that each stage leaves
     deliverable/FORMAT/ what engines load
-    deliverable/draft/  the first draft model; others carry the name of their stage
+    deliverable/draft/  the first draft model; others carry the name of their stage. Beside a
+                        GGUF export also as gguf/model.gguf
     evaluations/        token scores and results of every variant
     report.json, report.html, README.md, figures/
     scratch/            activations and hidden states; gone when the run is done
@@ -20,14 +21,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compressor import drafts
+from compressor import drafts, requantize
 from compressor.calibration import CalibrationSet, build_batches
 from compressor.claim import exclusive, refuse_changes, require_disk
 from compressor.errors import ModelError, ResumeError
@@ -54,6 +55,7 @@ from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
 from compressor.report.snippets import load_snippets
+from compressor.requantize import Requantized
 from compressor.sessions import open_session
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
@@ -160,7 +162,7 @@ def export_run(
     changed = recipe.with_exports(added)
     make_plan(changed, read_config(resolve(lock.model).path), lock.model)
     with exclusive(out):
-        note = "".join(f"# added by `compress export`: {export.format}\n" for export in added)
+        note = "".join(f"# added by `compress export`: {export.name}\n" for export in added)
         text = (out / "recipe.yaml").read_text(encoding="utf-8").rstrip("\n")
         atomic_write_text(out / "recipe.yaml", f"{text}\n{note}")
         atomic_write_text(out / "recipe.lock.yaml", dump_lock(changed, lock, out))
@@ -204,6 +206,7 @@ class _Run:
         self.artifacts: list[Artifact] = []
         self.evaluations: dict[str, Evaluation] = {}
         self.drafts: list[Draft] = []
+        self.requantized: list[Requantized] = []
 
     def execute(self) -> RunOutcome:
         """Do what is left to do."""
@@ -227,7 +230,10 @@ class _Run:
                 self._stage(index, stage)
         self._require_unchanged_model()
         for export in self.recipe.export:
-            self._export(export)
+            if export.type is None:
+                self._export(export)
+            else:
+                self._requantize(export)
         report = self._report()
         self.journal.append("report_written", verdict=report.verdict)
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)
@@ -341,7 +347,11 @@ class _Run:
         measurement = drafts.load(variant, self.session)
         out = self.folder / "deliverable" / ("draft" if not self.drafts else variant.id)
         drafts.deliver(variant, measurement, out)
-        self.drafts.append(drafts.facts(variant, measurement, out, self.folder))
+        targets = [export.name for export in self.recipe.export if export.format == "gguf"]
+        file = drafts.deliver_gguf(variant, out) if targets else None
+        target = f"deliverable/{targets[0]}/model.gguf" if targets else ""
+        found = drafts.facts(variant, measurement, out, self.folder, gguf=file, target=target)
+        self.drafts.append(found)
 
     def _run_stage(self, variant: Variant) -> dict[str, Any]:
         stage, parent = variant.stage, variant.parent
@@ -414,11 +424,14 @@ class _Run:
 
     def _evaluate(self, variant: Variant) -> None:
         """Measure a variant against the base."""
-        done = self.journal.find("evaluated", variant=variant.id)
-        if not done or not self.session.holds(variant.id):
+        if not self._is_evaluated(variant.id):
             self.session.measure(variant.id, variant.checkpoint)
             self.journal.append("evaluated", variant=variant.id)
         self.evaluations[variant.id] = self.session.load(variant.id)
+
+    def _is_evaluated(self, name: str) -> bool:
+        done = self.journal.find("evaluated", variant=name)
+        return bool(done) and self.session.holds(name)
 
     # ------------------------------------------------------------------ what comes out
 
@@ -439,17 +452,57 @@ class _Run:
             differences = self._read_back(exporter, source, out)
             event = self.journal.append("exported", format=name, sha256=sha256, **differences)
         differences = {key: event.get(key) for key in _DIFFERENCES}
+        reload_ok = any(value is not None for value in differences.values())
+        self._artifact(config, event["sha256"], reload_ok, **differences)
+
+    def _requantize(self, config: ExportConfig) -> None:
+        """A deliverable that another quantizer rounds: read back, and measured like a stage."""
+        name, last = config.name, self.variants[-1]
+        out, scratch = self.folder / "deliverable" / name, self.folder / "scratch" / "gguf"
+        event = self.journal.find("exported", format=name)
+        if event is None or not _is_intact(out, event["sha256"]):
+            self.observer.event("export", format=name)
+            shutil.rmtree(out, ignore_errors=True)
+            source = replace(self._export_source(config), codes={})
+            facts = requantize.write(
+                config, source, out, scratch, self._text(config), self.observer
+            )
+            sha256 = combined_sha256(hash_files(out))
+            event = self.journal.append("exported", format=name, sha256=sha256, **facts)
+        if not self._is_evaluated(name):
+            dense = scratch / name
+            requantize.unpack(out, last.checkpoint, dense, self.plan.parameters)
+            self._evaluate(Variant(name, dense))
+            shutil.rmtree(dense)
+        self.evaluations[name] = self.session.load(name)
+        artifact = self._artifact(config, event["sha256"], True, quantizer=event["quantizer"])
+        self.requantized.append(Requantized(config, last.id, event, artifact))
+
+    def _text(self, config: ExportConfig) -> requantize.Text | None:
+        """For an importance matrix."""
+        if not config.imatrix or self.recipe.calibration is None or self.calibration is None:
+            return None
+        return requantize.Text(self.recipe.calibration, self.calibration)
+
+    def _artifact(
+        self, config: ExportConfig, sha256: str, reload_ok: bool, **facts: Any
+    ) -> Artifact:
+        """A deliverable, as the report has it; kept in the order of the recipe."""
+        out = self.folder / "deliverable" / config.name
+        path = out.relative_to(self.folder).as_posix()
+        facts = dict.fromkeys(_DIFFERENCES) | facts
         self.artifacts.append(
             Artifact(
-                path=out.relative_to(self.folder).as_posix(),
-                format=name,
-                sha256=event["sha256"],
-                reload_ok=any(value is not None for value in differences.values()),
-                **differences,
+                path=path,
+                format=config.format,
+                sha256=sha256,
+                reload_ok=reload_ok,
                 bytes_on_disk=sum(file.stat().st_size for file in checkpoint_files(out)),
-                load_snippets=load_snippets(out.relative_to(self.folder).as_posix(), name),
+                load_snippets=load_snippets(path, config.format),
+                **facts,
             )
         )
+        return self.artifacts[-1]
 
     def _export_source(self, config: ExportConfig) -> exporters.Source:
         checkpoint = self.variants[-1].checkpoint
@@ -458,7 +511,7 @@ class _Run:
         return exporters.Source(
             checkpoint,
             CodesReader(*(v.checkpoint for v in self.variants if v.stage)),
-            self.plan.stages[-1].parameters,
+            self.plan.stages[-1].parameters if self.plan.stages else self.plan.parameters,
             config.container,
             final.activations,
             dict(zip(final.cached_attention, scales, strict=False)),
@@ -495,6 +548,7 @@ class _Run:
             session=self.session,
             calibration=self.calibration,
             drafts=tuple(self.drafts),
+            requantized=tuple(self.requantized),
         )
         report = build_report(build_facts(finished))
         write_report(report, self.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +21,17 @@ from compressor.model.load import ModelSource, read_licence
 from compressor.plan import Plan
 from compressor.provenance import environment, file_sha256
 from compressor.recipe import Recipe
-from compressor.report.schema import Artifact, Base, Draft, Facts, FileHash, Reproduce, Run
+from compressor.report.schema import (
+    Artifact,
+    Base,
+    Draft,
+    Facts,
+    FileHash,
+    Reproduce,
+    Run,
+)
+from compressor.report.schema import Variant as Row
+from compressor.requantize import Requantized
 from compressor.variants import Variant
 
 _PACKED = "compressed-tensors"
@@ -43,12 +54,29 @@ class Finished:
     session: Session
     calibration: CalibrationSet | None
     drafts: tuple[Draft, ...] = ()
+    requantized: tuple[Requantized, ...] = ()
+
+    @property
+    def last(self) -> str:
+        """The variant that the last stage left."""
+        return self.variants[-1].id
+
+    @property
+    def own(self) -> Artifact | None:
+        """The first deliverable that holds our codes, or dense weights."""
+        return next((one for one in self.artifacts if one.quantizer is None), None)
+
+    @property
+    def judged(self) -> str:
+        """What gates speak of: the last stage's work, unless another made the first deliverable."""
+        if self.requantized and (self.last == BASE or self.artifacts[0] != self.own):
+            return self.requantized[0].id
+        return self.last
 
 
 def build_facts(done: Finished) -> Facts:
     """Everything the report states, measured or recorded; nothing is worked out later."""
     sizes = _sizes(done)
-    last = done.variants[-1].id
     return Facts(
         run=_run(done),
         env=environment(done.session.device),
@@ -60,30 +88,25 @@ def build_facts(done: Finished) -> Facts:
             logical_params=done.plan.parameters,
             files=done.base_files,
         ),
-        variants=tuple(
-            variant.facts(
-                sizes[variant.id],
-                sizes[BASE].bytes_on_disk,
-                Architecture.from_config(read_config(variant.checkpoint)).kv_bytes_per_token,
-                done.artifacts[0] if variant.id == last and done.artifacts else None,
-            )
-            for variant in done.variants
-        ),
+        variants=tuple(_rows(done, sizes)),
         drafts=done.drafts,
         deliverables=done.artifacts,
         evaluations=done.evaluations,
         parent_deltas={
-            variant.id: done.session.delta(variant.parent.id, variant.id)
-            for variant in done.variants
-            if variant.parent
-            and variant.id in done.evaluations
-            and variant.parent.id in done.evaluations
+            child: done.session.delta(parent, child)
+            for child, parent in _parents(done)
+            if child in done.evaluations and parent in done.evaluations
         },
         noise_floor=done.evaluations[BASE].noise_floor,
         contamination=tuple(_contamination(done)),
         gates=tuple(
-            judge(done.recipe.gates, done.evaluations.get(last), sizes[last].bytes_on_disk)
+            judge(
+                done.recipe.gates,
+                done.evaluations.get(done.judged),
+                sizes[done.judged].bytes_on_disk,
+            )
         ),
+        judged=done.judged if done.requantized else None,
         reproduce=Reproduce(
             command=done.command,
             lock_file="recipe.lock.yaml",
@@ -94,6 +117,23 @@ def build_facts(done: Finished) -> Facts:
             | {artifact.path: artifact.sha256 for artifact in done.artifacts},
         ),
     )
+
+
+def _rows(done: Finished, sizes: Mapping[str, SizeReport]) -> Iterator[Row]:
+    """Of what stages left, and of what a second quantizer made of the last of it."""
+    base, cache = sizes[BASE].bytes_on_disk, 0
+    for variant in done.variants:
+        cache = Architecture.from_config(read_config(variant.checkpoint)).kv_bytes_per_token
+        artifact = done.own if variant.id == done.last else None
+        yield variant.facts(sizes[variant.id], base, cache, artifact)
+    for made in done.requantized:
+        yield made.row(sizes[made.id], base, cache)
+
+
+def _parents(done: Finished) -> Iterator[tuple[str, str]]:
+    """Every variant that has a parent, and that."""
+    yield from ((one.id, one.parent.id) for one in done.variants if one.parent)
+    yield from ((one.id, one.parent) for one in done.requantized)
 
 
 def _run(done: Finished) -> Run:
@@ -144,9 +184,10 @@ def _sizes(done: Finished) -> dict[str, SizeReport]:
             bits_linear=planned.bits_linear,
             by_role=planned.by_role,
         )
-    if done.artifacts:
-        deliverable = done.folder / done.artifacts[0].path
-        sizes[done.variants[-1].id] = measure(deliverable, done.plan.parameters)
+    if done.own is not None and done.last != BASE:
+        sizes[done.last] = measure(done.folder / done.own.path, done.plan.parameters)
+    for made in done.requantized:
+        sizes[made.id] = measure(done.folder / made.artifact.path, done.plan.parameters)
     return sizes
 
 

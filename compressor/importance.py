@@ -86,6 +86,13 @@ def write_importance(
     source = resolve(model)
     text = build_batches(calibration, load_tokenizer(source.path))
     found = measure_importance(source.path, tuple(text.batches), observer)
-    name = calibration.source or f"mix {calibration.mix}"
-    write_imatrix(out, found, dataset=name, chunk=calibration.length)
+    write_imatrix(out, found, dataset=dataset_name(calibration), chunk=calibration.length)
     return out
+
+
+def dataset_name(calibration: CalibrationConfig) -> str:
+    """Of a text, for the file; the folder that it lies in is nobody else's business."""
+    if calibration.source is None:
+        return f"mix {Path(calibration.mix).stem}"
+    local = Path(calibration.source).exists()
+    return Path(calibration.source).name if local else calibration.source

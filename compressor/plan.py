@@ -8,6 +8,7 @@ time are estimates, with their formulas in the docstrings below.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ from compressor.cost import (
 from compressor.efforts import DEFAULT, EffortName
 from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
+from compressor.formats import gguf_types, llama_quantize
 from compressor.formats.capabilities import PACKAGES
 from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
@@ -101,6 +103,7 @@ class ExportPlan(Priced):
     format: str
     tensor_bytes: int
     ratio: float  # base bytes / these bytes
+    remarks: tuple[str, ...] = ()
 
 
 class Plan(Priced):
@@ -283,8 +286,9 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
             for sentence in container_problems(one, export.container, final.model_type)
         ]
         for message in _summary(list(dict.fromkeys(sentences))):
-            hint = "change the stage, or export `dense`"
+            hint = _HINTS.get(export.container, "change the stage, or export `dense`")
             found.append(recipe.problem(("export", index, "format"), message, hint))
+        found += _second_quantizer(recipe, index)
         package = PACKAGES.get(export.format)
         if package and find_spec(package) is None:
             message = f"{export.format} export needs the package {package}, which is not installed"
@@ -300,6 +304,20 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
     return found
+
+
+_HINTS: Mapping[str, str] = {
+    "llama-quantize": "leave `type` out and the codes go into the file as they are, or leave the "
+    "rounding to the quantizer",
+}
+
+
+def _second_quantizer(recipe: Recipe, index: int) -> list[Problem]:
+    """An export that llama.cpp's quantizer writes, where there is none."""
+    if recipe.export[index].type is None or llama_quantize.find_program() is not None:
+        return []
+    message, hint = llama_quantize.missing(), llama_quantize.HINT
+    return [recipe.problem(("export", index, "type"), message, hint)]
 
 
 def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
@@ -396,7 +414,9 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         for index in range(len(recipe.stages))
     )
     exports = tuple(_export_plan(export, base, final) for export in recipe.export)
-    scored = 1 + recipe.evaluate.noise_floor + (len(stages) if recipe.evaluate.every_stage else 1)
+    typed = sum(export.type is not None for export in recipe.export)
+    scored = 1 + recipe.evaluate.noise_floor + typed
+    scored += len(stages) if recipe.evaluate.every_stage else min(1, len(stages))
     spilled = sum(_hidden_states(stage, base, calibration) for stage in recipe.stages)
     spilled += 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
     scoring = scored * evaluation * 2 * base.parameters
@@ -410,12 +430,14 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         calibration_tokens=calibration,
         evaluation_tokens=evaluation,
         context_length=base.max_positions,
-        disk_bytes=_disk_bytes(stages, exports, base, spilled, evaluation),
+        disk_bytes=_disk_bytes(stages, exports, base, spilled, evaluation)
+        + (final.bytes + 4 * final.parameters if typed else 0),
         peak_bytes=max(
-            evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)
+            [evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)]
         ),
         whole_bytes=max(architecture.bytes for architecture in chain),
-        seconds=sum(stage.seconds for stage in stages) + scoring / rate[0],
+        seconds=sum(stage.seconds for stage in stages)
+        + (scoring + (2 * final.parameters * calibration if typed else 0)) / rate[0],
         rate=rate,
         effort=recipe.effort,
     )
@@ -491,8 +513,29 @@ def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
+    if export.type is not None:
+        return _typed_plan(export.type, export.name, base, final)
     size = final.bytes if export.format == "dense" else checkpoint_bytes(final, export.container)
     return ExportPlan(format=export.format, tensor_bytes=size, ratio=base.bytes / size)
+
+
+def _typed_plan(
+    kind: gguf_types.QuantType, name: str, base: Architecture, final: Architecture
+) -> ExportPlan:
+    """Bytes by the mean bits of a mixture, since its quantizer chooses for each matrix."""
+    matrices = [(matrix.shape, matrix.block is None) for matrix in final.matrices]
+    size = gguf_types.estimated_bytes(kind, matrices)
+    size += 4 * sum(math.prod(shape) for _, shape in final.others)
+    remarks = [f"rounded to {kind} by llama.cpp's own quantizer, measured after; size estimated"]
+    wider = gguf_types.undivided(kind, [shape for shape, _ in matrices])
+    if wider:
+        remarks.append(
+            f"{wider} of {len(matrices)} matrices have widths that {gguf_types.SUPER_BLOCK} does "
+            f"not divide; in the decoder they become {gguf_types.instead(kind)}"
+        )
+    return ExportPlan(
+        format=name, tensor_bytes=size, ratio=base.bytes / size, remarks=tuple(remarks)
+    )
 
 
 def _disk_bytes(

@@ -30,7 +30,7 @@ from compressor.provenance import combined_sha256, file_sha256, hash_files
 from compressor.report.build import build_report
 from compressor.report.card import SHOWN, to_markdown
 from compressor.report.render import load_report, rendered, to_json
-from compressor.report.schema import Artifact, Facts, Report, RoleBytes
+from compressor.report.schema import Artifact, Facts, Report, RoleBytes, Variant
 from compressor.report.snippets import load_snippets
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def plan_publication(run: Path, repo: str, *, public: bool) -> Publication:
 
 
 def _names(repo: str, artifacts: tuple[Artifact, ...]) -> list[str]:
-    return [repo, *(f"{repo}-{artifact.format}" for artifact in artifacts[1:])]
+    return [repo, *(f"{repo}-{Path(artifact.path).name}" for artifact in artifacts[1:])]
 
 
 def licence_gate(
@@ -237,7 +237,7 @@ def _files(run: Path, report: Report, artifact: Artifact, name: str) -> dict[str
 def report_of(report: Report, artifact: Artifact, folder: Path, name: str) -> Report:
     """The report as one deliverable's repository shows it: its size, its name, its snippets."""
     facts = {key: getattr(report, key) for key in Facts.model_fields}
-    *others, last = report.variants
+    others, last = _split(report, artifact)
     snippets = load_snippets(name, artifact.format, hub=True)
     own = artifact.model_copy(update={"path": name, "load_snippets": snippets})
     measured = measure(folder, report.base.logical_params)
@@ -250,7 +250,26 @@ def report_of(report: Report, artifact: Artifact, folder: Path, name: str) -> Re
     )
     variant = last.model_copy(update={"size": size, "artifact": own, "load_snippets": snippets})
     facts |= {"variants": (*others, variant), "deliverables": (own,)}
+    facts["judged"] = variant.id if report.judged else None
+    if variant.id != report.headline:  # the gates spoke of another
+        facts["gates"] = ()
+    for key in ("evaluations", "parent_deltas"):
+        kept = {one.id for one in facts["variants"]}
+        facts[key] = {name: found for name, found in facts[key].items() if name in kept}
     return build_report(Facts(**facts))
+
+
+def _split(report: Report, artifact: Artifact) -> tuple[list[Variant], Variant]:
+    """The variants that led to a deliverable, and the one that it is.
+
+    One that a second quantizer made is a variant of its own; the others are the last stage's.
+    """
+    stages = [one for one in report.variants if not (one.artifact and one.artifact.quantizer)]
+    if artifact.quantizer is None:
+        return stages[:-1], stages[-1]
+    return stages, next(
+        one for one in report.variants if one.artifact and one.artifact.path == artifact.path
+    )
 
 
 def _has_own_text(run: Path) -> bool:

@@ -19,10 +19,11 @@ from compressor.formats.files import checkpoint_files
 from compressor.formats.headers import read_json
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
-from compressor.model.load import load_model, load_tokenizer, read_config
+from compressor.model.load import load_model, load_tokenizer, read_config, resolve
 from compressor.provenance import combined_sha256, hash_files
 from compressor.report.render import load_report
-from compressor.report.schema import Report
+from compressor.report.schema import Report, Variant
+from compressor.requantize import relative_error
 from compressor.verify import value_problems, verify_weights
 
 _PROMPT = "The"
@@ -144,7 +145,7 @@ def _values(folder: Path) -> Found:
 def _shapes(folder: Path) -> Found:
     """Every matrix that the configuration calls for is there, dense or packed."""
     if form_of(folder) == "gguf":
-        return None, "GGUF brings its own description of shapes; llama.cpp reads it"
+        return _gguf_shapes(folder)
     architecture = Architecture.from_config(read_config(folder))
     reader = CheckpointReader(folder)
     parts = [name for name in reader if name.endswith(_PARTS) and not name.endswith(_CACHE)]
@@ -166,18 +167,55 @@ def _shapes(folder: Path) -> Found:
     return True, found + (f", {len(scaled)} scales of the cache" if scaled else "")
 
 
+def _gguf_shapes(folder: Path) -> Found:
+    """Every tensor of the model that a GGUF file describes is there, in the shape it says."""
+    from compressor.formats.gguf import described
+
+    config, shapes = described(folder)
+    wanted = {name: tuple(shape) for name, shape in Architecture.from_config(config).tensors()}
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if name not in shapes or name not in wanted:
+            return False, f"{name} is {'missing' if name in wanted else 'of no such model'}"
+        if shapes[name] != wanted[name]:
+            return False, f"{name} is {list(shapes[name])}, not {list(wanted[name])}"
+    return True, f"as the file's own description says; {len(shapes)} tensors"
+
+
 def _weights(folder: Path) -> Found:
     """Dense weights of the files against those of the run's last stage."""
     run = _run_of(folder)
-    last = run and run[0] / "stages" / run[1].variants[-1].id
-    if not last or not last.is_dir():
+    found = _left(*run) if run else None
+    if run is None or found is None:
         return None, "no stage beside it to compare with"
+    last, quantizer = found, _quantizer(run[1], folder)
+    if quantizer is not None:
+        error = relative_error(folder, last)
+        return True, f"rounded by {quantizer}: {error:.3g} of the norm of those of {last.name}"
     read = exporters.exporter(form_of(folder)).read
     checkpoint = CheckpointReader(last)
     stored = read(folder) if read else _loaded(folder, set(checkpoint))
     modules = {name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")}
     difference = verify_weights(stored, last, modules, folder.name)
     return True, f"those of {last.name}, to {difference:.3g} of the largest in their matrix"
+
+
+def _left(run: Path, report: Report) -> Path | None:
+    """What the last stage left, or the model where there was none; None where it is not here."""
+    folders = [run / "stages" / one.id for one in report.variants[1:] if not _is_export(one)]
+    if folders:
+        return folders[-1] if folders[-1].is_dir() else None
+    here = report.base.id.startswith("builtin:") or Path(report.base.id).is_dir()
+    return resolve(report.base.id).path if here else None
+
+
+def _is_export(variant: Variant) -> bool:
+    return variant.artifact is not None and variant.artifact.quantizer is not None
+
+
+def _quantizer(report: Report, folder: Path) -> str | None:
+    """The program that rounded a deliverable, where that was not us."""
+    path = f"{folder.parent.name}/{folder.name}"
+    return next((item.quantizer for item in report.deliverables if item.path == path), None)
 
 
 def _loaded(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import (
     BaseModel,
@@ -31,6 +31,7 @@ from pydantic import (
     ValidationError,
     create_model,
     field_validator,
+    model_validator,
 )
 from ruamel.yaml import YAML
 
@@ -42,6 +43,7 @@ from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.formats.capabilities import Container
+from compressor.formats.gguf_types import MIXTURES, QuantType
 from compressor.paths import resolve_paths, written_paths
 from compressor.registry import registry
 from compressor.source import Location, Source, apply_overrides, read_source, read_text
@@ -73,6 +75,18 @@ class ExportConfig(Section):
         "(8 bits by channel, or any width beside rounded inputs). `auto` packs, except for 8-bit "
         "weights beside rounded inputs, which kernels read as bytes.",
     )
+    type: QuantType | None = Field(
+        default=None,
+        description="For `gguf`: let llama.cpp's own quantizer (llama-quantize) round the weights "
+        "to one of its types, such as Q4_K_M or IQ4_XS. It is a second quantizer: the chain must "
+        "not have rounded the weights before, and what it makes is measured like a stage. Without "
+        "a type, the codes of the chain go into the file as they are.",
+    )
+    imatrix: bool = Field(
+        default=True,
+        description="With `type`: weigh its errors by the mean squares of inputs on the recipe's "
+        "calibration text, measured after the last stage.",
+    )
     engines: tuple[EngineName, ...] = Field(
         default=(),
         description="Programs that must load the result; the plan refuses what one of them cannot. "
@@ -82,7 +96,24 @@ class ExportConfig(Section):
     @property
     def container(self) -> Container:
         """What lies on disk: the layout, for formats with several."""
+        if self.type is not None:
+            return "llama-quantize"
         return self.form if self.format == "compressed-tensors" else self.format
+
+    @property
+    def name(self) -> str:
+        """Of its folder among the deliverables: `gguf`, or `gguf-Q4_K_M` with a type."""
+        return self.format if self.type is None else f"{self.format}-{self.type}"
+
+    @model_validator(mode="after")
+    def _typed(self) -> Self:
+        if self.type is not None and self.format != "gguf":
+            raise ValueError(f"`type` is for format gguf; {self.format} has none")
+        if not self.imatrix and self.type is None:
+            raise ValueError("`imatrix` is for llama.cpp's quantizer: name a `type` too")
+        if self.type is not None and MIXTURES[self.type].needs_importance and not self.imatrix:
+            raise ValueError(f"{self.type} needs an importance matrix: leave `imatrix` true")
+        return self
 
 
 class Lock(Section):
@@ -146,7 +177,8 @@ class Recipe(Section):
         default=None, description="Text that the stages look at. Needed by some methods."
     )
     stages: tuple[SerializeAsAny[StageConfig], ...] = Field(
-        min_length=1, description="The methods, applied one after the other."
+        description="The methods, applied one after the other. May be empty where an export has a "
+        "`type`, which rounds by itself."
     )
     evaluate: EvaluateConfig = Field(
         default=EvaluateConfig.model_validate({}), description="How every variant is measured."
@@ -176,8 +208,8 @@ class Recipe(Section):
     @field_validator("export")
     @classmethod
     def _one_of_each(cls, exports: tuple[ExportConfig, ...]) -> tuple[ExportConfig, ...]:
-        formats = [export.format for export in exports]
-        if twice := {name for name in formats if formats.count(name) > 1}:
+        names = [export.name for export in exports]
+        if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{min(twice)} is named twice; a format has one folder in the run")
         return exports
 
@@ -204,10 +236,10 @@ class Recipe(Section):
         Raises:
             UsageError: it has one of them already.
         """
-        present = {export.format for export in self.export}
+        present = {export.name for export in self.export}
         for export in added:
-            if export.format in present:
-                raise UsageError(f"the run has a deliverable {export.format} already")
+            if export.name in present:
+                raise UsageError(f"the run has a deliverable {export.name} already")
         changed = self.model_copy(update={"export": (*self.export, *added)})
         changed._source = None
         return changed
@@ -239,7 +271,7 @@ def recipe_model() -> type[Recipe]:
         description="The same recipe at other efforts: what `compress RECIPE MODEL --effort light` "
         "or `best` changes. Keys are merged over those of the recipe; lists replace them.",
     )
-    model = _with_stages(Recipe, tuple[stage, ...], min_length=1)
+    model = _with_stages(Recipe, tuple[stage, ...])
     made: type[Recipe] = create_model("Recipe", __base__=model, efforts=(efforts | None, described))
     return made
 
@@ -400,15 +432,38 @@ def _checked(
     except ValidationError as error:
         return None, [*diagnose(error, model, source), *problems]
     recipe._source = source
-    return recipe, [*problems, *_needs(recipe)]
+    return recipe, [*problems, *_idle(recipe), *_needs(recipe)]
+
+
+def _idle(recipe: Recipe) -> list[Problem]:
+    """A recipe that changes nothing."""
+    if recipe.stages or any(export.type for export in recipe.export):
+        return []
+    return [
+        recipe.problem(
+            ("stages",),
+            "stages in the recipe needs at least one entry",
+            "or an export that rounds by itself: {format: gguf, type: Q4_K_M}",
+        )
+    ]
 
 
 def _needs(recipe: Recipe) -> list[Problem]:
-    """Stages that need calibration text in a recipe that names none."""
+    """Stages and exports that need calibration text in a recipe that names none."""
     if recipe.calibration is not None:
         return []
     needs = [(index, stage.calibration_need()) for index, stage in enumerate(recipe.stages)]
-    return [
+    weighed = [
+        recipe.problem(
+            ("export", index, "type"),
+            f"{export.type} is weighed by an importance matrix, and the recipe has no "
+            "`calibration` to measure one on",
+            "add a `calibration:` section, or `imatrix: false` here",
+        )
+        for index, export in enumerate(recipe.export)
+        if export.type and export.imatrix
+    ]
+    return weighed + [
         recipe.problem(
             ("stages", index, need.option),
             f"{need.reason}, and the recipe has no `calibration`",
@@ -426,6 +481,11 @@ def recipe_json_schema() -> dict[str, Any]:
         # The method tells stages apart, so leaving it out is an error although it has a default.
         if "const" in definition.get("properties", {}).get("method", {}):
             definition.setdefault("required", []).insert(0, "method")
+    rounding = {"properties": {"type": {"type": "string"}}, "required": ["type"]}
+    schema["anyOf"] = [  # as `_idle` has it
+        {"properties": {"stages": {"minItems": 1}}},
+        {"properties": {"export": {"contains": rounding}}, "required": ["export"]},
+    ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,

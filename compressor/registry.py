@@ -166,6 +166,12 @@ BUILTIN = (
         "cache",
     ),
     Method(
+        "draft.early_exit",
+        "compressor.stages.draft_early_exit:DraftEarlyExit",
+        "the model drafts for itself with its first blocks; no training and no second model",
+        "drafting",
+    ),
+    Method(
         "draft.eagle3",
         "compressor.stages.draft_eagle3:DraftEagle3",
         "one layer on the target's hidden states, trimmed vocabulary; for SGLang, vLLM, llama.cpp",

@@ -86,6 +86,7 @@ def fit(
     folder: Path,
     observer: Observer,
     label: str = "train",
+    watch: Callable[[int], None] | None = None,
 ) -> Fit:
     """Minimise `loss` over `parameters` in place.
 
@@ -96,6 +97,8 @@ def fit(
         folder: for the checkpoint that an interrupted run goes on from.
         observer: told of every step.
         label: of the progress.
+        watch: called with the number of finished steps, before every step and at the end; it may
+            look at the parameters, and may be called for the same number again.
 
     Raises:
         NumericalError: a loss is not finite.
@@ -115,8 +118,12 @@ def fit(
                 _save(path, parameters, optimizer, losses, seconds)
                 if schedule.seconds is not None and seconds > schedule.seconds:
                     break
+            if watch is not None:
+                watch(step)
             losses.append(_update(parameters, optimizer, loss, schedule, step))
             task.advance()
+    if watch is not None:
+        watch(len(losses))
     return Fit(len(losses), before + time.monotonic() - began, tuple(losses))
 
 

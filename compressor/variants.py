@@ -80,12 +80,7 @@ class Variant:
             label=self._label(),
             parent=self.parent.id if self.parent else None,
             stage=self.stage_facts(),
-            size=Size(
-                **size.model_dump(exclude={"by_role", "logical_parameters"}),
-                by_role=RoleBytes(**size.by_role),
-                ratio_total=base_bytes / size.bytes_on_disk,
-                kv_bytes_per_token=kv_bytes_per_token,
-            ),
+            size=size_of(size, base_bytes, kv_bytes_per_token),
             artifact=artifact,
             load_snippets=load_snippets(artifact.path, artifact.format) if artifact else {},
         )
@@ -113,6 +108,16 @@ class Variant:
             fallbacks=tuple(StageFallback(**asdict(f)) for f in self.result.fallbacks),
             notes=self.result.notes,
         )
+
+
+def size_of(size: SizeReport, base_bytes: int, kv_bytes_per_token: int) -> Size:
+    """What a checkpoint takes on disk, as the report has it."""
+    return Size(
+        **size.model_dump(exclude={"by_role", "logical_parameters"}),
+        by_role=RoleBytes(**size.by_role),
+        ratio_total=base_bytes / size.bytes_on_disk,
+        kv_bytes_per_token=kv_bytes_per_token,
+    )
 
 
 def block_record(facts: Mapping[str, Any]) -> BlockRecord:

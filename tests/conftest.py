@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
+from compressor.formats import llama_quantize
 from compressor.recipe import Recipe, load_recipe
 
 SMALL_RECIPE = """\
@@ -15,6 +18,17 @@ stages:
 evaluate: {documents: 2, length: 128, resamples: 200}
 gates: {max_kl: 5.0}
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A program in the place of llama-quantize, the same on every machine; also for children."""
+    script = Path(__file__).parent / "stand_in" / "llama_quantize.py"
+    program: Path = tmp_path_factory.mktemp("bin") / "llama-quantize"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    program.chmod(0o755)
+    os.environ[llama_quantize.VARIABLE] = str(program)
+    return program
 
 
 @pytest.fixture

@@ -26,11 +26,14 @@ from compressor.decoding.proposals import Chain
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.engine import run_recipe
 from compressor.errors import ModelError, PlanError
+from compressor.formats import gguf
+from compressor.formats.shards import CheckpointReader
 from compressor.journal import Journal
 from compressor.model.load import load_model, read_config
 from compressor.plan import make_plan
 from compressor.progress import SilentObserver
 from compressor.stages.draft_eagle3 import DraftEagle3
+from compressor.stages.draft_standalone import DraftStandalone
 from compressor.stages.drafting import _cut_short
 from compressor.training import Fit
 from compressor.types import TokenBatch
@@ -47,6 +50,10 @@ stages:
     length: 32
     prompt: 8
     steps: 12
+    probes: 2
+    intermediate: 416
+    on_policy: 0.25
+    continued: 8
     drafted: 3
     prompts: 1
     new_tokens: 8
@@ -57,13 +64,14 @@ stages:
     length: 32
     prompt: 8
     steps: 12
+    probes: 3
     drafted: 2
     prompts: 1
     new_tokens: 8
     tree_nodes: 6
     minutes: 0.0001
 evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
-export: [{format: compressed-tensors}]
+export: [{format: compressed-tensors}, {format: gguf}]
 """
 STAGE = "02-draft.standalone"
 EAGLE = "03-draft.eagle3"
@@ -98,6 +106,10 @@ def test_the_report_tells_what_the_draft_is_worth(run: Path) -> None:
     assert first["tree"] is None
     assert found["identical"] == found["prompts"] or found["largest_margin"] < 1e-3
     assert draft["worthwhile"] == (first["measured"] >= 1.05)
+    points = draft["curve"]["points"]
+    assert [point["tokens"] for point in points] == [256 * 6, 256 * 12]
+    assert draft["curve"]["fit"]["low"] is None  # two points have no interval
+    assert (draft["outlook"] is None) == draft["worthwhile"]
     no_gain = any(w["id"] == f"no-speed-up-{STAGE}" for w in report["warnings"])
     assert no_gain == (not draft["worthwhile"])
     assert report["headline"] == "01-quantize.rtn"
@@ -123,6 +135,30 @@ def test_a_second_draft_stands_beside_the_first(run: Path) -> None:
     assert proposal["speculative_tokens"] == speed["drafted"]
 
 
+def test_a_standalone_draft_stands_beside_a_gguf_target(run: Path) -> None:
+    """Weight by weight the checkpoint; llama.cpp decodes with it in `tests/engines`."""
+    report = json.loads((run / "report.json").read_text())
+    draft, eagle = report["drafts"]
+    assert draft["gguf"] == "deliverable/draft/gguf/model.gguf"
+    assert (eagle["gguf"], eagle["load_snippets"]) == (None, {})
+    most = draft["measurement"]["speeds"][0]["drafted"]
+    line = (
+        "llama-server -m deliverable/gguf/model.gguf --spec-type draft-simple "
+        f"-md deliverable/draft/gguf/model.gguf --spec-draft-n-max {most}"
+    )
+    assert draft["load_snippets"] == {"llama.cpp": line}
+    assert line in (run / "README.md").read_text()
+    assert line in (run / "report.html").read_text()
+    dense = CheckpointReader(run / "deliverable" / "draft")
+    stored = dict(gguf.read(run / "deliverable" / "draft" / "gguf"))
+    assert set(stored) == set(dense)
+    assert all(torch.equal(value.to(dense.dtype(n)), dense[n]) for n, value in stored.items())
+    config, _ = gguf.described(run / "deliverable" / "draft" / "gguf")
+    target, _ = gguf.described(run / "deliverable" / "gguf")
+    assert config["num_hidden_layers"] == 1
+    assert config["vocab_size"] == target["vocab_size"]  # as llama.cpp asks of a draft
+
+
 def test_a_time_box_is_told(run: Path) -> None:
     """Twelve steps have no checkpoint before their end, so that the box ends nothing here."""
     report = json.loads((run / "report.json").read_text())
@@ -143,6 +179,7 @@ def test_the_draft_is_a_plain_checkpoint_with_the_best_number_of_tokens(run: Pat
     assert settings.num_assistant_tokens_schedule == "constant"
     assistant = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert assistant.config.num_hidden_layers == 1
+    assert assistant.config.intermediate_size == 416
     target = load_model(run / "deliverable" / "compressed-tensors", "cpu", torch.float32)
     ids = torch.tensor([[5, 6, 7]])
     options: dict[str, Any] = {
@@ -223,6 +260,8 @@ def test_the_plan_refuses_what_cannot_be_drafted(recipe_file: Any) -> None:
         ("stages.1.layers=4", "no faster than its target of 4"),
         ("stages.1.prompt=32", "leaves nothing of rows of 32"),
         ("stages.1.length=600", "reads at most 512"),
+        ("stages.1.intermediate=900", "has 832 channels, not 900"),
+        ("stages.1.continued=600", "lower `continued`"),
         ("stages.2.features=[1,2,4]", "not all before the last block"),
         ("stages.2.vocab=5000", "knows 4096 tokens, not 5000"),
     ):
@@ -231,6 +270,15 @@ def test_the_plan_refuses_what_cannot_be_drafted(recipe_file: Any) -> None:
     plan = make_plan(recipe_file(RECIPE), config, "tiny")
     assert plan.stages[1].matrices == 0
     assert plan.stages[1].seconds > 0
+
+
+def test_before_training_it_is_the_targets_first_block() -> None:
+    """Only if nothing was cut out of it."""
+    target = build("llama")
+    before = DraftStandalone(layers=1).untrained(target, Path())
+    found = before.model.model.model.layers[0].mlp.down_proj.weight
+    assert torch.equal(found, target.model.layers[0].mlp.down_proj.weight)
+    assert DraftStandalone(layers=1, intermediate=8).untrained(target, Path()) is None
 
 
 def test_chosen_blocks() -> None:

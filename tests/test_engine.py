@@ -579,7 +579,10 @@ def test_every_shipped_recipe_runs(
     found = report(tmp_path / "run")
     assert result.code == CODES[found["verdict"]]
     assert result.code in ((0,) if name == "quickstart" else (0, 4, 5))
-    assert found["variants"][-1]["artifact"]["max_logit_difference"] == 0
-    assert len(found["variants"]) == 1 + sum(not stage.beside for stage in recipe.stages)
+    typed = sum(export.type is not None for export in recipe.export)
+    artifact = found["variants"][-1]["artifact"]
+    assert artifact["reload_ok"] if typed else artifact["max_logit_difference"] == 0
+    assert (artifact["quantizer"] is not None) == (typed > 0)
+    assert len(found["variants"]) == 1 + typed + sum(not one.beside for one in recipe.stages)
     assert len(found["drafts"]) == sum(stage.beside for stage in recipe.stages)
     assert found["run"]["effort"] == effort

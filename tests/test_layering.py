@@ -38,6 +38,7 @@ ENGINE |= {
     "pipeline",
     "doctor",
     "drafts",
+    "requantize",
 }
 TOP = {
     "console",

@@ -111,9 +111,23 @@ def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path
     help="Such as gguf or gptq; compress ls formats. May be given several times.",
 )
 @click.option("--form", help="Layout of compressed-tensors, such as int-quantized.")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    metavar="TYPE",
+    help="With --as gguf: a type that llama.cpp's quantizer rounds to, such as Q4_K_M; one "
+    "deliverable each.",
+)
 @common
 @click.pass_obj
-def export(settings: Settings, folder: Path, formats: tuple[str, ...], form: str | None) -> None:
+def export(
+    settings: Settings,
+    folder: Path,
+    formats: tuple[str, ...],
+    form: str | None,
+    types: tuple[str, ...],
+) -> None:
     """Add deliverables to the finished run in FOLDER; nothing is computed again."""
     from pydantic import ValidationError
 
@@ -121,7 +135,13 @@ def export(settings: Settings, folder: Path, formats: tuple[str, ...], form: str
 
     extra = {"form": form} if form else {}
     try:
-        added = [ExportConfig.model_validate({"format": name, **extra}) for name in formats]
+        if types and "gguf" not in formats:
+            raise UsageError(
+                "--type is for --as gguf", "compress export RUN --as gguf --type Q4_K_M"
+            )
+        typed = [{"format": "gguf", "type": name} for name in types]
+        plain = [{"format": name, **extra} for name in formats if not (types and name == "gguf")]
+        added = [ExportConfig.model_validate(one) for one in [*plain, *typed]]
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UsageError(f"{wrong['input']!r}: {wrong['msg']}", "compress ls formats") from None

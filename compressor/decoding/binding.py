@@ -15,12 +15,13 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from compressor.decoding.results import LearningCurve
 from compressor.errors import ModelError
 from compressor.formats.atomic import atomic_write_text
 from compressor.provenance import file_sha256
 
 FILE = "draft.json"
-Kind = Literal["standalone", "eagle3"]
+Kind = Literal["standalone", "eagle3", "early_exit"]
 
 # What compressed-tensors keeps beside weights that it has unpacked: `weight_scale`, `input_scale`.
 _OF_PACKING = re.compile(r"\.(weight|input|output)_\w+$")
@@ -34,6 +35,8 @@ class Binding(BaseModel):
         target_sha256: fingerprint of the target's weights.
         tokenizer_sha256: of the target's `tokenizer.json`; None when it has none.
         layers: hidden states of the target that the draft reads.
+        rates: of an early exit, how often the target agreed after each of `layers`.
+        curve: acceptance on development text while it was trained.
         trained_tokens: positions that training looked at, repetitions counted.
     """
 
@@ -43,6 +46,8 @@ class Binding(BaseModel):
     target_sha256: str
     tokenizer_sha256: str | None
     layers: tuple[int, ...] = ()
+    rates: tuple[float, ...] = ()
+    curve: LearningCurve | None = None
     trained_tokens: int = 0
 
 

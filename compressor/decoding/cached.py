@@ -8,13 +8,16 @@ provisional entries, of which a commit keeps some and drops the others.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
+from compressor.decoding.partial import going_on_from, leaving_after
 from compressor.errors import ModelError
 from compressor.model.architecture import Architecture
 
@@ -30,6 +33,24 @@ class Pass:
 
     logits: Tensor
     features: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Tokens that the first blocks have computed and the others have not.
+
+    Attributes:
+        ids: int64 [B, a].
+        outputs: of each of these blocks, [B, a, H].
+    """
+
+    ids: Tensor
+    outputs: tuple[Tensor, ...]
+
+    def begins(self, ids: Tensor) -> bool:
+        """Whether these tokens are the first of `ids`, [B, n]."""
+        count = self.ids.shape[1]
+        return ids.shape[1] >= count and torch.equal(ids[:, :count], self.ids)
 
 
 class CachedModel:
@@ -64,6 +85,14 @@ class CachedModel:
         self.cache = DynamicCache()
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
         self.provisional = 0
+        self._ahead: _Ahead | None = None
+
+    @cached_property
+    def blocks(self) -> Sequence[nn.Module]:
+        """The decoder blocks in order."""
+        architecture = Architecture.from_config(self.model.config.get_text_config().to_dict())
+        found: Sequence[nn.Module] = self.model.get_submodule(architecture.blocks_path)
+        return found
 
     @property
     def room(self) -> int:
@@ -89,34 +118,106 @@ class CachedModel:
             inputs: whatever else the model reads.
         """
         ids = ids.to(self.device)
-        rows, new = ids.shape
-        committed = int(self.lengths.max())
-        if depth is None:
-            depth = torch.arange(self.provisional, self.provisional + new).expand(rows, new)
-        output = self.model(
-            input_ids=ids,
-            position_ids=self.lengths[:, None] + depth.to(self.device),
-            attention_mask=self._mask(committed, new, visible),
-            past_key_values=self.cache,
-            use_cache=True,
-            output_hidden_states=bool(self.layers),
-            **inputs,
-        )
-        self.provisional += new
+        known = self._outputs_ahead(ids, usable=visible is None and depth is None)
+        with going_on_from(self.blocks, known) if known else nullcontext():
+            output = self.model(
+                input_ids=ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                output_hidden_states=bool(self.layers),
+                **self._places_of(ids, self.provisional, visible, depth),
+                **inputs,
+            )
+        self.provisional += ids.shape[1]
         features = None
         if self.layers:
             features = torch.cat([output.hidden_states[layer] for layer in self.layers], -1)
         return Pass(output.logits, features)
 
-    def _mask(self, committed: int, new: int, visible: Tensor | None) -> Tensor | None:
+    def _places_of(
+        self, ids: Tensor, before: int, visible: Tensor | None, depth: Tensor | None
+    ) -> dict[str, Tensor | None]:
+        """Positions and mask of new tokens, of which `before` provisional ones go ahead."""
+        rows, new = ids.shape
+        if depth is None:
+            depth = torch.arange(before, before + new).expand(rows, new)
+        return {
+            "position_ids": self.lengths[:, None] + depth.to(self.device),
+            "attention_mask": self._mask(new, before, visible),
+        }
+
+    @torch.inference_mode()
+    def leave_early(
+        self,
+        ids: Tensor,
+        blocks: int,
+        *,
+        visible: Tensor | None = None,
+        depth: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, n, V] of a model that ends after its first blocks; norm and head are its own.
+
+        The tokens stand behind the committed ones in the cache of these blocks only. A `forward`
+        of tokens that begin with them computes the other blocks for them and all for the rest;
+        any other drops them.
+
+        Args:
+            ids: int64 [B, n].
+            blocks: how many are computed; the same until the next `forward` or `forget`.
+            visible: bool [B, n, a + n], which of the a tokens that left before each new one sees.
+            depth: int64 [B, n], places behind the committed tokens; in order by default.
+        """
+        logits: Tensor = self._go_ahead(self.model, ids, blocks, visible, depth).logits
+        return logits
+
+    def _go_ahead(
+        self, model: Any, ids: Tensor, blocks: int, visible: Tensor | None, depth: Tensor | None
+    ) -> Any:
+        """A pass of the first blocks; `model` is with its head or without."""
+        assert not self.provisional, "tokens leave early behind committed ones only"
+        ids, ahead, kept = ids.to(self.device), self._ahead, list[Tensor]()
+        with leaving_after(self.blocks, blocks, kept):
+            output = model(
+                input_ids=ids,
+                past_key_values=self.cache,
+                use_cache=True,
+                **self._places_of(ids, ahead.ids.shape[1] if ahead else 0, visible, depth),
+            )
+        if ahead is not None:
+            ids = torch.cat([ahead.ids, ids], 1)
+            pairs = zip(ahead.outputs, kept, strict=True)
+            kept = [torch.cat(pair, 1) for pair in pairs]
+        self._ahead = _Ahead(ids, tuple(kept))
+        return output
+
+    def _outputs_ahead(self, ids: Tensor, usable: bool) -> tuple[Tensor, ...]:
+        """What the first blocks give for these tokens, if they left early; nothing otherwise."""
+        if self._ahead is None or not usable or not self._ahead.begins(ids):
+            self.forget()
+            return ()
+        rest = ids[:, self._ahead.ids.shape[1] :]
+        if rest.shape[1]:  # tokens that were never asked for logits need no head
+            self._go_ahead(self.model.base_model, rest, len(self._ahead.outputs), None, None)
+        ahead, self._ahead = self._ahead, None
+        return ahead.outputs
+
+    def forget(self) -> None:
+        """Drop what left early."""
+        if self._ahead is not None:
+            for layer in self.cache.layers[: len(self._ahead.outputs)]:
+                layer.crop(-self._ahead.ids.shape[1])
+        self._ahead = None
+
+    def _mask(self, new: int, before: int, visible: Tensor | None) -> Tensor | None:
         """Additive mask [B, 1, n, keys]; None where every new token sees all there is."""
+        committed = int(self.lengths.max())
         level = bool((self.lengths == committed).all())
         if level and visible is None and new == 1:
             return None
         rows = len(self.lengths)
         past = torch.arange(committed, device=self.device) < self.lengths[:, None]
         if visible is None:
-            seen = torch.ones(new, self.provisional + new, dtype=torch.bool).tril(self.provisional)
+            seen = torch.ones(new, before + new, dtype=torch.bool).tril(before)
             visible = seen.expand(rows, new, -1)
         both = torch.cat([past[:, None].expand(rows, new, -1), visible.to(self.device)], -1)
         closed = torch.finfo(self.dtype).min
@@ -129,6 +230,7 @@ class CachedModel:
         Args:
             kept: by row, indices into what was computed since the last commit.
         """
+        self.forget()
         committed = int(self.lengths.max())
         counts = torch.tensor([len(row) for row in kept], device=self.device)
         lengths = self.lengths + counts

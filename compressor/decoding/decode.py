@@ -142,6 +142,8 @@ class _Decoding:
                 f"the draft reads layers {list(draft.layers)} of its target, which returns "
                 f"{list(target.layers)}"
             )
+        if draft is not None:
+            draft.attach(target)
         self.target, self.draft, self.shape = target, draft, shape
         self.sampling, self.limits = sampling, limits
         self.generator = torch.Generator().manual_seed(seed)

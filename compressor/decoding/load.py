@@ -7,12 +7,13 @@ from typing import Any
 
 from compressor.decoding.binding import require_target
 from compressor.decoding.cached import CachedModel
-from compressor.decoding.eagle3 import Eagle3Draft, load_eagle3
-from compressor.decoding.proposals import ModelDraft
+from compressor.decoding.eagle3 import load_eagle3
+from compressor.decoding.early_exit import TrackedExitDraft
+from compressor.decoding.proposals import ModelDraft, NetworkDraft
 from compressor.model.load import load_model
 
 
-def load_draft(folder: Path, target: Any, tokenizer: str | None) -> ModelDraft | Eagle3Draft:
+def load_draft(folder: Path, target: Any, tokenizer: str | None) -> NetworkDraft:
     """The draft that a stage left in a folder.
 
     Args:
@@ -26,5 +27,7 @@ def load_draft(folder: Path, target: Any, tokenizer: str | None) -> ModelDraft |
     binding = require_target(folder, target, tokenizer)
     if binding.kind == "eagle3":
         return load_eagle3(folder, target, binding.layers)
+    if binding.kind == "early_exit":
+        return TrackedExitDraft(binding.layers, binding.rates)
     parameter = next(target.parameters())
     return ModelDraft(CachedModel(load_model(folder, parameter.device, parameter.dtype)))

@@ -10,20 +10,31 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any
 
 import torch
 
+from compressor.decoding.assisted import Assisted
 from compressor.decoding.cached import CachedModel
+from compressor.decoding.clocks import Clocks
 from compressor.decoding.decode import Decoded, Limits, decode, first_difference, margin
+from compressor.decoding.early_exit import EarlyExitDraft, TrackedExitDraft
 from compressor.decoding.proposals import Chain, Draft, ModelDraft, PromptLookup, Shape, Tree
-from compressor.decoding.results import Acceptance, DraftDomain, DraftMeasurement, DraftSpeed
-from compressor.model.quiet import quiet
+from compressor.decoding.results import (
+    Acceptance,
+    DomainSpeed,
+    DraftDomain,
+    DraftMeasurement,
+    DraftSpeed,
+    ExitTrial,
+)
 from compressor.numerics.speculative import (
     Sampling,
+    acceptance_length,
     accepted_by_position,
     best_drafted,
+    speedup,
 )
 from compressor.progress import Observer
 
@@ -31,7 +42,6 @@ Prompts = Sequence[Sequence[int]]
 
 _CONTEXT = 64  # tokens in the cache when a pass is timed
 _ROUNDS = 7
-BATCHES = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Protocol:
         tree: tried beside chains; None leaves it out.
         timed: prompts whose decoding is timed.
         seed: of sampling.
+        batches: sizes at which speed is measured, 1 first.
     """
 
     drafted: int
@@ -51,6 +62,7 @@ class Protocol:
     tree: Tree | None
     timed: int
     seed: int
+    batches: tuple[int, ...] = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class _Costs:
 def measure_draft(
     target: CachedModel,
     draft: Draft,
-    untrained: Draft,
+    untrained: Draft | None,
     prompts: Mapping[str, Prompts],
     protocol: Protocol,
     observer: Observer,
@@ -71,12 +83,40 @@ def measure_draft(
 
     Args:
         target: returns the features that the draft reads.
-        draft, untrained: after and before training.
+        draft, untrained: after and before training; None for a draft that is never trained.
         prompts: by domain.
         protocol: what is measured.
         observer: progress.
     """
-    return _Measuring(target, draft, untrained, prompts, protocol, observer).run()
+    return _Measuring(target, draft, untrained, None, prompts, protocol, observer).run()
+
+
+def measure_early_exit(
+    target: CachedModel,
+    tracked: TrackedExitDraft,
+    prompts: Mapping[str, Prompts],
+    protocol: Protocol,
+    observer: Observer,
+) -> DraftMeasurement:
+    """Try every candidate exit, and measure the best one and the choice before every pass.
+
+    Args:
+        target: returns no features.
+        tracked: knows the candidates.
+        prompts: by domain.
+        protocol: what is measured.
+        observer: progress.
+    """
+    drafts = {exit_: EarlyExitDraft(exit_) for exit_ in tracked.layers}
+    with observer.task("try exits", len(drafts)) as task:
+        trials = []
+        for draft in drafts.values():
+            one = _Measuring(target, draft, None, None, prompts, protocol, observer)
+            trials.append(one.trial(draft.exit))
+            task.advance()
+    best = max(trials, key=lambda trial: trial.predicted).exit
+    chosen = _Measuring(target, drafts[best], None, tracked, prompts, protocol, observer)
+    return chosen.run().model_copy(update={"exit": best, "exits": tuple(trials)})
 
 
 class _Measuring:
@@ -84,12 +124,13 @@ class _Measuring:
         self,
         target: CachedModel,
         draft: Draft,
-        untrained: Draft,
+        untrained: Draft | None,
+        tracked: Draft | None,
         prompts: Mapping[str, Prompts],
         protocol: Protocol,
         observer: Observer,
     ) -> None:
-        self.target, self.draft, self.untrained = target, draft, untrained
+        self.target, self.draft, self.untrained, self.tracked = target, draft, untrained, tracked
         self.prompts, self.protocol, self.observer = prompts, protocol, observer
         self.chain = Chain(protocol.drafted)
         self.limits = Limits(protocol.new_tokens)
@@ -97,12 +138,13 @@ class _Measuring:
 
     def run(self) -> DraftMeasurement:
         """Acceptance first, then costs, then wall-clock time at the best γ."""
-        with self.observer.task("measure draft", len(self.prompts) + 3 + len(BATCHES)) as task:
+        batches = self.protocol.batches
+        with self.observer.task("measure draft", len(self.prompts) + 3 + len(batches)) as task:
             domains, blocks = {}, _Blocks()
             for name, rows in self.prompts.items():
                 domains[name] = self._domain(rows, blocks)
                 task.advance()
-            untrained = self._runs(self.untrained, self.chain, self.everything)
+            untrained, tracked = map(self._overall, (self.untrained, self.tracked))
             task.advance()
             lookup = self._runs(PromptLookup(), self.chain, self.everything)
             task.advance()
@@ -110,8 +152,8 @@ class _Measuring:
             task.advance()
             greedy = _acceptance(blocks.greedy, self.protocol.drafted)
             speeds, compared = [], []
-            for batch in BATCHES:
-                speed, pairs = self._speed(batch, greedy)
+            for batch in batches:
+                speed, pairs = self._speed(batch, greedy, domains)
                 speeds.append(speed)
                 compared += pairs
                 task.advance()
@@ -120,13 +162,28 @@ class _Measuring:
             domains=domains,
             greedy=greedy,
             sampled=_acceptance(blocks.sampled, self.protocol.drafted),
-            untrained=_acceptance(untrained, self.protocol.drafted),
+            untrained=untrained,
+            tracked=tracked,
             lookup=_acceptance(lookup, self.protocol.drafted),
             tree_length=tree,
             speeds=tuple(speeds),
             prompts=len(compared),
             identical=len(compared) - len(margins),
             largest_margin=max(margins, default=0.0),
+        )
+
+    def trial(self, exit_: int) -> ExitTrial:
+        """Acceptance and costs of an exit, and what they promise."""
+        greedy = self._overall(self.draft)
+        assert greedy is not None
+        costs = self._costs([prompt for _, prompt in self._timed()[:1]])
+        drafted, predicted = best_drafted(greedy.by_position, costs.draft, costs.verify)
+        return ExitTrial(
+            exit=exit_,
+            length=acceptance_length(greedy.by_position[:drafted]),
+            draft_cost=costs.draft,
+            drafted=drafted,
+            predicted=predicted,
         )
 
     # ------------------------------------------------------------------ acceptance
@@ -140,6 +197,12 @@ class _Measuring:
         return DraftDomain(
             greedy=_acceptance(greedy, drafted), sampled=_acceptance(sampled, drafted)
         )
+
+    def _overall(self, draft: Draft | None) -> Acceptance | None:
+        """Greedy, over all prompts; None without a draft."""
+        if draft is None:
+            return None
+        return _acceptance(self._runs(draft, self.chain, self.everything), self.protocol.drafted)
 
     def _runs(
         self,
@@ -159,8 +222,11 @@ class _Measuring:
         shape: Shape,
         sampling: Sampling = Sampling(),  # noqa: B008 — frozen
     ) -> Decoded:
+        target = self.target
+        if draft is not None and draft.layers not in ((), target.layers):
+            target = CachedModel(target.model, draft.layers)
         return decode(
-            self.target, rows, self.limits, draft=draft, shape=shape, sampling=sampling,
+            target, rows, self.limits, draft=draft, shape=shape, sampling=sampling,
             seed=self.protocol.seed,
         )  # fmt: skip
 
@@ -173,40 +239,45 @@ class _Measuring:
     # ------------------------------------------------------------------ speed
 
     def _speed(
-        self, batch: int, greedy: Acceptance
+        self, batch: int, greedy: Acceptance, domains: Mapping[str, DraftDomain]
     ) -> tuple[DraftSpeed, list[tuple[Sequence[int], tuple[int, ...], tuple[int, ...]]]]:
         """Speed at a batch size, and what plain and speculative decoding gave for each prompt."""
         groups = _groups(self._timed(), batch)
-        costs = self._costs(groups[0])
+        costs = self._costs([prompt for _, prompt in groups[0]])
         drafted, predicted = best_drafted(greedy.by_position, costs.draft, costs.verify)
         ways = self._ways(drafted, batch)
-        seconds = dict.fromkeys(ways, 0.0)
+        clocks = Clocks()
         compared = []
-        for rows in groups:
+        for group in groups:
+            rows = [prompt for _, prompt in group]
             results = {}
             for name, way in ways.items():
-                began = time.perf_counter()
-                results[name] = way(rows)
-                seconds[name] += time.perf_counter() - began
+                with clocks.running(name, group[0][0]):
+                    results[name] = way(rows)
             pairs = zip(rows, results["plain"], results["measured"], strict=True)
             compared += list(pairs)
-        tokens = sum(len(rows) for rows in groups) * self.protocol.new_tokens
-        gains = {name: seconds["plain"] / taken for name, taken in seconds.items()}
-        del gains["plain"]
+        tokens = sum(len(group) for group in groups) * self.protocol.new_tokens
+        gains = clocks.gains()
         return DraftSpeed(
             batch=len(groups[0]),
-            plain_tokens_per_second=tokens / seconds["plain"],
+            plain_tokens_per_second=tokens / clocks.seconds("plain"),
             draft_cost=costs.draft,
             verify_costs=costs.verify,
             drafted=drafted,
             predicted=predicted,
+            domains=_by_domain(domains, clocks, costs, drafted) if batch == 1 else {},
             **gains,
         ), compared
 
-    def _timed(self) -> list[Sequence[int]]:
-        """Prompts of all domains in turn."""
+    def _timed(self) -> list[tuple[str, Sequence[int]]]:
+        """Prompts of all domains in turn, with their domains."""
         most = max(len(rows) for rows in self.prompts.values())
-        turns = [rows[i] for i in range(most) for rows in self.prompts.values() if i < len(rows)]
+        turns = [
+            (name, rows[i])
+            for i in range(most)
+            for name, rows in self.prompts.items()
+            if i < len(rows)
+        ]
         return turns[: self.protocol.timed]
 
     def _ways(
@@ -217,30 +288,21 @@ class _Measuring:
         ways: dict[str, Callable[[Prompts], Sequence[tuple[int, ...]]]] = {
             "plain": lambda rows: self._decode(rows, None, chain).tokens,
             "measured": lambda rows: self._decode(rows, self.draft, chain).tokens,
-            "untrained": lambda rows: self._decode(rows, self.untrained, chain).tokens,
             "lookup": lambda rows: self._decode(rows, PromptLookup(), self.chain).tokens,
         }
+        if self.untrained is not None:
+            ways["untrained"] = partial(self._tokens, self.untrained, chain)
+        if self.tracked is not None:
+            ways["tracked"] = partial(self._tokens, self.tracked, self.chain)
         if tree is not None:
             ways["tree"] = lambda rows: self._decode(rows, self.draft, tree).tokens
-        if isinstance(self.draft, ModelDraft) and batch == 1:
-            assistant = self.draft.model.model
-            ways["assisted"] = lambda rows: [self._assisted(assistant, rows[0], drafted)]
+        if isinstance(self.draft, ModelDraft | EarlyExitDraft) and batch == 1:
+            assisted = Assisted(self.target.model, self.draft, drafted, self.protocol.new_tokens)
+            ways["assisted"] = lambda rows: [assisted(rows[0])]
         return ways
 
-    def _assisted(self, assistant: Any, prompt: Sequence[int], drafted: int) -> tuple[int, ...]:
-        """transformers' own loop with the same draft and the same γ."""
-        ids = torch.tensor([list(prompt)], device=self.target.device)
-        settings = assistant.generation_config
-        settings.num_assistant_tokens = drafted
-        settings.num_assistant_tokens_schedule = "constant"
-        settings.assistant_confidence_threshold = 0.0
-        with torch.inference_mode(), quiet():
-            found = self.target.model.generate(
-                ids, attention_mask=torch.ones_like(ids), assistant_model=assistant,
-                max_new_tokens=self.protocol.new_tokens, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
-            )  # fmt: skip
-        return tuple(found[0, len(prompt) :].tolist())
+    def _tokens(self, draft: Draft, shape: Shape, rows: Prompts) -> Sequence[tuple[int, ...]]:
+        return self._decode(rows, draft, shape).tokens
 
     def _costs(self, rows: Prompts) -> _Costs:
         """c from decoding itself, v from timed passes."""
@@ -265,6 +327,9 @@ class _Measuring:
         taken: list[list[float]] = [[] for _ in range(most)]
         for _ in range(_ROUNDS):
             for count in range(most):
+                if count and isinstance(self.draft, EarlyExitDraft):
+                    early = ids[context : context + count].expand(rows, -1)
+                    target.leave_early(early, self.draft.exit)  # what drafting leaves behind
                 began = time.perf_counter()
                 found = target.forward(ids[context : context + count + 1].expand(rows, -1))
                 found.logits[0, -1, 0].item()  # wait for an accelerator
@@ -303,7 +368,24 @@ def _acceptance(runs: Sequence[tuple[int, int]], drafted: int) -> Acceptance:
     )
 
 
-def _groups(rows: Prompts, batch: int) -> list[Prompts]:
+def _groups(
+    rows: Sequence[tuple[str, Sequence[int]]], batch: int
+) -> list[Sequence[tuple[str, Sequence[int]]]]:
     """Full batches; a last one that is not full is left out unless it is the only one."""
     groups = [rows[start : start + batch] for start in range(0, len(rows), batch)]
     return [group for group in groups if len(group) == batch] or groups[:1]
+
+
+def _by_domain(
+    domains: Mapping[str, DraftDomain], clocks: Clocks, costs: _Costs, drafted: int
+) -> dict[str, DomainSpeed]:
+    """Predicted from each domain's acceptance, and measured on its prompts."""
+    verify = costs.verify[drafted - 1]
+    found = {}
+    for name in clocks.domains():
+        length = acceptance_length(domains[name].greedy.by_position[:drafted])
+        found[name] = DomainSpeed(
+            predicted=speedup(length, drafted, costs.draft, verify),
+            measured=clocks.seconds("plain", name) / clocks.seconds("measured", name),
+        )
+    return found

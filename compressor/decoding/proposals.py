@@ -105,6 +105,9 @@ class Draft(Protocol):
 
     layers: tuple[int, ...]
 
+    def attach(self, target: CachedModel) -> None:
+        """The target that is going to verify; most drafts need no more than what it commits."""
+
     def start(self, rows: int) -> None:
         """A new batch begins."""
 
@@ -134,6 +137,9 @@ class PromptLookup:
     def __init__(self, longest: int = 3) -> None:
         self.longest = longest
         self._texts: list[list[int]] = []
+
+    def attach(self, target: CachedModel) -> None:
+        """Any target will do."""
 
     def start(self, rows: int) -> None:
         """Forget all text."""
@@ -180,6 +186,9 @@ class NetworkDraft(ABC):
     """
 
     layers: tuple[int, ...] = ()
+
+    def attach(self, target: CachedModel) -> None:  # noqa: B027 — only some drafts need it
+        """The target that is going to verify."""
 
     @abstractmethod
     def start(self, rows: int) -> None:

@@ -35,6 +35,62 @@ class DraftDomain(Frozen):
     sampled: Acceptance
 
 
+class DomainSpeed(Frozen):
+    """One domain's speed-up over plain decoding at batch 1, at the γ of all domains."""
+
+    predicted: float
+    measured: float
+
+
+class ExitTrial(Frozen):
+    """One place at which a model that speculates for itself may exit."""
+
+    exit: int = Field(description="blocks of a guess")
+    length: float = Field(description="τ at `drafted`, greedy, over all domains")
+    draft_cost: float = Field(description="c")
+    drafted: int = Field(description="the best γ by prediction")
+    predicted: float = Field(description="speed-up at that γ")
+
+
+class Outlook(Frozen):
+    """Why a draft does not pay, and where it would."""
+
+    limit: str = Field(
+        description="term of τ / (γ c + v) that, made good by itself, would help most: `draft "
+        "cost`, `verify cost` or `acceptance`"
+    )
+    better_cost: float = Field(description="predicted speed-up at c = 0.05, all else the same")
+    better_verify: float = Field(description="the same at v = 1")
+    better_acceptance: float = Field(description="the same with four tokens of five accepted")
+    paying_parameters: int | None = Field(
+        description="parameters of a target with which the same draft, accepted as often and "
+        "verified as cheaply, would pay; None if no size would do or the draft grows with it"
+    )
+
+
+class CurvePoint(Frozen):
+    """Acceptance at one moment of training."""
+
+    tokens: int = Field(description="positions that training had looked at")
+    length: float = Field(description="τ on development text, greedy")
+
+
+class LogFit(Frozen):
+    """τ = intercept + slope · ln(tokens), least squares, with the 95 % interval of the slope."""
+
+    intercept: float
+    slope: float
+    low: float | None = Field(description="None with fewer than three points")
+    high: float | None
+
+
+class LearningCurve(Frozen):
+    """Acceptance against training tokens (Scylla: log-linear, arXiv:2505.07858)."""
+
+    points: tuple[CurvePoint, ...]
+    fit: LogFit | None
+
+
 class DraftSpeed(Frozen):
     """Speed on this machine at one batch size, everything relative to plain decoding.
 
@@ -52,7 +108,15 @@ class DraftSpeed(Frozen):
     predicted: float
     measured: float
     tree: float | None = Field(default=None, description="the same draft with a tree")
-    untrained: float = Field(description="the draft as it was before training, same γ")
+    untrained: float | None = Field(
+        default=None, description="the draft as it was before training, same γ; none if untrained"
+    )
+    tracked: float | None = Field(
+        default=None, description="early exit with exit and γ chosen anew before every pass"
+    )
+    domains: dict[str, DomainSpeed] = Field(
+        default_factory=dict, description="speed-up by domain, at batch 1"
+    )
     lookup: float = Field(description="prompt lookup")
     assisted: float | None = Field(
         default=None, description="transformers' assisted generation with this draft, same γ"
@@ -65,7 +129,10 @@ class DraftMeasurement(Frozen):
     Attributes:
         domains: acceptance by domain.
         greedy, sampled: over all domains.
-        untrained, lookup: greedy acceptance of what needs no training.
+        untrained, lookup: greedy acceptance of what needs no training; `untrained` is None for a
+            draft that is never trained.
+        exits: of an early exit, every candidate that was tried; the chosen one is `exit`.
+        tracked: of an early exit, greedy acceptance with exit and γ chosen before every pass.
         tree_length: τ with the tree, greedy; None where no tree was tried.
         speeds: by batch size, 1 first.
         prompts: compared token by token with plain decoding, greedy.
@@ -77,13 +144,16 @@ class DraftMeasurement(Frozen):
     domains: dict[str, DraftDomain]
     greedy: Acceptance
     sampled: Acceptance
-    untrained: Acceptance
+    untrained: Acceptance | None = None
     lookup: Acceptance
     tree_length: float | None
     speeds: tuple[DraftSpeed, ...]
     prompts: int
     identical: int
     largest_margin: float
+    exit: int | None = None
+    exits: tuple[ExitTrial, ...] = ()
+    tracked: Acceptance | None = None
 
     @property
     def worthwhile(self) -> bool:

@@ -9,7 +9,7 @@ a file in that engine; `documents`, that its documents say so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from compressor.types import ACTIVATIONS, Symmetry
@@ -25,6 +25,7 @@ Container = Literal[
     "gptq",
     "awq",
     "gguf",
+    "llama-quantize",
     "bitsandbytes",
 ]
 
@@ -69,6 +70,8 @@ class Limits:
         bits = "any width" if self.bits == _ANY else f"{_listed(self.bits)} bits"
         words = [bits] + (["symmetric only"] if self.symmetries == _SYMMETRIC else [])
         words += [f"sizes in multiples of {self.multiple}"] if self.multiple > 1 else []
+        groups = f"groups in multiples of {self.group_multiple}"
+        words += [groups] if self.group_multiple > 1 else []
         words += ["also embeddings"] if self.embeddings else []
         return ", ".join(words) + (f" (needs {self.needs})" if self.needs else "")
 
@@ -87,6 +90,7 @@ class Engine:
         containers: what it loads.
         caches: roundings of keys and values that it takes from a checkpoint, by name.
         cache_fault: why what it computes with a rounded cache is not what is measured.
+        drafts: kinds of draft models that it decodes with, and how that is known, as above.
     """
 
     title: str
@@ -94,6 +98,7 @@ class Engine:
     containers: Mapping[Container, Limits]
     caches: frozenset[str] = frozenset()
     cache_fault: str = "it does not take the rounding of its cache from a checkpoint"
+    drafts: Mapping[str, Literal["run", "documents"]] = field(default_factory=dict)
 
 
 CONTAINERS: Mapping[Container, str] = {
@@ -105,7 +110,10 @@ CONTAINERS: Mapping[Container, str] = {
     "nvfp4-pack-quantized": "NVFP4: e2m1 in groups of 16 with fp8 scales (same format)",
     "gptq": "codes of 2, 3, 4 or 8 bits, AutoGPTQ's layout, v1 or v2 (format gptq)",
     "awq": "4-bit codes, AutoAWQ's gemm layout (format awq)",
-    "gguf": "one file with tokenizer and chat template, blocks of 32 (format gguf)",
+    "gguf": "one file with tokenizer and chat template; codes of 2 to 8 bits, asymmetric ones of 2 "
+    "to 5, in blocks of 32 (format gguf)",
+    "llama-quantize": "the same, rounded by llama.cpp's quantizer to K- and I-quants (format gguf "
+    "with a type)",
     "bitsandbytes": "NF4 in blocks, or LLM.int8, by quantize.bnb (format bitsandbytes)",
 }
 
@@ -121,6 +129,10 @@ _FP8 = Limits(inputs=frozenset(("fp8", "fp8-g128")))
 _DENSE = Limits(embeddings=True, mixed_fused=True)
 _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
+_BOTH_DRAFTS: Mapping[str, Literal["run", "documents"]] = {
+    "standalone": "documents",
+    "eagle3": "documents",
+}
 _FP8_CACHE = frozenset(("fp8",))
 _GPTQMODEL = "gptqmodel and optimum"
 _BNB = "bitsandbytes"
@@ -150,6 +162,7 @@ ENGINES: Mapping[str, Engine] = {
             ),
         },
         caches=_FP8_CACHE,
+        drafts={"standalone": "run"},
     ),
     "vllm": Engine(
         "vLLM",
@@ -166,6 +179,7 @@ ENGINES: Mapping[str, Engine] = {
             "bitsandbytes": Limits(_FOUR_EIGHT, _SYMMETRIC, inputs=_LLM_INT8, needs=_BNB),
         },
         caches=_FP8_CACHE,
+        drafts=_BOTH_DRAFTS,
     ),
     "vllm-cpu": Engine(
         "vLLM",
@@ -191,10 +205,15 @@ ENGINES: Mapping[str, Engine] = {
             "gptq": Limits(_GPTQ_WIDTHS, _SYMMETRIC, multiple=32),
             "awq": Limits(_FOUR, multiple=8),
         },
+        drafts=_BOTH_DRAFTS,
     ),
     "llama.cpp": Engine(
         "llama.cpp",
-        "b11434",
-        {"gguf": Limits(embeddings=True, mixed_fused=True, evidence="run")},
+        "b11434 on x86 CPU",
+        {
+            "gguf": Limits(group_multiple=32, embeddings=True, mixed_fused=True, evidence="run"),
+            "llama-quantize": Limits(embeddings=True, mixed_fused=True, evidence="run"),
+        },
+        drafts={"standalone": "run"},
     ),
 }

@@ -8,6 +8,8 @@
 - *GGUF*: blocks of 32 inputs with an fp16 scale, so any group that 32 divides is repeated block
   by block, which is exact, and costs more bits than larger groups would need. Codes of 2, 3 and 4
   bits go into Q4_0 (symmetric) or Q4_1; 5 into Q5_0 or Q5_1; 6 to 8, symmetric, into Q8_0.
+- *llama-quantize*: the same file, rounded by llama.cpp's quantizer from weights that nothing has
+  rounded before.
 
 Scales are fp16 in GPTQ, AWQ and GGUF. A bf16 scale is an fp16 number between 2^-17 and 65504;
 exporters check every scale, and refuse one that fp16 would change.
@@ -68,6 +70,8 @@ def container_problems(
         return export_problems(targets, container)
     if container == "dense":
         return []
+    if container == "llama-quantize":
+        return [*_rounded_twice(targets), *_family_problems(model_type)]
     quantized = [(target, target.scheme) for target in targets if target.scheme is not None]
     rule = _RULES[container]
     others = [(target, scheme) for target, scheme in quantized if scheme.number in ABSMAX]
@@ -82,10 +86,24 @@ def container_problems(
         problems.append(f"AWQ has one grid for all matrices, and here there are {len(schemes)}")
     if container == "bitsandbytes" and not problems:
         problems += _mixed_problems(quantized)
-    if container == "gguf" and model_type not in GGUF_FAMILIES:
-        known = ", ".join(GGUF_FAMILIES)
-        problems.append(f"GGUF export names the tensors of {known}, not of {model_type or '?'}")
+    if container == "gguf":
+        problems += _family_problems(model_type)
     return problems
+
+
+def _family_problems(model_type: str) -> Iterable[str]:
+    if model_type not in GGUF_FAMILIES:
+        known = ", ".join(GGUF_FAMILIES)
+        yield f"GGUF export names the tensors of {known}, not of {model_type or '?'}"
+
+
+def _rounded_twice(targets: Iterable[Target]) -> Iterable[str]:
+    for target in targets:
+        if target.scheme is not None:
+            yield (
+                f"{target.name} is rounded to {target.scheme.bits} bits by the chain; llama.cpp's "
+                "quantizer would round it a second time"
+            )
 
 
 def _linear_only(target: Target, name: str) -> Iterable[str]:

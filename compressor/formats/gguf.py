@@ -3,6 +3,9 @@
 Matrices with codes go into blocks bit by bit (`gguf_blocks`); other matrices keep their dtype
 (BF16, F16, F32); vectors are F32, as llama.cpp wants them. Rows of q and k are reordered for the
 llama architecture, whose rotary positions turn neighbouring pairs instead of halves of a head.
+
+A file that is meant for llama.cpp's quantizer says so under `compressor.quantizer`; the quantizer
+carries the key on, so that its blocks are told from ours when the file is read.
 """
 
 from __future__ import annotations
@@ -23,7 +26,14 @@ from compressor.formats.atomic import replacing
 from compressor.formats.exchange import GGUF_FAMILIES, GgufType, gguf_type
 from compressor.formats.exporters import Source
 from compressor.formats.gguf_blocks import pack_blocks, unpack_blocks
-from compressor.formats.gguf_metadata import DTYPE_KEY, add_metadata, check, rope_factors
+from compressor.formats.gguf_metadata import (
+    DTYPE_KEY,
+    QUANTIZER_KEY,
+    add_metadata,
+    check,
+    configuration,
+    rope_factors,
+)
 from compressor.formats.headers import read_json
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.words import schemes
@@ -119,6 +129,8 @@ def write(source: Source, out: Path) -> None:
         common = Counter(kinds[n] for n in names if len(reader.shape(n)) == 2).most_common(1)
         dtype = reader.dtype("model.embed_tokens.weight")
         add_metadata(writer, source.checkpoint, _FILE_TYPES[common[0][0]], dtype)
+        if source.container == "llama-quantize":
+            writer.add_string(QUANTIZER_KEY, source.container)
         factors = rope_factors(config)
         if factors is not None:
             writer.add_tensor_info(_FACTORS, factors.shape, np.dtype("float32"), factors.nbytes)
@@ -204,7 +216,10 @@ def _raw(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every dense tensor of a checkpoint, by its name there, from its GGUF file alone."""
+    """Every dense tensor of a checkpoint, by its name there, from its GGUF file alone.
+
+    Blocks of llama.cpp's quantizer become fp32.
+    """
     reader = gguf.GGUFReader(folder / FILE)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     family = fields["general.architecture"]
@@ -220,13 +235,27 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
         if stored.name == _FACTORS:
             continue
         name = _hugging_face_name(stored.name)
-        value = _dense(stored, dtype)
+        value = _dense(stored, dtype, ours=QUANTIZER_KEY not in fields)
         order = row_order(name, value.shape[0], heads)
         yield name, value if order is None else value[order.argsort()]
 
 
-def _dense(stored: Any, dtype: torch.dtype) -> Tensor:
+def described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """The configuration that a file describes, and shapes by the names of the checkpoint."""
+    reader = gguf.GGUFReader(folder / FILE)
+    fields = {key: field.contents() for key, field in reader.fields.items()}
+    shapes = {
+        _hugging_face_name(stored.name): tuple(int(size) for size in stored.shape[::-1])
+        for stored in reader.tensors
+        if stored.name != _FACTORS
+    }
+    return configuration(fields, shapes), shapes
+
+
+def _dense(stored: Any, dtype: torch.dtype, *, ours: bool) -> Tensor:
     kind = stored.tensor_type.name
+    if kind not in _FLOATS.values() and not ours:
+        return torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
     data = torch.from_numpy(np.ascontiguousarray(stored.data).view(np.uint8).copy())
     if kind in _FLOATS.values():
         own = next(d for d, name in _FLOATS.items() if name == kind)

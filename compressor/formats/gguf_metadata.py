@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from compressor.errors import ModelError
 from compressor.formats.headers import read_json
 
 DTYPE_KEY = "compressor.dtype"
+QUANTIZER_KEY = "compressor.quantizer"
 _ROPE_TYPES = ("default", "linear", "llama3")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -133,6 +134,32 @@ def _add_shape(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     if rope.get("rope_type") == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+
+
+def configuration(fields: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """What a `config.json` would say of the shapes that a file's metadata describe.
+
+    Args:
+        fields: metadata by key.
+        names: of the tensors, as in a checkpoint.
+    """
+    family = str(fields["general.architecture"])
+    own = {key.removeprefix(f"{family}."): value for key, value in fields.items()}
+    return {
+        "model_type": family,
+        "vocab_size": own["vocab_size"],
+        "hidden_size": own["embedding_length"],
+        "intermediate_size": own["feed_forward_length"],
+        "num_hidden_layers": own["block_count"],
+        "num_attention_heads": own["attention.head_count"],
+        "num_key_value_heads": own["attention.head_count_kv"],
+        "head_dim": own["attention.key_length"],
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
+        "tie_word_embeddings": "lm_head.weight" not in names,
+        "attention_bias": any(name.endswith("q_proj.bias") for name in names),
+        "dtype": fields[DTYPE_KEY],
+    }
 
 
 def rope_factors(config: Mapping[str, Any]) -> Tensor | None:

@@ -12,11 +12,14 @@ from compressor.formats.exchange import GGUF_BLOCK_BYTES
 from compressor.formats.sizes import Role, SizeReport
 
 _CODE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
+_FLOATS = ("F32", "F16", "BF16")
 _OUTER: dict[str, Role] = {"token_embd": "embeddings", "output": "head"}
 
 
 def measure_gguf(path: Path, logical_parameters: int) -> SizeReport:
     """Weigh one file; minima of blocks count as zero-points.
+
+    Blocks of K- and I-quants count as codes as a whole: their scales are packed among them.
 
     Args:
         path: the file.
@@ -49,7 +52,7 @@ def measure_gguf(path: Path, logical_parameters: int) -> SizeReport:
 def _parts(tensor: Any) -> dict[Role, int]:
     nbytes, kind = int(tensor.n_bytes), tensor.tensor_type.name
     if kind not in GGUF_BLOCK_BYTES:
-        return {"rest": nbytes}
+        return {"rest" if kind in _FLOATS else "codes": nbytes}
     halves = 2 * (nbytes // GGUF_BLOCK_BYTES[kind])
     minima = halves if kind in ("Q4_1", "Q5_1") else 0
     return {"codes": nbytes - halves - minima, "scales": halves, "zero_points": minima}

@@ -260,9 +260,9 @@ def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> 
 
 def _container(target: Target, form: Container) -> Container:
     """What holds a matrix; that of compressed-tensors may depend on its scheme."""
-    if target.scheme is None or form in ("dense", "gptq", "awq", "gguf", "bitsandbytes"):
+    if target.scheme is None or form not in LAYOUTS:
         return form
-    return layout_of(target, form)  # type: ignore[arg-type]
+    return layout_of(target, form)
 
 
 def _limit_problems(limits: Limits, target: Target) -> Iterable[str]:

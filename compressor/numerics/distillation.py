@@ -16,7 +16,9 @@ Loss = Literal["kl", "tv", "ce", "lk_hybrid"]
 HYBRID_RATE = 3.0  # η of LK-λ; its authors take 10 for weak heads
 
 
-def divergence(kind: Loss, logits: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+def divergence(
+    kind: Loss, logits: Tensor, teacher: Tensor, mask: Tensor, top: int | None = None
+) -> Tensor:
     """Mean loss over the positions that count.
 
     Args:
@@ -28,8 +30,12 @@ def divergence(kind: Loss, logits: Tensor, teacher: Tensor, mask: Tensor) -> Ten
         logits: z, [..., V].
         teacher: p, [..., V].
         mask: bool [...].
+        top: keep only so many of the teacher's likeliest tokens, renormalised (HASS, Zhang et al.
+            2024, arXiv:2408.15766); None keeps all.
     """
     logits, teacher = logits[mask], teacher[mask]
+    if top is not None:
+        teacher = likeliest(teacher, top)
     if not len(logits):
         return logits.sum() * 0.0
     if kind == "kl":
@@ -53,3 +59,10 @@ def forward_kl(logits: Tensor, teacher: Tensor) -> Tensor:
 def total_variation(logits: Tensor, teacher: Tensor) -> Tensor:
     """TV(p, q) [...] = 1 - Σ min(p, q)."""
     return 1 - torch.minimum(logits.float().softmax(-1), teacher.float()).sum(-1)
+
+
+def likeliest(teacher: Tensor, top: int) -> Tensor:
+    """The `top` likeliest tokens of p [..., V], renormalised; all if there are no more."""
+    kept = teacher.topk(min(top, teacher.shape[-1]), -1)
+    part = torch.zeros_like(teacher).scatter_(-1, kept.indices, kept.values)
+    return part / part.sum(-1, keepdim=True)

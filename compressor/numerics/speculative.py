@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -213,3 +214,72 @@ def accepted_by_position(runs: Sequence[tuple[int, int]], drafted: int) -> list[
         passed = sum(accepted >= position for accepted in asked)
         shares.append(passed / len(asked) if asked else 0.0)
     return shares
+
+
+GOOD_COST = 0.05  # c of an EAGLE-3 head with a trimmed vocabulary
+GOOD_RATE = 0.8  # α of a well-trained one
+GOOD_VERIFY = 1.0  # v where a pass is bound by reading the weights
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Why a draft gains no more: which term, made good by itself, would help most.
+
+    Attributes:
+        term: `draft cost` (c), `verify cost` (v) or `acceptance` (τ).
+        better_cost, better_verify, better_acceptance: the best predicted speed-up over γ if only
+            c, only v or only the acceptance were what good drafts and idle machines have.
+    """
+
+    term: Literal["draft cost", "verify cost", "acceptance"]
+    better_cost: float
+    better_verify: float
+    better_acceptance: float
+
+
+def limiting_term(
+    by_position: Sequence[float], draft_cost: float, verify_costs: Sequence[float]
+) -> Limit:
+    """Replace one term of τ / (γ c + v) at a time by a good value; a better one is kept.
+
+    Args:
+        by_position: a_1 … a_n.
+        draft_cost: c.
+        verify_costs: v for γ = 1 … n.
+    """
+    good = [
+        max(share, GOOD_RATE**place) for place, share in enumerate(by_position, 1)
+    ]  # a_j of independent tokens is α^j
+    cheap = [min(cost, GOOD_VERIFY) for cost in verify_costs]
+    gains = (
+        best_drafted(by_position, min(draft_cost, GOOD_COST), verify_costs)[1],
+        best_drafted(by_position, draft_cost, cheap)[1],
+        best_drafted(good, draft_cost, verify_costs)[1],
+    )
+    terms: tuple[Literal["draft cost", "verify cost", "acceptance"], ...] = (
+        "draft cost", "verify cost", "acceptance",
+    )  # fmt: skip
+    return Limit(terms[gains.index(max(gains))], *gains)
+
+
+def paying_scale(
+    by_position: Sequence[float], draft_cost: float, verify_costs: Sequence[float], wanted: float
+) -> float | None:
+    """How many times as large a target must be for the same draft to pay.
+
+    A larger target makes c smaller in proportion; acceptance and v are taken as they are. From
+    τ / (γ c / s + v) = wanted, s = γ c / (τ / wanted - v), the smallest over γ. None if no size
+    would do, since v alone costs more than is accepted.
+
+    Args:
+        by_position: a_1 … a_n.
+        draft_cost: c.
+        verify_costs: v for γ = 1 … n.
+        wanted: speed-up.
+    """
+    found = []
+    for drafted, verify in enumerate(verify_costs, 1):
+        rest = acceptance_length(by_position[:drafted]) / wanted - verify
+        if rest > 0:
+            found.append(drafted * draft_cost / rest)
+    return min(found, default=None)

@@ -8,6 +8,7 @@ from statistics import median
 from compressor.errors import VerificationError
 from compressor.evaluation.results import Estimate, Score
 from compressor.report import statements
+from compressor.report.draft_statements import draft_claims, draft_warnings
 from compressor.report.schema import (
     Attribution,
     Facts,
@@ -157,7 +158,7 @@ def _claims(report: Report, document: Document) -> Iterator[Statement]:
         yield from rule(report, document)
     yield from _gate_claims(report, document)
     yield from _artifact_claims(report, document)
-    yield from _draft_claims(report, document)
+    yield from draft_claims(report, document)
 
 
 def _place(report: Report, variant: str) -> int:
@@ -285,6 +286,17 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
         if variant.artifact is None or not variant.artifact.reload_ok:
             continue
         artifact = ("variants", place, "artifact")
+        if variant.artifact.quantizer is not None:
+            yield state(
+                document,
+                f"quantizer-{variant.id}",
+                "{label} is the work of a second quantizer, {quantizer}: it rounded the weights of "
+                "{parent} itself, and none of our codes are in its file.",
+                label=(pointer("variants", place, "label"), "text"),
+                quantizer=(pointer(*artifact, "quantizer"), "text"),
+                parent=(pointer("variants", place, "parent"), "text"),
+            )
+            continue
         logits = variant.artifact.max_logit_difference is not None
         found = "max_logit_difference" if logits else "max_weight_difference"
         yield state(
@@ -314,7 +326,7 @@ def _warnings(report: Report, document: Document) -> Iterator[Statement]:
         _interval_warnings,
         _protocol_warnings,
         _stage_warnings,
-        _draft_warnings,
+        draft_warnings,
     )
     for rule in rules:
         yield from rule(report, document)
@@ -470,63 +482,4 @@ def _stage_warnings(report: Report, document: Document) -> Iterator[Statement]:
                 module=(pointer(*entry, "module"), "text"),
                 loss=(pointer(*entry, "loss"), "number"),
                 baseline=(pointer(*entry, "baseline_loss"), "number"),
-            )
-
-
-def _draft_claims(report: Report, document: Document) -> Iterator[Statement]:
-    for place, draft in enumerate(report.drafts):
-        found = ("drafts", place, "measurement")
-        yield state(
-            document,
-            f"draft-{draft.id}",
-            "{label}: of {most} tokens drafted the target takes {length} a pass, its own included; "
-            "drafting {drafted} was {measured} as fast as plain decoding here, text by text.",
-            label=(pointer("drafts", place, "label"), "text"),
-            most=(pointer("drafts", place, "stage", "params", "drafted"), "count"),
-            length=(pointer(*found, "greedy", "length"), "number"),
-            drafted=(pointer(*found, "speeds", 0, "drafted"), "count"),
-            measured=(pointer(*found, "speeds", 0, "measured"), "ratio"),
-        )
-        yield state(
-            document,
-            f"lossless-{draft.id}",
-            "{label}: greedy text was the same in {identical} of {prompts} comparisons; where it "
-            "was not, the two best tokens were at most {margin} apart.",
-            label=(pointer("drafts", place, "label"), "text"),
-            identical=(pointer(*found, "identical"), "count"),
-            prompts=(pointer(*found, "prompts"), "count"),
-            margin=(pointer(*found, "largest_margin"), "number"),
-        )
-
-
-def _draft_warnings(report: Report, document: Document) -> Iterator[Statement]:
-    for place, draft in enumerate(report.drafts):
-        speed = draft.measurement.speeds[0]
-        found = ("drafts", place, "measurement", "speeds", 0)
-        if not draft.worthwhile:
-            yield state(
-                document,
-                f"no-speed-up-{draft.id}",
-                "{label}: no speed-up, do not deploy: {measured} of plain decoding. A draft step "
-                "costs {cost} of a plain step, and a pass over the drafted tokens {verify}.",
-                label=(pointer("drafts", place, "label"), "text"),
-                measured=(pointer(*found, "measured"), "ratio"),
-                cost=(pointer(*found, "draft_cost"), "ratio"),
-                verify=(pointer(*found, "verify_costs", speed.drafted - 1), "ratio"),
-            )
-        if speed.lookup > speed.measured:
-            yield state(
-                document,
-                f"lookup-{draft.id}",
-                "{label}: prompt lookup, which needs no draft, was faster: {lookup}.",
-                label=(pointer("drafts", place, "label"), "text"),
-                lookup=(pointer(*found, "lookup"), "ratio"),
-            )
-        if draft.stage.fallbacks:
-            yield state(
-                document,
-                f"fallbacks-{draft.id}",
-                "{label}: not everything was done as asked; recorded fallbacks: {count}.",
-                label=(pointer("drafts", place, "label"), "text"),
-                count=(pointer("drafts", place, "stage", "fallbacks"), "length"),
             )

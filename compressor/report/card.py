@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from compressor.report import numbers, tables
+from compressor.report import draft_tables, numbers, tables
 from compressor.report.figures import figures
 from compressor.report.html import environment
 from compressor.report.schema import Report, Variant
@@ -35,7 +35,7 @@ def to_markdown(report: Report) -> str:
         sizes=_markdown(tables.size_table(report)),
         quality=_markdown(tables.quality_table(report)),
         deliverables=_markdown(tables.deliverable_table(report)) if report.deliverables else "",
-        drafts=_markdown(tables.draft_speeds(report)) if report.drafts else "",
+        drafts=_markdown(draft_tables.draft_speeds(report)) if report.drafts else "",
         domains=_markdown(tables.domain_table(report, report.headline))
         if report.headline in report.evaluations
         else "",

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compressor.evaluation.results import Evaluation
-from compressor.report import numbers, palette, tables
+from compressor.report import draft_tables, numbers, palette, tables
 from compressor.report.figures import figures
 from compressor.report.figures.base import NARROW, WIDE, Figure, compared, labels_of
 from compressor.report.schema import Report
@@ -61,6 +61,9 @@ def to_html(report: Report) -> str:
         figures=drawn,
         settings=tables.settings,
         layer_keys=[key for key in drawn if key.startswith("layers-")],
+        draft_keys=[
+            key for key in drawn if key.startswith(("acceptance-", "speedup-", "training-"))
+        ],
         inline=_inline,
         light=Markup(palette.variables(palette.LIGHT)),
         dark=Markup(palette.variables(palette.DARK)),
@@ -85,7 +88,7 @@ def _tables(report: Report) -> dict[str, object]:
         "divergence": tables.divergence_table(report),
         "stages": tables.stage_table(report),
         "notes": tables.notes_table(report),
-        "drafts": tables.draft_tables(report),
+        "drafts": draft_tables.draft_tables(report),
         "deliverables": tables.deliverable_table(report) if report.deliverables else None,
         "worst_tokens": tables.worst_token_table(report),
         "fallbacks": tables.fallback_table(report),

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compressor.decoding.results import DraftMeasurement
+from compressor.decoding.results import DraftMeasurement, LearningCurve, Outlook
 from compressor.evaluation.results import (
     Contamination,
     Divergence,
@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.3.0"
+SCHEMA_VERSION = "1.5.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -172,6 +172,11 @@ class Artifact(Frozen):
         "file holds to those in memory, relative to the largest weight of the matrix",
     )
     bytes_on_disk: int | None = None
+    quantizer: str | None = Field(
+        default=None,
+        description="the program that rounded the weights itself, where that was not us; the file "
+        "then holds none of our codes, and is a variant of its own",
+    )
     load_snippets: dict[str, str] = Field(
         default_factory=dict, description="engine or library -> code that loads it"
     )
@@ -199,11 +204,19 @@ class Draft(Frozen):
     target: str = Field(description="the variant that it speculates for")
     stage: StageFacts
     path: str
+    gguf: str | None = Field(
+        default=None, description="the same draft as a file for llama.cpp, beside a GGUF export"
+    )
     bytes_on_disk: int
     target_sha256: str = Field(description="of the target's weights as they compute")
     trained_tokens: int
     measurement: DraftMeasurement
     worthwhile: bool = Field(description="whether it was measurably faster than plain decoding")
+    outlook: Outlook | None = Field(default=None, description="of a draft that does not pay")
+    curve: LearningCurve | None = Field(default=None, description="τ against training tokens")
+    load_snippets: dict[str, str] = Field(
+        default_factory=dict, description="engine -> code that decodes with target and draft"
+    )
 
 
 class Reproduce(Frozen):
@@ -233,7 +246,8 @@ class Facts(Frozen):
     gates: tuple[GateVerdict, ...] = ()
     drafts: tuple[Draft, ...] = ()
     deliverables: tuple[Artifact, ...] = Field(
-        default=(), description="all exports of the last variant; the first is its artifact"
+        default=(),
+        description="all exports; the first one of our codes is the artifact of the last stage",
     )
     judged: str | None = Field(
         default=None,

@@ -29,7 +29,19 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
     "gguf": {"llama.cpp": "llama-server -m {path}/model.gguf"},
 }
 
+_DRAFTED = "llama-server -m {target} --spec-type draft-simple -md {draft} --spec-draft-n-max {most}"
 _ON_HUB: Mapping[str, Mapping[str, str]] = {"gguf": {"llama.cpp": "llama-server -hf {path}"}}
+
+
+def draft_snippets(target: str, draft: str, drafted: int) -> dict[str, str]:
+    """How to decode with a draft, by library.
+
+    Args:
+        target: path of the target's GGUF file.
+        draft: path of the draft's.
+        drafted: tokens to draft before each pass of the target.
+    """
+    return {"llama.cpp": _DRAFTED.format(target=target, draft=draft, most=drafted)}
 
 
 def load_snippets(

@@ -9,7 +9,7 @@ from typing import Any
 from compressor.evaluation.results import Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
-from compressor.report.schema import Artifact, Attribution, Draft, Report, Variant
+from compressor.report.schema import Artifact, Attribution, Report, Variant
 
 NONE = "–"
 
@@ -40,13 +40,14 @@ class Table:
         return Table(self.key, self.caption, tuple(self.header[i] for i in kept), rows, words)
 
 
-def _or_none(value: Any, show: Callable[[Any], str]) -> str:
+def or_none(value: Any, show: Callable[[Any], str]) -> str:
+    """A value as `show` prints it, or the sign for none."""
     return NONE if value is None else show(value)
 
 
 def signed(estimate: Estimate | None) -> str:
     """A difference ± half its interval."""
-    return _or_none(estimate, lambda e: numbers.plus_minus(e, signed=True))
+    return or_none(estimate, lambda e: numbers.plus_minus(e, signed=True))
 
 
 def size_table(report: Report) -> Table:
@@ -92,8 +93,8 @@ def deliverable_table(report: Report) -> Table:
         (
             item.format,
             item.path,
-            _or_none(item.bytes_on_disk, numbers.size),
-            _or_none(item.bytes_on_disk and base / item.bytes_on_disk, numbers.ratio),
+            or_none(item.bytes_on_disk, numbers.size),
+            or_none(item.bytes_on_disk and base / item.bytes_on_disk, numbers.ratio),
             _read_back(item),
             ", ".join(item.load_snippets) or NONE,
         )
@@ -101,9 +102,10 @@ def deliverable_table(report: Report) -> Table:
     )
     return Table(
         "deliverables",
-        "Exports of the last variant, all from the same codes. Read back: largest difference "
-        "between what the files hold and memory, of logits where Transformers loads the format, "
-        "else of weights, relative to the largest in their matrix.",
+        "Exports of the last stage, all from the same codes, but for those that a second quantizer "
+        "rounded itself. Read back: largest difference between what the files hold and memory, of "
+        "logits where Transformers loads the format, else of weights, relative to the largest in "
+        "their matrix.",
         ("format", "folder", "on disk", "ratio", "read back", "loads in"),
         tuple(rows),
         frozenset({0, 1, 4, 5}),
@@ -111,6 +113,8 @@ def deliverable_table(report: Report) -> Table:
 
 
 def _read_back(item: Artifact) -> str:
+    if item.quantizer is not None:
+        return f"rounded by {item.quantizer}"
     if item.max_logit_difference is not None:
         return f"logits: {numbers.number(item.max_logit_difference)}"
     if item.max_weight_difference is not None:
@@ -220,7 +224,7 @@ def _domain_row(domain: str, score: Score) -> tuple[str, ...]:
         numbers.plus_minus(score.bits_per_byte),
         signed(score.delta_bits_per_byte),
         numbers.value_of(score.perplexity),
-        _or_none(score.delta_perplexity_ratio, numbers.value_of),
+        or_none(score.delta_perplexity_ratio, numbers.value_of),
         *_divergence_cells(score.divergence),
     )
 
@@ -298,8 +302,8 @@ def _stage_row(variant: Variant, own: Attribution, labels: dict[str, str]) -> tu
         f"{stage.method} after {labels[own.parent]}",
         numbers.size_change(-own.bytes_saved),
         own_delta(own),
-        _or_none(own.median_loss, numbers.number),
-        _or_none(own.median_baseline_loss, numbers.number),
+        or_none(own.median_loss, numbers.number),
+        or_none(own.median_baseline_loss, numbers.number),
         numbers.duration(stage.seconds),
         numbers.size(stage.peak_bytes),
         str(len(stage.fallbacks)),
@@ -334,94 +338,6 @@ def notes_table(report: Report) -> Table | None:
     header = ("stage", "fact", "value")
     caption = "What the stages noted."
     return Table("notes", caption, header, tuple(rows), frozenset({0, 1})) if rows else None
-
-
-def draft_tables(report: Report) -> list[Table]:
-    """Speed and acceptance of every draft."""
-    if not report.drafts:
-        return []
-    return [draft_speeds(report), *(_draft_acceptance(draft) for draft in report.drafts)]
-
-
-def draft_speeds(report: Report) -> Table:
-    """What every draft costs and gains, by batch size; no rows without a draft."""
-    rows = (
-        (
-            draft.label,
-            numbers.size(draft.bytes_on_disk),
-            str(speed.batch),
-            str(speed.drafted),
-            numbers.number(1 + sum(draft.measurement.greedy.by_position[: speed.drafted])),
-            numbers.number(speed.draft_cost),
-            numbers.number(speed.verify_costs[speed.drafted - 1]),
-            numbers.ratio(speed.predicted),
-            numbers.ratio(speed.measured),
-            _or_none(speed.tree, numbers.ratio),
-            numbers.ratio(speed.untrained),
-            numbers.ratio(speed.lookup),
-            _or_none(speed.assisted, numbers.ratio),
-        )
-        for draft in report.drafts
-        for speed in draft.measurement.speeds
-    )
-    return Table(
-        "drafts",
-        "Greedy decoding with a draft against plain decoding, wall-clock on this machine. γ: "
-        "tokens drafted before each pass, the best by prediction. τ: tokens per pass, the "
-        "target's own included. c: a draft step, v: a pass over γ + 1 tokens, both in plain "
-        "steps. Predicted: τ at γ / (γ c + v). Lookup: n-grams copied from the text. Assisted: "
-        "transformers with the same draft.",
-        (
-            "draft",
-            "on disk",
-            "batch",
-            "γ",
-            "τ",
-            "c",
-            "v",
-            "predicted",
-            "measured",
-            "tree",
-            "untrained",
-            "lookup",
-            "assisted",
-        ),
-        tuple(rows),
-    )
-
-
-def _draft_acceptance(draft: Draft) -> Table:
-    found = draft.measurement
-    rows = [
-        (name, kind, acceptance)
-        for name, domain in found.domains.items()
-        for kind, acceptance in (("greedy", domain.greedy), ("sampled", domain.sampled))
-    ]
-    rows += [
-        ("all domains", "greedy", found.greedy),
-        ("all domains", "sampled", found.sampled),
-        ("untrained draft", "greedy", found.untrained),
-        ("prompt lookup", "greedy", found.lookup),
-    ]
-    places = len(found.greedy.by_position)
-    return Table(
-        f"acceptance-{draft.id}",
-        f"{draft.label}: share of blocks in which the first tokens were all accepted, by their "
-        "number. Sampled: temperature 1. Prompt lookup proposes in some blocks only: its shares "
-        "are of these, its τ is of all.",
-        ("text", "decoding", "blocks", "τ", *(str(place) for place in range(1, places + 1))),
-        tuple(
-            (
-                name,
-                kind,
-                numbers.count(acceptance.blocks),
-                numbers.number(acceptance.length),
-                *(numbers.share(share) for share in acceptance.by_position),
-            )
-            for name, kind, acceptance in rows
-        ),
-        frozenset({0, 1}),
-    )
 
 
 def worst_token_table(report: Report) -> Table | None:
@@ -518,7 +434,7 @@ def protocol_of(report: Report) -> tuple[tuple[str, str], ...]:
         ("beginning of sequence", protocol.bos),
         ("predicted tokens", numbers.count(evaluation.overall.tokens)),
         ("documents", numbers.count(evaluation.overall.documents)),
-        ("limit", _or_none(protocol.documents_limit, lambda n: f"{n} documents per domain")),
+        ("limit", or_none(protocol.documents_limit, lambda n: f"{n} documents per domain")),
         ("dtype", protocol.dtype),
         ("backend", protocol.backend),
         ("batch", str(protocol.batch)),

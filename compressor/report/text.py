@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from compressor.evaluation.results import GateVerdict
-from compressor.report import numbers, tables
+from compressor.report import draft_tables, numbers, tables
 from compressor.report.schema import Report
 from compressor.report.tables import Table
 
@@ -24,7 +24,7 @@ def to_text(report: Report) -> str:
         tables.size_table(report),
         tables.quality_table(report).without(*DROPPED),
         *_domains(report),
-        tables.draft_speeds(report),
+        draft_tables.draft_speeds(report),
     ]
     parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
     if report.warnings:

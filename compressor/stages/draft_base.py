@@ -1,4 +1,4 @@
-"""Options that every draft shares: the text it is distilled on, the training, the measurement."""
+"""Options that drafts share: the measurement, and text and training of those that learn."""
 
 from __future__ import annotations
 
@@ -17,6 +17,51 @@ class DraftConfig(StageConfig):
     """A stage that leaves its target as it is and makes a draft model beside it."""
 
     beside: ClassVar[bool] = True
+
+    drafted: int = option(
+        5,
+        "Most tokens to draft before each pass of the target; the best number up to it is measured "
+        "and written into the draft's generation_config.json.",
+        ge=1,
+        le=16,
+    )
+    prompts: int = option(
+        4, "Prompts of each evaluation domain on which the draft is measured.", ge=1
+    )
+    new_tokens: int = option(64, "Tokens that each of them is continued by.", ge=4)
+    tree_nodes: int = option(
+        0,
+        "Also measure a tree of so many proposals for each pass; 0 measures chains only.",
+        effect="A tree accepts more and costs more to verify: worth it where passes over many "
+        "tokens are cheap.",
+        source="EAGLE-2, arXiv:2406.16858, verifies 60",
+        ge=0,
+        le=64,
+    )
+    tree_width: int = option(
+        4, "Nodes of that tree expanded at each level, and children of each.", ge=1, le=16
+    )
+    seed: int = option(0, "Of everything random.", ge=0)
+
+    def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
+        """The same architecture: the target stays as it is."""
+        if any(matrix.role == "project_out" for matrix in architecture.matrices):
+            message = f"{architecture.family} projects its states before the head; not supported"
+            problems("method", message, "leave the stage out")
+        return architecture
+
+    def untrained(self, target: Any, folder: Path) -> Any:
+        """The draft (`compressor.decoding.proposals.Draft`) before training; None without any.
+
+        Args:
+            target: loaded.
+            folder: of the draft.
+        """
+        del target, folder
+
+
+class TrainedDraftConfig(DraftConfig):
+    """A draft that learns from text what its target says."""
 
     tokens: int = option(
         40_000,
@@ -59,6 +104,15 @@ class DraftConfig(StageConfig):
         "result then depends on the machine.",
         gt=0,
     )
+    probes: int = option(
+        4,
+        "Times that acceptance on development text is looked at during training: at the last "
+        "step, at half of them, at a quarter, and so on; 0 for none.",
+        effect="The report then has τ against training tokens, and what more text would bring.",
+        source="Scaling laws for speculative decoding, arXiv:2505.07858",
+        ge=0,
+        le=12,
+    )
     learning_rate: float = option(1e-3, "At its peak; AdamW, cosine.", gt=0)
     loss: Literal["kl", "tv", "ce", "lk_hybrid"] = option(
         "lk_hybrid",
@@ -67,47 +121,27 @@ class DraftConfig(StageConfig):
         effect="`lk_hybrid` mostly helps sampled decoding; `ce` and `kl` suffice for greedy.",
         source="LK losses, as reported for MLP speculators, Medusa and EAGLE-3",
     )
-    drafted: int = option(
-        5,
-        "Most tokens to draft before each pass of the target; the best number up to it is measured "
-        "and written into the draft's generation_config.json.",
+    top_k: int | None = option(
+        None,
+        "Learn only the target's so many likeliest tokens at each place; all by default.",
+        effect="The draft spends nothing on the tail, which greedy decoding never asks for.",
+        source="HASS, arXiv:2408.15766, takes 10",
         ge=1,
-        le=16,
     )
-    prompts: int = option(
-        4, "Prompts of each evaluation domain on which the draft is measured.", ge=1
-    )
-    new_tokens: int = option(64, "Tokens that each of them is continued by.", ge=4)
-    tree_nodes: int = option(
-        0,
-        "Also measure a tree of so many proposals for each pass; 0 measures chains only.",
-        effect="A tree accepts more and costs more to verify: worth it where passes over many "
-        "tokens are cheap.",
-        source="EAGLE-2, arXiv:2406.16858, verifies 60",
-        ge=0,
-        le=64,
-    )
-    tree_width: int = option(
-        4, "Nodes of that tree expanded at each level, and children of each.", ge=1, le=16
-    )
-    seed: int = option(0, "Of text and training.", ge=0)
 
     def calibration_need(self) -> Need:
         """The text to distil on."""
         return Need("tokens", f"{self.method} distils a draft on text")
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
-        """The same architecture: the target stays as it is."""
-        if any(matrix.role == "project_out" for matrix in architecture.matrices):
-            message = f"{architecture.family} projects its states before the head; not supported"
-            problems("method", message, "leave the stage out")
+        """The same architecture; refuses rows that are too long or hold no more than a prompt."""
         if self.prompt >= self.length:
             message = f"a prompt of {self.prompt} tokens leaves nothing of rows of {self.length}"
             problems("prompt", message, "lower `prompt` or raise `length`")
         longest = architecture.max_positions
         if self.length > longest:
             problems("length", f"the model reads at most {longest} tokens", "lower `length`")
-        return architecture
+        return super().plan(architecture, problems)
 
     def flops(self, architecture: Architecture) -> float:
         """Operations of writing and reading the text and of training, estimated.
@@ -136,12 +170,3 @@ class DraftConfig(StageConfig):
             learning_rate=self.learning_rate,
             seconds=None if self.minutes is None else 60 * self.minutes,
         )
-
-    @abstractmethod
-    def untrained(self, target: Any, folder: Path) -> Any:
-        """The draft (`compressor.decoding.proposals.Draft`) as it was before the first step.
-
-        Args:
-            target: loaded.
-            folder: of the trained draft.
-        """

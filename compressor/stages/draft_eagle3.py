@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressor.stages.base import ReportProblem, option
-from compressor.stages.draft_base import DraftConfig
+from compressor.stages.draft_base import TrainedDraftConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
@@ -18,7 +18,7 @@ _COPIED = {"q", "k", "v", "o", "gate", "up", "down"}
 _FEWEST_LAYERS = 4  # for three features that are not behind the last block
 
 
-class DraftEagle3(DraftConfig):
+class DraftEagle3(TrainedDraftConfig):
     """Train one decoder layer on the target's hidden states, with a trimmed vocabulary.
 
     The layer sees what the target knew at the last token, so one layer guesses as well as a small

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressor.stages.base import ReportProblem, option
-from compressor.stages.draft_base import DraftConfig
+from compressor.stages.draft_base import TrainedDraftConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from compressor.types import StageResult
 
 
-class DraftStandalone(DraftConfig):
+class DraftStandalone(TrainedDraftConfig):
     """Copy some blocks of the target into a small model and distil it on the target's text.
 
     The result is a plain checkpoint with the target's tokenizer: transformers takes it as
@@ -41,6 +41,24 @@ class DraftStandalone(DraftConfig):
         "Which blocks of the target it starts from: the first ones and the last, the first ones, "
         "or evenly spread.",
     )
+    intermediate: int | None = option(
+        None,
+        "Feed-forward channels of each of its blocks; all by default. Those that matter least on "
+        "calibration text go, as `prune.width` finds them.",
+        effect="Narrower blocks are faster and guess worse; the head stays as large as it is.",
+        ge=1,
+    )
+    on_policy: float = option(
+        0.0,
+        "Share of the steps, at the end, that train on what the draft itself writes after the "
+        "beginnings of rows, judged by the target.",
+        effect="Teaches the draft what to do after its own mistakes; each such step writes text.",
+        source="DistillSpec, arXiv:2310.08461, gains by it; arXiv:2503.07807 found that fixed text "
+        "is better, so it is short or nothing",
+        ge=0,
+        le=1,
+    )
+    continued: int = option(32, "Tokens that the draft writes in such a step.", ge=1)
     train_embeddings: bool = option(
         False,
         "Also train the embedding and the head.",
@@ -58,6 +76,16 @@ class DraftStandalone(DraftConfig):
             message = f"a draft of {self.layers} blocks is no faster than its target of "
             message += f"{architecture.layers}"
             problems("layers", message, f"at most {architecture.layers - 1}")
+        if self.intermediate and self.intermediate > architecture.intermediate:
+            message = f"the model has {architecture.intermediate} channels, not {self.intermediate}"
+            problems("intermediate", message, "lower `intermediate`")
+        if self.intermediate and architecture.experts:
+            problems(
+                "intermediate", "experts are not made narrower here", "leave `intermediate` out"
+            )
+        longest = architecture.max_positions
+        if self.on_policy and self.prompt + self.continued > longest:
+            problems("continued", f"the model reads at most {longest} tokens", "lower `continued`")
         return super().plan(architecture, problems)
 
     def parameters(self, architecture: Architecture) -> int:
@@ -75,11 +103,13 @@ class DraftStandalone(DraftConfig):
         return distil_standalone(self, checkpoint, calibration, context)
 
     def untrained(self, target: Any, folder: Path) -> Any:
-        """The copied blocks as they are in the target."""
+        """The copied blocks as they are in the target; None where they were made narrower."""
         from compressor.decoding.cached import CachedModel
         from compressor.decoding.proposals import ModelDraft
         from compressor.decoding.standalone import chosen_blocks, standalone
 
         del folder
+        if self.intermediate is not None:
+            return None
         blocks = chosen_blocks(self.blocks, self.layers, target.config.num_hidden_layers)
         return ModelDraft(CachedModel(standalone(target, blocks)))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from compressor.calibration import CalibrationSet
 from compressor.decoding.binding import (
@@ -19,6 +21,9 @@ from compressor.decoding.binding import (
 )
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head, TextOptions, draft_text
+from compressor.decoding.decode import Limits, decode
+from compressor.decoding.probes import Probes, probe_steps
+from compressor.decoding.proposals import ModelDraft
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.formats.files import copy_parent_files
 from compressor.model.architecture import Architecture
@@ -26,13 +31,18 @@ from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
 from compressor.model.quiet import quiet
 from compressor.numerics.distillation import divergence
+from compressor.numerics.speculative import Sampling
 from compressor.stages.context import StageContext
-from compressor.stages.draft_base import DraftConfig
+from compressor.stages.draft_base import TrainedDraftConfig
+from compressor.stages.prune_width import PruneWidth
 from compressor.training import Fit, fit
 from compressor.types import Fallback, StageResult
 
 if TYPE_CHECKING:
     from compressor.stages.draft_standalone import DraftStandalone
+
+
+PROBES = "probes.json"
 
 
 def distil_standalone(
@@ -51,20 +61,103 @@ def distil_standalone(
     head = Head.of(target)
     blocks = chosen_blocks(config.blocks, config.layers, target.config.num_hidden_layers)
     student = standalone(target, blocks)
+    if config.intermediate is not None:
+        student = narrower(config.intermediate, student, checkpoint, calibration, context)
     trained = _trainable(student, config.train_embeddings)
+    first = config.steps - round(config.on_policy * config.steps)
 
     def loss(step: int) -> Tensor:
+        if step >= first:
+            return on_policy_loss(config, student, target, corpus, step)
         number = corpus.at(step, config.seed)
         ids, mask = corpus.ids(number), corpus.mask(number)
         with torch.no_grad():
             teacher = head.logits(corpus.hidden(number)[mask]).softmax(-1)
         logits = student(ids, use_cache=False).logits[mask]
         everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        return divergence(config.loss, logits, teacher, everywhere)
+        return divergence(config.loss, logits, teacher, everywhere, config.top_k)
 
-    done = train(config, trained, loss, context)
+    probes = Probes(
+        CachedModel(target),
+        load_tokenizer(checkpoint),
+        lambda: ModelDraft(CachedModel(student)),
+        config.drafted,
+        probe_steps(config.steps, config.probes),
+        context.scratch / PROBES,
+    )
+    done = train(config, trained, loss, probes, context)
     _save_model(student, target, checkpoint, context.folder)
-    return finish(config, "standalone", target, checkpoint, corpus, done, context)
+    return finish(config, "standalone", target, checkpoint, corpus, done, probes, context)
+
+
+def on_policy_loss(
+    config: DraftStandalone, student: Any, target: Any, corpus: Corpus, step: int
+) -> Tensor:
+    """The draft continues the beginnings of a batch; what it says there is compared.
+
+    Args:
+        config: options.
+        student: the draft.
+        target: judges.
+        corpus: whose rows are begun with.
+        step: which batch, and what is drawn.
+    """
+    number = corpus.at(step, config.seed)
+    rows = zip(corpus.ids(number), corpus.mask(number), strict=True)
+    prompts = [ids[mask][: config.prompt].tolist() for ids, mask in rows]
+    written = decode(
+        CachedModel(student),
+        prompts,
+        Limits(config.continued),
+        sampling=Sampling(1.0),
+        seed=config.seed + step,
+    )
+    texts = [
+        torch.tensor([*prompt, *tokens])
+        for prompt, tokens in zip(prompts, written.tokens, strict=True)
+    ]
+    ids = pad_sequence(texts, batch_first=True).to(corpus.device)
+    places = torch.arange(ids.shape[1])[None]
+    starts = torch.tensor([[len(prompt) - 1] for prompt in prompts])
+    ends = torch.tensor([[len(text) - 1] for text in texts])
+    counts = ((places >= starts) & (places < ends)).to(corpus.device)
+    with torch.no_grad():
+        teacher = target(ids, use_cache=False).logits[counts].float().softmax(-1)
+    logits = student(ids, use_cache=False).logits[counts]
+    everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return divergence(config.loss, logits, teacher, everywhere, config.top_k)
+
+
+def narrower(
+    channels: int,
+    student: Any,
+    checkpoint: Path,
+    calibration: CalibrationSet,
+    context: StageContext,
+) -> Any:
+    """The draft with fewer feed-forward channels, those that `prune.width` keeps.
+
+    Args:
+        channels: that are left in each block.
+        student: in fp32.
+        checkpoint: the target, for the files beside the weights.
+        calibration: text on which channels are compared.
+        context: `scratch` is used.
+    """
+    whole, narrow = context.scratch / "whole", context.scratch / "narrow"
+    if not (narrow / "config.json").is_file():
+        with quiet():
+            student.save_pretrained(whole)
+        copy_parent_files(checkpoint, whole)
+        surroundings = replace(
+            context,
+            folder=narrow,
+            scratch=context.scratch / "pruning",
+            finished=(),
+            block_done=lambda _: None,
+        )
+        PruneWidth(intermediate=channels, score="wanda").run(whole, calibration, surroundings)
+    return load_model(narrow, context.device, torch.float32)
 
 
 def _trainable(student: Any, embeddings: bool) -> dict[str, Tensor]:
@@ -95,7 +188,7 @@ def _save_model(student: Any, target: Any, checkpoint: Path, folder: Path) -> No
 
 
 def read_corpus(
-    config: DraftConfig,
+    config: TrainedDraftConfig,
     target: Any,
     checkpoint: Path,
     layers: tuple[int, ...],
@@ -125,20 +218,25 @@ def read_corpus(
 
 
 def train(
-    config: DraftConfig, parameters: Mapping[str, Tensor], loss: Any, context: StageContext
+    config: TrainedDraftConfig,
+    parameters: Mapping[str, Tensor],
+    loss: Any,
+    probes: Probes,
+    context: StageContext,
 ) -> Fit:
     """Run the schedule, taking up what an interrupted run left."""
     context.scratch.mkdir(parents=True, exist_ok=True)
-    return fit(parameters, loss, config.schedule(), context.scratch, context.observer)
+    return fit(parameters, loss, config.schedule(), context.scratch, context.observer, watch=probes)
 
 
 def finish(
-    config: DraftConfig,
+    config: TrainedDraftConfig,
     kind: Kind,
     target: Any,
     checkpoint: Path,
     corpus: Corpus,
     done: Fit,
+    probes: Probes,
     context: StageContext,
     layers: tuple[int, ...] = (),
     notes: Mapping[str, float] | None = None,
@@ -151,6 +249,7 @@ def finish(
         target_sha256=fingerprint(target),
         tokenizer_sha256=tokenizer_sha256(checkpoint),
         layers=layers,
+        curve=probes.curve(mean),
         trained_tokens=seen,
     )
     write_binding(context.folder, binding)
@@ -169,7 +268,7 @@ def finish(
     )
 
 
-def _cut_short(config: DraftConfig, done: Fit) -> tuple[Fallback, ...]:
+def _cut_short(config: TrainedDraftConfig, done: Fit) -> tuple[Fallback, ...]:
     if done.steps == config.steps:
         return ()
     reason = f"{config.minutes:g} minutes were over after {done.steps} of {config.steps} steps"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.calibration import CalibrationSet
+from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head
 from compressor.decoding.eagle3 import (
     WEIGHTS,
@@ -21,14 +22,15 @@ from compressor.decoding.eagle3 import (
     start_from_target,
     unroll,
 )
+from compressor.decoding.probes import Probes, probe_steps
 from compressor.formats.atomic import atomic_write_json
 from compressor.formats.eagle3 import flat_config, speculators_config, speculators_tensors
 from compressor.formats.shards import save_tensors
 from compressor.model.architecture import Architecture
-from compressor.model.load import load_model, read_config
+from compressor.model.load import load_model, load_tokenizer, read_config
 from compressor.numerics.distillation import divergence
 from compressor.stages.context import StageContext
-from compressor.stages.drafting import finish, read_corpus, train
+from compressor.stages.drafting import PROBES, finish, read_corpus, train
 from compressor.types import StageResult
 
 if TYPE_CHECKING:
@@ -57,14 +59,22 @@ def distil_eagle3(
     ids = draft_vocabulary(counts, config.draft_vocab(sizes.vocab)).to(context.device)
     head = _begin(config, target, ids, whole.rows(ids))
     lesson = Lesson(config, head, corpus, whole.rows(ids), said)
-    done = train(config, dict(head.named_parameters()), lesson.loss, context)
+    probes = Probes(
+        CachedModel(target, layers),
+        load_tokenizer(checkpoint),
+        lambda: Eagle3Draft(head, layers),
+        config.drafted,
+        probe_steps(config.steps, config.probes),
+        context.scratch / PROBES,
+    )
+    done = train(config, dict(head.named_parameters()), lesson.loss, probes, context)
     _save(head, config, sizes, checkpoint, context.folder, layers)
     notes = {
         "draft_vocabulary": float(len(ids)),
         "draft_vocabulary_coverage": float(counts[ids.cpu()].sum() / counts.sum()),
     }
     return finish(
-        config, "eagle3", target, checkpoint, corpus, done, context, layers=layers, notes=notes
+        config, "eagle3", target, checkpoint, corpus, done, probes, context, layers, notes
     )
 
 
@@ -112,7 +122,9 @@ class Lesson:
         total = torch.zeros((), device=tokens.device)
         for place, logits in enumerate(unrolled):
             later = slice(1 + place, None)
-            part = divergence(config.loss, logits, teacher[:, later], counts[:, later])
+            part = divergence(
+                config.loss, logits, teacher[:, later], counts[:, later], config.top_k
+            )
             total = total + config.decay**place * part
         return total / sum(config.decay**place for place in range(config.ttt_steps))
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import gguf as library
 import numpy as np
@@ -29,34 +27,19 @@ from compressor.progress import SilentObserver
 from compressor.resources import builtin_model
 from compressor.text import evaluation_documents
 from compressor.types import TokenBatch, WeightScheme
+from tests.engines.llama_cpp import BUILT, PROMPTS, complete, divergence, llama
 from tests.formats.helpers import quantize_checkpoint
 from tools.engines import build_llama_cpp
 
 pytestmark = pytest.mark.engines
 
-BUILT = build_llama_cpp.ENGINES / "llama.cpp"
 TEXT = "The history of  the 1234 größte 3.14 — don't!\n\tx = f(y)  # 中文\n"
-PROMPTS = ("The history of the", "def main():\n", "It is a truth universally")
 LENGTH = 256
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _built() -> None:
     build_llama_cpp.build(BUILT, jobs=1)
-
-
-def llama(tool: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    """Run a tool on one thread; its numbers are on either stream."""
-    command = [BUILT / "bin" / f"llama-{tool}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
-
-
-def complete(model: Path, prompt: str, tokens: int) -> str:
-    options = ("--temp", 0, "-t", 1, "-no-cnv", "--no-warmup", "-e", "-fa", "off")
-    done = llama("completion", "-m", model, "-p", prompt, "-n", tokens, *options)
-    return done.stdout.rstrip("\n")  # it ends with empty lines of its own
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +100,6 @@ def test_greedy_text_is_that_of_the_dense_weights(
         assert complete(file, prompt, 16) == tokenizer.decode(ids).rstrip("\n"), prompt
 
 
-def number(pattern: str, done: subprocess.CompletedProcess[str]) -> float:
-    found = re.search(pattern, done.stdout + done.stderr)
-    assert found, (done.stdout + done.stderr)[-2000:]
-    return float(found[1])
-
-
 def test_perplexity_and_divergence_are_ours(
     tiny: Path, dense: Path, four_bits: tuple[Path, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -132,19 +109,10 @@ def test_perplexity_and_divergence_are_ours(
         {"text": {"prose": str(text)}, "protocol": "llama.cpp", "length": LENGTH}
     )
     base, ours = compare_models([str(tiny), str(checkpoint)], config, SilentObserver())
-    common = ("-f", text, "-c", LENGTH, "-b", LENGTH, "-t", 1, "--no-warmup")
-    logits = tmp_path / "base.kld"
-    llama("perplexity", "-m", dense, *common, "--kl-divergence-base", logits)
-    done = llama(
-        "perplexity", "-m", file, *common, "--kl-divergence-base", logits, "--kl-divergence"
-    )
+    found = divergence(dense, file, text, LENGTH, tmp_path)
     assert base.overall.perplexity is not None
     assert ours.overall.perplexity is not None
     assert ours.overall.divergence is not None
-    found = {
-        name: number(rf"Mean\s+{pattern}\s*:\s*([\d.]+)", done)
-        for name, pattern in (("base", r"PPL\(base\)"), ("ours", r"PPL\(Q\)"), ("kl", "KLD"))
-    }
     assert found["base"] == pytest.approx(base.overall.perplexity.value, rel=0.002)
     assert found["ours"] == pytest.approx(ours.overall.perplexity.value, rel=0.002)
     assert found["kl"] == pytest.approx(ours.overall.divergence.mean.value, rel=0.02)

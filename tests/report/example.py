@@ -8,9 +8,14 @@ import random
 
 from compressor.decoding.results import (
     Acceptance,
+    CurvePoint,
+    DomainSpeed,
     DraftDomain,
     DraftMeasurement,
     DraftSpeed,
+    LearningCurve,
+    LogFit,
+    Outlook,
 )
 from compressor.evaluation.results import (
     Contamination,
@@ -434,6 +439,7 @@ def draft(measured: float) -> Draft:
         untrained=0.8,
         lookup=1.1,
         assisted=0.95,
+        domains={name: DomainSpeed(predicted=1.07, measured=measured) for name in DOMAINS},
     )
     return Draft(
         id="4-draft.standalone",
@@ -459,4 +465,20 @@ def draft(measured: float) -> Draft:
             largest_margin=0.0002,
         ),
         worthwhile=measured >= 1.05,
+        outlook=None
+        if measured >= 1.05
+        else Outlook(
+            limit="acceptance",
+            better_cost=1.41,
+            better_verify=1.12,
+            better_acceptance=1.86,
+            paying_parameters=310_000_000,
+        ),
+        curve=LearningCurve(
+            points=tuple(
+                CurvePoint(tokens=37_500 * 2**place, length=length)
+                for place, length in enumerate((1.31, 1.46, 1.57, 1.75))
+            ),
+            fit=LogFit(intercept=-0.9, slope=0.209, low=0.14, high=0.28),
+        ),
     )

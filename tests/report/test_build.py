@@ -181,11 +181,20 @@ def test_a_draft_replaces_nothing_and_says_when_it_does_not_pay() -> None:
     warnings = {warning.id: warning.text for warning in report.warnings}
     assert "do not deploy: 0.90× of plain decoding" in warnings["no-speed-up-4-draft.standalone"]
     assert "prompt lookup" in warnings["lookup-4-draft.standalone"]
+    limited = warnings["outlook-4-draft.standalone"]
+    assert "what limits it most is the acceptance" in limited
+    assert "a target of 310\u202f000\u202f000 parameters" in limited
     claims = {claim.id: claim.text for claim in report.claims}
     assert "of 3 tokens drafted the target takes 1.75" in claims["draft-4-draft.standalone"]
     assert "the same in 7 of 8" in claims["lossless-4-draft.standalone"]
     paying = build_report(changed(drafts=(example.draft(1.4),)))
     assert not [w for w in paying.warnings if w.id.startswith(("no-speed-up", "lookup"))]
+    hopeless = example.draft(0.9)
+    assert hopeless.outlook is not None
+    never = hopeless.outlook.model_copy(update={"paying_parameters": None})
+    hopeless = hopeless.model_copy(update={"outlook": never})
+    report = build_report(changed(drafts=(hopeless,)))
+    assert any("No larger target would change that" in w.text for w in report.warnings)
     strange = example.draft(1.4).model_copy(update={"target": "nobody"})
     with pytest.raises(ValidationError, match="drafts of unknown variants"):
         Facts.model_validate(changed(drafts=(strange,)).model_dump())

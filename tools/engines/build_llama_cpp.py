@@ -2,8 +2,7 @@
 
     python tools/engines/build_llama_cpp.py
 
-Leaves `cache/engines/llama.cpp/bin/` with llama-completion, llama-perplexity, llama-quantize,
-llama-imatrix, llama-tokenize and llama-speculative-simple, and `cache/engines/llama.cpp/python/`
+Leaves `cache/engines/llama.cpp/bin/` with the tools below, and `cache/engines/llama.cpp/source/`
 with llama.cpp's own converter. Needs cmake, a C++ compiler and pip; takes about 15 minutes on
 one core, and nothing when the result is there already.
 """
@@ -30,10 +29,13 @@ TOOLS = (
     "llama-imatrix",
     "llama-tokenize",
     "llama-speculative-simple",
+    "llama-bench",
 )
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=OFF",
+    "-DLLAMA_BUILD_NUMBER=11434",  # else those of the repository around the source
+    "-DLLAMA_BUILD_COMMIT=b11434",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_SERVER=OFF",
     "-DLLAMA_BUILD_APP=OFF",

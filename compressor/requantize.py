@@ -1,0 +1,224 @@
+"""Exports that llama.cpp's own quantizer rounds: K- and I-quants, with our importance matrix.
+
+The quantizer is a program of its own (`formats.llama_quantize`). It gets the dense weights that the
+last stage left and the mean squares of their inputs; nothing of what it makes comes from our codes.
+So its file is read back, unpacked, and measured against the original like what a stage leaves, and
+the report gives it a row and says whose work it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.calibration import CalibrationConfig, CalibrationSet
+from compressor.errors import VerificationError
+from compressor.formats import exporters, llama_quantize
+from compressor.formats.gguf_types import MIXTURES, SUPER_BLOCK, QuantType
+from compressor.formats.headers import read_json
+from compressor.formats.imatrix import write_imatrix
+from compressor.formats.shards import SHARD_BYTES, CheckpointReader, CheckpointWriter, shard_name
+from compressor.formats.sizes import SizeReport
+from compressor.importance import dataset_name, measure_importance
+from compressor.machine import cores
+from compressor.meter import Meter
+from compressor.progress import Observer
+from compressor.recipe import ExportConfig
+from compressor.report.schema import Artifact, StageFacts, StageFallback, Variant
+from compressor.types import Fallback
+from compressor.variants import size_of
+from compressor.verify import value_problems
+
+METHOD = "export.gguf"
+_DENSE, _IMPORTANCE = "dense.gguf", "imatrix.gguf"
+
+
+@dataclass(frozen=True)
+class Text:
+    """What an importance matrix is measured on."""
+
+    config: CalibrationConfig
+    tokens: CalibrationSet
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """An export of a second quantizer: a row of the report.
+
+    Attributes:
+        config: of the export.
+        parent: id of the variant whose weights it rounded.
+        facts: what `write` returned.
+        artifact: the deliverable.
+    """
+
+    config: ExportConfig
+    parent: str
+    facts: Mapping[str, Any]
+    artifact: Artifact
+
+    @property
+    def id(self) -> str:
+        """Name of the row, and of the folder."""
+        return self.config.name
+
+    def row(self, size: SizeReport, base_bytes: int, kv_bytes_per_token: int) -> Variant:
+        """Its row of the report."""
+        params = {"type": self.config.type, "imatrix": self.config.imatrix}
+        stage = StageFacts(
+            method=METHOD,
+            params={**params, "quantizer": self.facts["quantizer"]},
+            seconds=self.facts["seconds"],
+            peak_bytes=self.facts["peak_bytes"],
+            fallbacks=tuple(StageFallback(**fallback) for fallback in self.facts["fallbacks"]),
+            notes={"relative_weight_error": self.facts["relative_error"]},
+        )
+        return Variant(
+            id=self.id,
+            label=f"{self.config.type}, llama.cpp",
+            parent=self.parent,
+            stage=stage,
+            size=size_of(size, base_bytes, kv_bytes_per_token),
+            artifact=self.artifact,
+            load_snippets=self.artifact.load_snippets,
+        )
+
+
+def write(
+    config: ExportConfig,
+    source: exporters.Source,
+    out: Path,
+    scratch: Path,
+    text: Text | None,
+    observer: Observer,
+) -> dict[str, Any]:
+    """Round the weights of a checkpoint with llama.cpp's quantizer, and look at what it made.
+
+    Args:
+        config: has a type.
+        source: dense weights.
+        out: folder of the deliverable.
+        scratch: for the dense GGUF file and the importance matrix, which later types use again.
+        text: for the importance matrix; None without one.
+        observer: told of progress.
+
+    Returns:
+        Facts for the journal: quantizer, seconds, peak_bytes, relative_error, fallbacks.
+
+    Raises:
+        ResourceError: the program is missing or failed.
+        VerificationError: what it wrote is not the model.
+    """
+    assert config.type is not None
+    program, gguf = llama_quantize.require_program(), exporters.exporter("gguf")
+    dense, importance = scratch / _DENSE, scratch / _IMPORTANCE
+    with Meter() as meter:
+        if not dense.is_file():
+            gguf.write(source, scratch)
+            (scratch / "model.gguf").replace(dense)
+        if text is not None and not importance.is_file():
+            found = measure_importance(source.checkpoint, text.tokens.batches, observer)
+            name, chunk = dataset_name(text.config), text.config.length
+            write_imatrix(importance, found, dataset=name, chunk=chunk)
+        version = llama_quantize.quantize(
+            program,
+            dense,
+            out / "model.gguf",
+            config.type,
+            importance=None if text is None else importance,
+            threads=cores(),
+        )
+        error = relative_error(out, source.checkpoint)
+    fallbacks = [asdict(fallback) for fallback in narrow_matrices(out, config.type)]
+    for fallback in fallbacks:
+        observer.event("fallback", **fallback)
+    return {
+        "quantizer": f"{llama_quantize.PROGRAM} {version}",
+        "seconds": meter.seconds,
+        "peak_bytes": meter.peak_bytes,
+        "relative_error": error,
+        "fallbacks": fallbacks,
+    }
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    read = exporters.exporter("gguf").read
+    assert read is not None
+    return read(folder)
+
+
+def relative_error(folder: Path, checkpoint: Path) -> float:
+    """‖Ŵ − W‖ / ‖W‖ over all matrices, of a rounded file against its dense weights.
+
+    Raises:
+        VerificationError: a tensor is missing, has another shape, holds a NaN or nothing, or is
+            further from its weights than all zeros are; or a vector was changed.
+    """
+    dense, left = CheckpointReader(checkpoint), set(CheckpointReader(checkpoint))
+    error = norm = 0.0
+    for name, value in _stored(folder):
+        if name not in left:
+            raise VerificationError(f"{folder.name}: {name} is not in the checkpoint, or is twice")
+        left.remove(name)
+        before = dense[name].float()
+        if value.shape != before.shape:
+            raise VerificationError(f"{folder.name}: {name} has the shape {list(value.shape)}")
+        for problem in value_problems(name, value, may_be_zero=not before.any()):
+            raise VerificationError(f"{folder.name}: {problem}")
+        own, whole = (float(t.double().square().sum()) for t in (value.float() - before, before))
+        if own > (whole if before.ndim > 1 else 0.0):
+            raise VerificationError(f"{folder.name}: {name} is not the weight that was rounded")
+        error, norm = error + own, norm + whole
+    if left - {"lm_head.weight"}:
+        raise VerificationError(f"{folder.name}: {min(left)} is missing")
+    return math.sqrt(error / norm)
+
+
+def narrow_matrices(folder: Path, kind: QuantType) -> list[Fallback]:
+    """What the quantizer stored in other blocks, because the type's do not divide it."""
+    import gguf
+
+    if not MIXTURES[kind].instead:
+        return []
+    found: Counter[tuple[int, str]] = Counter()
+    for tensor in gguf.GGUFReader(folder / "model.gguf").tensors:
+        if len(tensor.shape) == 2 and tensor.shape[0] % SUPER_BLOCK:
+            found[int(tensor.shape[0]), tensor.tensor_type.name] += 1
+    return [
+        Fallback(
+            f"{count} matrices",
+            f"blocks of {kind} have {SUPER_BLOCK} inputs, which do not divide {width}",
+            f"llama-quantize stored them as {stored}",
+        )
+        for (width, stored), count in sorted(found.items())
+    ]
+
+
+def unpack(folder: Path, checkpoint: Path, out: Path, logical_parameters: int) -> None:
+    """A dense fp32 checkpoint of what a GGUF file computes with, so that it can be measured.
+
+    Args:
+        folder: with the file.
+        checkpoint: that it was made from, for configuration and tokenizer.
+        out: folder to write.
+        logical_parameters: of the model, ties once.
+    """
+    writer, part, size = CheckpointWriter(out), 0, 0
+    tensors: dict[str, Tensor] = {}
+    for name, value in _stored(folder):
+        if tensors and size > SHARD_BYTES:
+            writer.write_shard(shard_name(part), tensors)
+            part, size, tensors = part + 1, 0, {}
+        tensors[name] = value.to(torch.float32).contiguous()
+        size += tensors[name].nbytes
+    writer.write_shard(shard_name(part), tensors)
+    config = read_json(checkpoint / "config.json") | {"dtype": "float32"}
+    config.pop("torch_dtype", None)
+    writer.finish(config, checkpoint, logical_parameters)

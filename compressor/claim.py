@@ -11,9 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compressor.errors import ResourceError, ResumeError
-from compressor.recipe import Lock, Recipe
-
-_NAMES = {"name", "description", "lock"}  # parts of a recipe that decide nothing
+from compressor.recipe import UNDECISIVE, Lock, Recipe
 
 
 def require_disk(out: Path, needed: int) -> None:
@@ -51,7 +49,7 @@ def _remove_if_unused(folder: Path) -> None:
 
 def differences(recorded: Recipe, recipe: Recipe, lock: Lock) -> list[str]:
     """What a run on disk was made of that differs from what is asked for now, one line each."""
-    was, now = (_flat(r.model_dump(mode="json", exclude=_NAMES)) for r in (recorded, recipe))
+    was, now = (_flat(r.model_dump(mode="json", exclude=UNDECISIVE)) for r in (recorded, recipe))
     assert recorded.lock is not None
     was |= _flat({"lock": recorded.lock.model_dump(mode="json")})
     now |= _flat({"lock": lock.model_dump(mode="json")})

@@ -2,9 +2,9 @@
 
     compress RECIPE MODEL [-o DIR] [--set stages.0.bits=3]
 
-Exit codes: 0 done; 1 a fault of ours; 2 usage, recipe or plan; 3 environment, disk, memory;
-4 a quality gate failed; 5 the evidence does not decide a gate; 6 credentials or licence;
-130 interrupted (the same command resumes).
+Exit codes: 0 done; 1 a fault of ours, or of an engine that was asked; 2 usage, recipe or plan;
+3 environment, disk, memory; 4 a quality gate failed; 5 the evidence does not decide a gate;
+6 credentials or licence; 130 interrupted (the same command resumes).
 
 Commands import what they need when they run, so that `--help` does not wait for torch.
 """
@@ -24,7 +24,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from compressor import __version__, console
-from compressor.commands import looking, measuring, running
+from compressor.commands import looking, measuring, running, serving
 from compressor.commands.options import Settings, common, complete_recipes, recipe_names
 from compressor.errors import (
     CompressorError,
@@ -43,6 +43,7 @@ _COMMANDS = (
     running.plan,
     running.export,
     running.verify,
+    serving.serve_check,
     running.publish,
     running.imatrix,
     measuring.evaluate,
@@ -129,8 +130,8 @@ def _environment(error: OSError | MemoryError) -> ResourceError:
 
 
 def _report_data(settings: Settings, error: CompressorError) -> None:
-    """The error on standard output, for a program; after a verdict the result is there already."""
-    if settings.format == "json" and not isinstance(error, GateFailed | GateInconclusive):
+    """The error on standard output, for a program, unless the result is there already."""
+    if settings.format == "json" and not settings.told:
         click.echo(console.as_json(console.error_data(error)))
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compressor.formats.capabilities import Container, Engine
     from compressor.plan import Plan
     from compressor.recheck import Check
+    from compressor.report.schema import EngineCheck
 
 _WIDTH = 96
 
@@ -128,6 +129,30 @@ def checks_text(checks: Sequence[Check]) -> str:
     marks = {True: "ok", False: "FAILED", None: "-"}
     rows = [(check.folder, check.name, marks[check.passed], check.detail) for check in checks]
     return table([("checkpoint", "check", "", "found"), *rows])
+
+
+def engine_checks_text(checks: Sequence[EngineCheck]) -> str:
+    """What an engine said about each deliverable: the verdict, then the numbers behind it."""
+    return "\n".join(line for check in checks for line in _engine_check(check))
+
+
+def _engine_check(check: EngineCheck) -> list[str]:
+    head = f"{check.verdict}  {check.title} {check.version}".rstrip()
+    lines = [f"{head}, {check.format}: {check.detail}"]
+    if check.difference is not None:
+        lines += [
+            f"  log-probabilities  {check.difference:.3g} nats from ours on average over "
+            f"{check.tokens} tokens, allowed {check.allowed:.3g} ({check.arithmetic})",
+            f"  greedy text        {check.same_text} of {check.prompts} as ours; at most "
+            f"{check.gap:.3g} nats below the best token, allowed {check.gap_allowed:.3g}",
+        ]
+    if check.to_original is not None:
+        lines.append(f"  original model     {check.to_original:.3g} nats away")
+    if check.tokens_per_second is not None:
+        lines.append(f"  speed              {check.tokens_per_second:.0f} tokens/s, one text")
+    if check.load_seconds is not None:
+        lines.append(f"  loading            {check.load_seconds:.1f} s")
+    return lines
 
 
 def publication_text(done: dict[str, Any]) -> str:

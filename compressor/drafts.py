@@ -212,5 +212,10 @@ def outlook(measurement: DraftMeasurement, target: Path) -> Outlook:
         better_cost=limit.better_cost,
         better_verify=limit.better_verify,
         better_acceptance=limit.better_acceptance,
-        paying_parameters=None if scale is None else round(scale * parameters),
+        paying_parameters=None if scale is None else _two_digits(scale * parameters),
     )
+
+
+def _two_digits(count: float) -> int:
+    """More would pretend to know what the formula leaves out."""
+    return int(float(f"{count:.1e}"))

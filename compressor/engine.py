@@ -45,17 +45,25 @@ from compressor.journal import Journal
 from compressor.machine import activation_budget
 from compressor.meter import Meter
 from compressor.model.architecture import Architecture
-from compressor.model.load import ModelSource, load_tokenizer, read_config, resolve
+from compressor.model.load import (
+    ModelSource,
+    load_tokenizer,
+    read_config,
+    read_licence,
+    resolve,
+)
 from compressor.plan import Plan, make_plan
 from compressor.progress import Observer, SilentObserver
 from compressor.provenance import combined_sha256, hash_files, packages
-from compressor.publish import Publication, publish
+from compressor.publish import Publication, publish, require_access
 from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
 from compressor.report.snippets import load_snippets
 from compressor.requantize import Requantized
+from compressor.serving.check import prove
+from compressor.serving.record import record_event
 from compressor.sessions import open_session
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
@@ -74,7 +82,7 @@ _NOT_LOADED_WHOLE = Fallback(
     reason="memory does not hold the model whole",
     action="checked block by block; AutoModelForCausalLM was not tried",
 )
-_DIFFERENCES = ("max_logit_difference", "max_weight_difference")
+_DIFFERENCES = ("max_logit_difference", "max_weight_difference", "max_logprob_difference")
 
 
 @dataclass(frozen=True)
@@ -121,14 +129,45 @@ def run_recipe(
         ResumeError: `out` holds a run of something else.
         ResourceError: the disk does not suffice.
         VerificationError: a stage or an export broke a promise.
+        AccessError: the recipe publishes, and may not.
     """
     source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
     for export in recipe.export:  # no stage changes what is checked here, say the tokenizer
         exporters.exporter(export.format).check(source.path)
     require_disk(out, plan.disk_bytes)
+    require_publishable(recipe, source)
+    told = observer or SilentObserver()
     with exclusive(out):
-        return _Run(recipe, source, plan, out, observer or SilentObserver(), command).execute()
+        outcome = _Run(recipe, source, plan, out, told, command).execute()
+    _publish(recipe, outcome, told)
+    return outcome
+
+
+def require_publishable(recipe: Recipe, source: ModelSource) -> None:
+    """Refuse a recipe that publishes what may not be published; asks the Hub.
+
+    Raises:
+        AccessError: the licence or the token does not allow it.
+        ResourceError: the Hub cannot be reached.
+    """
+    if recipe.publish is not None:
+        licence = read_licence(source.path)
+        require_access(recipe.publish.repo, licence, public=recipe.publish.public)
+
+
+def _publish(recipe: Recipe, outcome: RunOutcome, observer: Observer) -> None:
+    """Publish a run that its gates do not speak against; the same command goes on."""
+    if recipe.publish is None:
+        return
+    if outcome.verdict in ("FAIL", "INCONCLUSIVE"):
+        observer.event("not published", verdict=outcome.verdict)
+        return
+    target = recipe.publish
+    done = publish(outcome.folder, target.repo, pr=target.pr, public=target.public)
+    for repository in done.repositories:
+        revision = done.revisions[repository.name]
+        observer.event("published", repository=repository.name, revision=revision)
 
 
 def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
@@ -520,7 +559,16 @@ class _Run:
     def _read_back(
         self, exporter: exporters.Exporter, source: exporters.Source, out: Path
     ) -> dict[str, float | None]:
-        """Compare an export with memory: by its weights where only another program loads it."""
+        """Compare an export with memory: by its weights where only another program loads it.
+
+        A graph is run by its engine, and what that says is compared.
+        """
+        if exporter.engine is not None:
+            checked = prove(
+                exporter.engine, source.checkpoint, out, self.source.path, self.observer
+            )
+            record_event(self.journal, checked)
+            return {_DIFFERENCES[2]: checked.largest}
         if exporter.read is None:
             return {_DIFFERENCES[0]: self._difference(source.checkpoint, out, out.name)}
         found = verify_weights(exporter.read(out), source.checkpoint, source.codes, out.name)

@@ -32,6 +32,7 @@ from compressor.report.schema import (
 )
 from compressor.report.schema import Variant as Row
 from compressor.requantize import Requantized
+from compressor.serving.record import EVENT, checks_of
 from compressor.variants import Variant
 
 _PACKED = "compressed-tensors"
@@ -91,6 +92,7 @@ def build_facts(done: Finished) -> Facts:
         variants=tuple(_rows(done, sizes)),
         drafts=done.drafts,
         deliverables=done.artifacts,
+        engine_checks=checks_of(done.journal, done.artifacts),
         evaluations=done.evaluations,
         parent_deltas={
             child: done.session.delta(parent, child)
@@ -157,6 +159,8 @@ def _busy_seconds(journal: Journal) -> float:
     """Wall time between the first and last event of every attempt, without the gaps between."""
     total, began, last = 0.0, 0.0, 0.0
     for event in journal.events:
+        if event["event"] == EVENT:  # asked of a finished run, at any later time
+            continue
         if event["event"] == "run_started":
             total += last - began
             began = event["time"]

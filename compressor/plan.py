@@ -31,15 +31,16 @@ from compressor.cost import (
     rounding_flops,
 )
 from compressor.efforts import DEFAULT, EffortName
-from compressor.errors import ModelError, PlanError, UsageError
+from compressor.errors import ModelError, PlanError, ResourceError, UsageError
 from compressor.evaluation.suites import load_suite
 from compressor.formats import gguf_types, llama_quantize
-from compressor.formats.capabilities import PACKAGES
+from compressor.formats.capabilities import ENVIRONMENTS, PACKAGES
 from compressor.formats.exchange import container_problems
 from compressor.formats.sizes import Role
 from compressor.formats.support import Target, cache_problems, engine_problems
 from compressor.model.architecture import Architecture
 from compressor.order import cautions, order_problems
+from compressor.programs import PROGRAMS
 from compressor.recipe import ExportConfig, ExportFormat, Recipe
 from compressor.source import Location
 from compressor.stages.base import ReportProblem, StageConfig
@@ -294,6 +295,7 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
             message = f"{export.format} export needs the package {package}, which is not installed"
             hint = f"pip install {package}"
             found.append(recipe.problem(("export", index, "format"), message, hint))
+        found += _missing_environment(recipe, index)
         for engine in export.engines:
             sentences = [
                 sentence
@@ -318,6 +320,19 @@ def _second_quantizer(recipe: Recipe, index: int) -> list[Problem]:
         return []
     message, hint = llama_quantize.missing(), llama_quantize.HINT
     return [recipe.problem(("export", index, "type"), message, hint)]
+
+
+def _missing_environment(recipe: Recipe, index: int) -> list[Problem]:
+    """A program that has to write the format, and is not there."""
+    form = recipe.export[index].format
+    if form not in ENVIRONMENTS:
+        return []
+    try:
+        PROGRAMS[ENVIRONMENTS[form]].find()
+    except ResourceError as error:
+        message = f"{form} export needs another program: {error.message}"
+        return [recipe.problem(("export", index, "format"), message, error.hint)]
+    return []
 
 
 def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
@@ -515,7 +530,11 @@ def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
     if export.type is not None:
         return _typed_plan(export.type, export.name, base, final)
-    size = final.bytes if export.format == "dense" else checkpoint_bytes(final, export.container)
+    size = checkpoint_bytes(final, export.container)
+    if export.format == "dense":
+        size = final.bytes
+    elif export.format in ENVIRONMENTS:  # graphs hold fp32
+        size = 4 * final.parameters
     return ExportPlan(format=export.format, tensor_bytes=size, ratio=base.bytes / size)
 
 

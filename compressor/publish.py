@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor.errors import AccessError, ModelError, ResourceError, UsageError, VerificationError
 from compressor.formats.atomic import atomic_write_json, atomic_write_text
+from compressor.formats.exporters import exporter
 from compressor.formats.files import checkpoint_files
 from compressor.formats.headers import read_json
 from compressor.formats.sizes import measure
@@ -130,6 +131,57 @@ def publish(
             collection = _collect(client, planned, state, repo)
     revisions = {r.name: state.get(r.name, "revision") for r in planned.repositories}
     return Publication(planned.repositories, public, planned.actions, revisions, collection)
+
+
+def require_access(
+    repo: str, licence: str | None, *, public: bool, api: HfApi | None = None
+) -> None:
+    """Refuse, before any work, what could not be published after it; changes nothing on the Hub.
+
+    Args:
+        repo: `org/name`.
+        licence: of the original model, as its card names it.
+        public: whether everyone shall see the result.
+        api: the Hub's client.
+
+    Raises:
+        AccessError: the licence forbids it, there is no token, or it may not write there.
+        ResourceError: the Hub cannot be reached.
+    """
+    licence_gate(licence, repo, public=public)
+    client = _client(api)
+    with _hub_errors(repo):
+        identity = client.whoami()
+        if client.repo_exists(repo):
+            client.auth_check(repo, write=True)
+        elif problem := _creation_problem(identity, repo):
+            raise AccessError(problem, "run `hf auth login` with a token that may write there")
+
+
+def _creation_problem(identity: Mapping[str, Any], repo: str) -> str | None:
+    """Why the owner of a token may not make a repository; None if nothing speaks against it."""
+    namespace = repo.partition("/")[0]
+    token = (identity.get("auth") or {}).get("accessToken") or {}
+    if token.get("role") == "read":
+        return "the token for the Hub may only read"
+    roles = {org["name"]: org.get("roleInOrg") for org in identity.get("orgs") or ()}
+    if namespace not in {identity.get("name"), *roles}:
+        return f"the token is of {identity.get('name')}, who does not belong to {namespace}"
+    if roles.get(namespace) == "read":
+        return f"{identity.get('name')} may only read in {namespace}"
+    if token.get("role") == "fineGrained" and not _may_write(token, namespace):
+        return f"the token for the Hub may not make repositories in {namespace}"
+    return None
+
+
+def _may_write(token: Mapping[str, Any], namespace: str) -> bool:
+    """Whether a fine-grained token has the permission for a user or an organisation."""
+    scopes = (token.get("fineGrained") or {}).get("scoped") or ()
+    return any(
+        (scope.get("entity") or {}).get("name") == namespace
+        and "repo.write" in (scope.get("permissions") or ())
+        for scope in scopes
+    )
 
 
 def plan_publication(run: Path, repo: str, *, public: bool) -> Publication:
@@ -249,7 +301,8 @@ def report_of(report: Report, artifact: Artifact, folder: Path, name: str) -> Re
         }
     )
     variant = last.model_copy(update={"size": size, "artifact": own, "load_snippets": snippets})
-    facts |= {"variants": (*others, variant), "deliverables": (own,)}
+    checks = tuple(check for check in report.engine_checks if check.sha256 == artifact.sha256)
+    facts |= {"variants": (*others, variant), "deliverables": (own,), "engine_checks": checks}
     facts["judged"] = variant.id if report.judged else None
     if variant.id != report.headline:  # the gates spoke of another
         facts["gates"] = ()
@@ -367,6 +420,9 @@ def _prove(api: HfApi, name: str, revision: str, folder: Path, form: str) -> Non
                 )
         if form in ("dense", "compressed-tensors"):
             _generate(found)
+        elif (read := exporter(form).read) is not None:
+            for _ in read(found):  # every matrix is unpacked
+                pass
 
 
 def _generate(folder: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from compressor.errors import CompressorError, ModelError, VerificationError
 from compressor.formats import exporters
-from compressor.formats.files import checkpoint_files
+from compressor.formats.capabilities import ENVIRONMENTS
+from compressor.formats.files import GRAPHS, checkpoint_files
 from compressor.formats.headers import read_json
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
@@ -72,6 +73,8 @@ def form_of(folder: Path) -> str:
     """The format of a checkpoint, by what lies in its folder."""
     if any(folder.glob("*.gguf")):
         return "gguf"
+    if graph := next((form for name, form in GRAPHS.items() if (folder / name).is_file()), None):
+        return graph
     method = (read_json(folder / "config.json").get("quantization_config") or {}).get(
         "quant_method", "dense"
     )
@@ -131,7 +134,15 @@ def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     return iter(CheckpointReader(folder).items())
 
 
+def _graph(folder: Path) -> Found | None:
+    """What is said of a graph, which only its engine reads."""
+    engine = ENVIRONMENTS.get(form_of(folder))
+    return (None, f"a graph; compress serve-check --engine {engine}") if engine else None
+
+
 def _values(folder: Path) -> Found:
+    if graph := _graph(folder):
+        return graph
     count = 0
     for name, tensor in _stored(folder):
         count += 1
@@ -144,6 +155,8 @@ def _values(folder: Path) -> Found:
 
 def _shapes(folder: Path) -> Found:
     """Every matrix that the configuration calls for is there, dense or packed."""
+    if graph := _graph(folder):
+        return graph
     if form_of(folder) == "gguf":
         return _gguf_shapes(folder)
     architecture = Architecture.from_config(read_config(folder))
@@ -183,6 +196,8 @@ def _gguf_shapes(folder: Path) -> Found:
 
 def _weights(folder: Path) -> Found:
     """Dense weights of the files against those of the run's last stage."""
+    if graph := _graph(folder):
+        return graph
     run = _run_of(folder)
     found = _left(*run) if run else None
     if run is None or found is None:
@@ -226,6 +241,8 @@ def _loaded(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _generation(folder: Path) -> Found:
+    if graph := _graph(folder):
+        return graph
     form = form_of(folder)
     if exporters.exporter(form).read is not None:
         return None, f"transformers does not load {form} by itself; see compress ls engines"

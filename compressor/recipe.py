@@ -50,8 +50,23 @@ from compressor.source import Location, Source, apply_overrides, read_source, re
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-ExportFormat = Literal["compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "dense"]
-EngineName = Literal["transformers", "vllm", "vllm-cpu", "sglang", "llama.cpp"]
+ExportFormat = Literal[
+    "compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "dense", "onnx", "openvino"
+]
+EngineName = Literal[
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "sglang",
+    "llama.cpp",
+    "gptqmodel",
+    "onnxruntime",
+    "openvino",
+]
+
+
+UNDECISIVE = {"name", "description", "publish", "lock"}
+"""Parts of a recipe that decide nothing about its result."""
 
 
 class Section(BaseModel):
@@ -67,7 +82,8 @@ class ExportConfig(Section):
         description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
         "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `gguf` is "
         "one file for llama.cpp; `bitsandbytes` is for what quantize.bnb rounded; `dense` is the "
-        "same model with ordinary weights, for any program.",
+        "same model with ordinary weights, for any program; `onnx` and `openvino` are graphs of it "
+        "with weights in fp32, written by optimum in an environment of its own.",
     )
     form: Literal["auto", "pack-quantized", "int-quantized"] = Field(
         default="auto",
@@ -114,6 +130,20 @@ class ExportConfig(Section):
         if self.type is not None and MIXTURES[self.type].needs_importance and not self.imatrix:
             raise ValueError(f"{self.type} needs an importance matrix: leave `imatrix` true")
         return self
+
+
+class PublishConfig(Section):
+    """Where the deliverables of a finished run go on the Hub."""
+
+    repo: str = Field(
+        description="`org/name`; further deliverables go to `org/name-FORMAT`. Access and licence "
+        "are checked before any work.",
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+    )
+    public: bool = Field(
+        default=False, description="Show it to everyone, once it was read back from the Hub."
+    )
+    pr: bool = Field(default=False, description="Propose the files as a pull request.")
 
 
 class Lock(Section):
@@ -189,6 +219,11 @@ class Recipe(Section):
     export: tuple[ExportConfig, ...] = Field(
         default=(ExportConfig(format="compressed-tensors"),), description="Deliverables."
     )
+    publish: PublishConfig | None = Field(
+        default=None,
+        description="Publish the deliverables, unless a gate failed or is undecided; private if "
+        "nothing else is said. As `compress publish`.",
+    )
     lock: Lock | None = Field(default=None, description="Written by a run; pins what went into it.")
 
     _source: Source | None = PrivateAttr(None)
@@ -245,8 +280,8 @@ class Recipe(Section):
         return changed
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides the result: not the name, description or lock."""
-        content = self.model_dump(mode="json", exclude={"name", "description", "lock"})
+        """SHA-256 of everything that decides the result: not the name, say, or where it goes."""
+        content = self.model_dump(mode="json", exclude=UNDECISIVE)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -39,6 +39,7 @@ class Hub:
         self.requests: list[str] = []
         self.failures: list[tuple[str, int]] = []
         self.corrupt = ""
+        self.identity: dict[str, Any] = {"name": "me", "type": "user", "orgs": [], "auth": {}}
         self.lock = threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -135,7 +136,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         # ---------------------------------------------------------- what the client asks
 
         def whoami(self, _: bytes) -> None:
-            self.answer({"name": "me", "type": "user", "orgs": [], "auth": {}})
+            self.answer(hub.identity)
 
         def create(self, body: bytes) -> None:
             wanted = json.loads(body)
@@ -151,6 +152,12 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.answer(
                 {} if name in hub.repos else {"error": "no"}, 200 if name in hub.repos else 404
             )
+
+        def model(self, _: bytes, name: str) -> None:
+            if name in hub.repos:
+                self.answer({"id": name, "sha": "0" * 40, "siblings": [], "private": True})
+            else:
+                self.answer({"error": "no"}, 404, {"X-Error-Code": "RepoNotFound"})
 
         def validate(self, _: bytes) -> None:
             self.answer({"errors": [], "warnings": []})
@@ -275,6 +282,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
         (r"GET /api/whoami-v2", Handler.whoami),
         (r"POST /api/repos/create", Handler.create),
         (rf"GET /api/models/{name}/auth-check/write", Handler.auth_check),
+        (rf"GET /api/models/{name}", Handler.model),
         (r"POST /api/validate-yaml", Handler.validate),
         (rf"POST /api/models/{name}/preupload/(.+)", Handler.preupload),
         (rf"POST /{name}\.git/info/lfs/objects/batch", Handler.batch),

@@ -143,7 +143,7 @@ def test_the_command_line_tells(finished: RunOutcome, tmp_path: Path) -> None:
     failed = compress("verify", run)
     assert failed.returncode == 1
     assert "gguf: files" in failed.stderr
-    unknown = compress("export", run, "--as", "onnx")
+    unknown = compress("export", run, "--as", "coreml")
     assert unknown.returncode == 2
     assert "compress ls formats" in unknown.stderr
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
 GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
-GROUND |= {"efforts", "paths"}
+GROUND |= {"efforts", "paths", "programs"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
@@ -32,6 +32,7 @@ ENGINE |= {
     "facts",
     "importance",
     "recheck",
+    "serving",
     "sessions",
     "compare",
     "engine",
@@ -68,6 +69,7 @@ LIGHT += (
     "source",
 )
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
+LIGHT += ("commands/serving", "programs")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
 LIGHT += ("formats/support", "report/schema", "efforts", "paths")

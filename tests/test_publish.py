@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import pytest
 from huggingface_hub import HfApi, constants
 from ruamel.yaml import YAML
 
+from compressor import publish as publishing
+from compressor.cli import main
 from compressor.engine import run_recipe
 from compressor.errors import AccessError, ResourceError, UsageError, VerificationError
-from compressor.publish import licence_gate, plan_publication, publish
+from compressor.publish import licence_gate, plan_publication, publish, require_access
 from compressor.recipe import load_recipe
+from compressor.resources import builtin_model
 from tests.hub_server import TOKEN, Hub
 
 RECIPE = """\
@@ -233,3 +238,160 @@ def test_licences_that_want_a_notice() -> None:
     assert "ai.google.dev/gemma/terms" in str(licence_gate("gemma", "me/x", public=True)[1])
     assert licence_gate("apache-2.0", "me/x", public=True) == ((), {})
     assert licence_gate("mit-and-other", "me/x", public=True) == ((), {})
+
+
+# ---------------------------------------------------------------- access, before any work
+
+
+def scoped(name: str, *permissions: str) -> dict[str, Any]:
+    return {"scoped": [{"entity": {"name": name}, "permissions": list(permissions)}]}
+
+
+@pytest.mark.parametrize(
+    ("token", "orgs", "repo", "says"),
+    [
+        ({"role": "read"}, [], "me/x", "may only read"),
+        ({"role": "write"}, [], "you/x", "does not belong to you"),
+        ({"role": "write"}, [{"name": "us", "roleInOrg": "read"}], "us/x", "may only read in us"),
+        (
+            {"role": "fineGrained", "fineGrained": scoped("me", "repo.content.read")},
+            [],
+            "me/x",
+            "may not make repositories in me",
+        ),
+        (
+            {"role": "fineGrained", "fineGrained": scoped("me", "repo.write")},
+            [{"name": "us", "roleInOrg": "write"}],
+            "us/x",
+            "may not make repositories in us",
+        ),
+    ],
+)
+def test_a_token_that_may_not_write_is_refused(
+    hub: Hub, api: HfApi, token: dict[str, Any], orgs: Any, repo: str, says: str
+) -> None:
+    hub.identity |= {"auth": {"accessToken": token}, "orgs": orgs}
+    with pytest.raises(AccessError, match=says):
+        require_access(repo, "mit", public=False, api=api)
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("token", "orgs", "repo"),
+    [
+        ({"role": "write"}, [], "me/x"),
+        ({"role": "write"}, [{"name": "us", "roleInOrg": "write"}], "us/x"),
+        ({"role": "fineGrained", "fineGrained": scoped("me", "repo.write")}, [], "me/x"),
+    ],
+)
+def test_a_token_that_may_write_is_enough_and_makes_nothing(
+    hub: Hub, api: HfApi, token: dict[str, Any], orgs: Any, repo: str
+) -> None:
+    hub.identity |= {"auth": {"accessToken": token}, "orgs": orgs}
+    require_access(repo, "mit", public=False, api=api)
+    assert not hub.repos
+    assert all(request.startswith("GET ") for request in hub.requests)
+
+
+def test_an_existing_repository_is_asked_itself(hub: Hub, api: HfApi) -> None:
+    api.create_repo("me/x", private=True)
+    require_access("me/x", "mit", public=False, api=api)
+    hub.fail("auth-check", 403, times=9)
+    with pytest.raises(AccessError, match="refused to write me/x"):
+        require_access("me/x", "mit", public=False, api=api)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "says"),
+    [
+        (401, AccessError, "HTTP 401"),
+        (429, ResourceError, "fewer requests"),
+        (503, ResourceError, "HTTP 503"),
+    ],
+)
+def test_a_refusal_before_work_is_one_sentence(
+    hub: Hub, api: HfApi, status: int, error: Any, says: str
+) -> None:
+    hub.fail("whoami", status, times=30)
+    with pytest.raises(error, match=says):
+        require_access("me/x", "mit", public=False, api=api)
+
+
+PUBLISHING = RECIPE.replace(", {format: gguf}", "") + "publish: {repo: me/tiny}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(PUBLISHING)
+    return tmp_path / "recipe.yaml"
+
+
+def test_without_a_token_nothing_is_computed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(AccessError, match="no token"):
+        run_recipe(load_recipe(recipe), "builtin:tiny", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    hook = sys.excepthook
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", str(recipe), "builtin:tiny"])
+    sys.excepthook = hook
+    assert caught.value.code == 6
+
+
+def test_a_licence_that_forbids_it_stops_the_run_before_work(
+    recipe: Path, tmp_path: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "_client", lambda _: api)
+    model = Path(shutil.copytree(builtin_model("tiny"), tmp_path / "model"))
+    (model / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
+    with pytest.raises(AccessError, match="forbids publishing"):
+        run_recipe(load_recipe(recipe), str(model), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not hub.requests
+
+
+def test_a_recipe_publishes_and_its_repetition_only_that(
+    recipe: Path, tmp_path: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publishing, "_client", lambda _: api)
+    hub.fail(r"POST /api/models/me/tiny/commit", 500, times=30)
+    with pytest.raises(ResourceError, match="HTTP 500"):
+        run_recipe(load_recipe(recipe), "builtin:tiny", tmp_path / "out")
+    hub.failures.clear()
+    elsewhere = load_recipe(recipe, ["publish.repo=me/other"])  # decides nothing about the result
+    assert elsewhere.fingerprint() == load_recipe(recipe).fingerprint()
+    outcome = run_recipe(load_recipe(recipe), "builtin:tiny", tmp_path / "out")
+    files = hub.repos["me/tiny"].branches["main"]
+    assert hub.repos["me/tiny"].private
+    assert outcome.report.deliverables[0].format == "compressed-tensors"
+    assert "report.json" in files
+    assert b"me/tiny" in files["recipe.yaml"]
+    failing = load_recipe(recipe, ["gates.max_kl=1e-9", "publish.repo=me/other"])
+    failed = run_recipe(failing, "builtin:tiny", tmp_path / "failed")
+    assert failed.verdict == "FAIL"
+    assert "me/other" not in hub.repos
+
+
+def test_what_came_back_is_unpacked(
+    run: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes that nobody can read are no success: of GGUF every matrix is unpacked."""
+    seen: list[Path] = []
+    real = publishing.exporter
+
+    def watched(name: str) -> Any:
+        found = real(name)
+        assert found.read is not None
+
+        def read(folder: Path) -> Any:
+            seen.append(folder)
+            raise VerificationError("cannot be read")
+
+        return dataclasses.replace(found, read=read)
+
+    monkeypatch.setattr(publishing, "exporter", watched)
+    with pytest.raises(VerificationError, match="cannot be read"):
+        publish(run, "me/tiny", api=api)
+    assert [folder.name.startswith("compress-publish-") for folder in seen] == [True]

@@ -116,10 +116,10 @@ BROKEN = {
     "negative seed": ("seed: -1\nstages:\n  - method: quantize.rtn\n", 1, 7, "at least 0"),
     "bad name": ("name: a b\nstages:\n  - method: quantize.rtn\n", 1, 7, "name"),
     "unknown export": (
-        "stages:\n  - method: quantize.rtn\nexport:\n  - format: onnx\n",
+        "stages:\n  - method: quantize.rtn\nexport:\n  - format: coreml\n",
         4,
         13,
-        "'gguf' or 'dense', not 'onnx'",
+        "'onnx' or 'openvino', not 'coreml'",
     ),
     "export a word": (
         "stages:\n  - method: quantize.rtn\nexport: dense\n",

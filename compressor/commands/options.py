@@ -28,6 +28,7 @@ class Settings:
     quiet: bool = False
     verbose: bool = False
     argv: list[str] = field(default_factory=list)
+    told: bool = False  # the result is on standard output
 
     @property
     def command(self) -> str:
@@ -36,6 +37,7 @@ class Settings:
 
     def emit(self, data: Any, lines: Callable[[], str]) -> None:
         """Print a result to standard output: as JSON, or as text for a person."""
+        self.told = True
         click.echo(console.as_json(data) if self.format == "json" else lines())
 
 

@@ -72,9 +72,14 @@ def plan(
 
     chosen = _reading(recipe, **reading)
     loaded = load_recipe(recipe, **chosen)
-    config = read_config(resolve(model, config_only=True).path)
+    source = resolve(model, config_only=True)
+    config = read_config(source.path)
     del chosen["effort"]
     made = make_plan(loaded, config, model).beside(load_efforts(recipe, **chosen), config)
+    if loaded.publish is not None:
+        from compressor.engine import require_publishable
+
+        require_publishable(loaded, source)
     settings.emit(made.model_dump(), lambda: console.plan_text(made))
 
 

@@ -9,7 +9,7 @@ a file in that engine; `documents`, that its documents say so.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from compressor.types import ACTIVATIONS, Symmetry
@@ -27,10 +27,15 @@ Container = Literal[
     "gguf",
     "llama-quantize",
     "bitsandbytes",
+    "onnx",
+    "openvino",
 ]
 
 PACKAGES: Mapping[str, str] = {"gguf": "gguf", "bitsandbytes": "bitsandbytes"}
 """What writing a format needs beyond this package's own dependencies."""
+
+ENVIRONMENTS: Mapping[str, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+"""Formats that are written by, and read by, a program in an environment of its own."""
 
 _ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
 _SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
@@ -115,6 +120,8 @@ CONTAINERS: Mapping[Container, str] = {
     "llama-quantize": "the same, rounded by llama.cpp's quantizer to K- and I-quants (format gguf "
     "with a type)",
     "bitsandbytes": "NF4 in blocks, or LLM.int8, by quantize.bnb (format bitsandbytes)",
+    "onnx": "a graph with the rounded weights in fp32, so not smaller (format onnx)",
+    "openvino": "the same in OpenVINO's representation (format openvino)",
 }
 
 _ROUND = Limits(
@@ -126,6 +133,7 @@ _ROUND = Limits(
 )
 _BYTES = Limits(inputs=frozenset(("int8",)))
 _FP8 = Limits(inputs=frozenset(("fp8", "fp8-g128")))
+_GRAPH = Limits(embeddings=True, mixed_fused=True, evidence="run")
 _DENSE = Limits(embeddings=True, mixed_fused=True)
 _GPTQ_WIDTHS = frozenset((2, 3, 4, 8))
 _FOUR = frozenset((4,))
@@ -187,12 +195,22 @@ ENGINES: Mapping[str, Engine] = {
         {
             "dense": _DENSE,
             "pack-quantized": Limits(_FOUR, multiple=32, group_multiple=2, evidence="run"),
-            "int-quantized": _BYTES,
+            "int-quantized": replace(_BYTES, evidence="run"),
             "gptq": Limits(_FOUR, multiple=32, evidence="run"),
             "awq": Limits(_FOUR, multiple=32, evidence="run"),
         },
+        # EAGLE-3 too, where its three features differ: else it fails to load (LOG.md).
+        drafts={"standalone": "run"},
         cache_fault="its CPU kernels cut keys and values down to the next fp8 number, where others "
         "round to the nearest; that is three times as far from the original as what is measured",
+    ),
+    "gptqmodel": Engine(
+        "GPTQModel",
+        "7.7 on CPU",
+        {
+            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True),
+            "awq": Limits(_FOUR, multiple=8, mixed_fused=True),
+        },
     ),
     "sglang": Engine(
         "SGLang",
@@ -216,4 +234,6 @@ ENGINES: Mapping[str, Engine] = {
         },
         drafts={"standalone": "run"},
     ),
+    "onnxruntime": Engine("ONNX Runtime", "1.31 on CPU", {"onnx": _GRAPH}),
+    "openvino": Engine("OpenVINO", "2026.4 on CPU", {"openvino": _GRAPH}),
 }

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
-from compressor.formats.capabilities import Container
+from compressor.formats.capabilities import ENVIRONMENTS, Container
 from compressor.formats.sizes import PackedSize, packed_bytes
 from compressor.formats.support import (
     ABSMAX,
@@ -63,12 +63,12 @@ def container_problems(
 
     Args:
         targets: every matrix of the model.
-        container: other than `dense`, which holds anything.
+        container: `dense` and graphs hold anything.
         model_type: of the configuration.
     """
     if container in LAYOUTS:
         return export_problems(targets, container)
-    if container == "dense":
+    if container == "dense" or container in ENVIRONMENTS:  # weights as they compute
         return []
     if container == "llama-quantize":
         return [*_rounded_twice(targets), *_family_problems(model_type)]

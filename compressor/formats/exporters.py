@@ -55,11 +55,13 @@ class Exporter:
             transformers loads it.
         check: refuse, before any work, a model whose files beside the weights the format cannot
             express.
+        engine: of `programs.PROGRAMS`, where nothing else than it loads the result.
     """
 
     write: Writer
     read: Reader | None
     check: Callable[[Path], None]
+    engine: str | None = None
 
 
 _MODULES: Mapping[str, str] = {
@@ -69,6 +71,8 @@ _MODULES: Mapping[str, str] = {
     "awq": "compressor.formats.awq",
     "gguf": "compressor.formats.gguf",
     "bitsandbytes": "compressor.formats.bitsandbytes",
+    "onnx": "compressor.formats.onnx",
+    "openvino": "compressor.formats.openvino",
 }
 
 
@@ -87,7 +91,12 @@ def exporter(name: str) -> Exporter:
         raise ResourceError(
             f"{name} export needs the package {package}", f"pip install {package}"
         ) from None
-    return Exporter(module.write, getattr(module, "read", None), getattr(module, "check", _accept))
+    return Exporter(
+        module.write,
+        getattr(module, "read", None),
+        getattr(module, "check", _accept),
+        getattr(module, "ENGINE", None),
+    )
 
 
 def _accept(_: Path) -> None:

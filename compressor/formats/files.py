@@ -27,6 +27,8 @@ PARENT_FILES = (
     "chat_template.json",
 )
 _BESIDE = ("quantize_config.json",)  # of GPTQ, for programs that do not read config.json
+GRAPHS = {"model.onnx": "onnx", "openvino_model.xml": "openvino"}
+"""Files that tell a folder of a graph, and its format."""
 _TEMPLATES = "additional_chat_templates"
 
 
@@ -49,13 +51,15 @@ def parent_files(folder: Path) -> list[Path]:
 def checkpoint_files(folder: Path) -> list[Path]:
     """Every file needed to load the checkpoint: weights, index, configuration, tokenizer.
 
-    Of a GGUF deliverable that is the file itself.
+    Of a GGUF deliverable that is the file itself, of a graph everything beside it.
 
     Raises:
         ModelError: the weights are missing or damaged.
     """
     if whole := sorted(folder.glob("*.gguf")):
         return whole
+    if any((folder / name).is_file() for name in GRAPHS):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
     weights = {info.file for info in read_folder(folder).values()}
     index = [folder / INDEX] if folder / SINGLE not in weights else []
     extra = [folder / name for name in _BESIDE if (folder / name).is_file()]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compressor.formats.files import checkpoint_bytes
+from compressor.formats.files import GRAPHS, checkpoint_bytes, checkpoint_files
 from compressor.formats.headers import (
     DTYPE_BITS,
     FLOATING,
@@ -35,6 +35,7 @@ STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F6
 _SHAPE_BYTES = 16  # weight_shape, int64 [2]
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|wpe|word_embeddings|embed_in|embed_positions)\.")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.")
+_GRAPH_WEIGHTS = ("model.onnx", "openvino_model")
 _SUFFIX_ROLES: Mapping[str, Role] = {
     "weight_packed": "codes",
     "weight_scale": "scales",
@@ -188,7 +189,7 @@ def measure(folder: Path, logical_parameters: int) -> SizeReport:
 
     Args:
         folder: dense, compressed-tensors, GPTQ, AWQ or bitsandbytes checkpoint, or one with a
-            GGUF file.
+            GGUF file or a graph.
         logical_parameters: weights of the base model, ties once.
 
     Raises:
@@ -198,6 +199,8 @@ def measure(folder: Path, logical_parameters: int) -> SizeReport:
         from compressor.formats.gguf_sizes import measure_gguf
 
         return measure_gguf(whole[0], logical_parameters)
+    if any((folder / name).is_file() for name in GRAPHS):
+        return _measure_graph(folder, logical_parameters)
     tensors = read_folder(folder)
     by_role: Counter[Role] = Counter(
         {"codes": 0, "scales": 0, "zero_points": 0, "embeddings": 0, "head": 0, "rest": 0}
@@ -214,6 +217,24 @@ def measure(folder: Path, logical_parameters: int) -> SizeReport:
         bits_nominal=nominal,
         bits_linear=with_scales,
         by_role=dict(by_role),
+    )
+
+
+def _measure_graph(folder: Path, logical_parameters: int) -> SizeReport:
+    """Weights of a graph are fp32; the graph around them counts as such, a few per cent at most."""
+    total = sum(
+        path.stat().st_size
+        for path in checkpoint_files(folder)
+        if path.name.startswith(_GRAPH_WEIGHTS) and path.suffix != ".xml"
+    )
+    return SizeReport(
+        bytes_on_disk=checkpoint_bytes(folder),
+        tensor_bytes=total,
+        logical_parameters=logical_parameters,
+        bits_checkpoint=8 * total / logical_parameters,
+        bits_nominal=32,
+        bits_linear=32,
+        by_role={"rest": total},
     )
 
 

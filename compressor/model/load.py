@@ -21,11 +21,10 @@ __all__ = ["ModelSource", "load_model", "load_tokenizer", "read_config", "read_l
 
 _BUILTIN = "builtin:"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-_CONFIG = ("config.json",)
+_CONFIG = ("config.json", "README.md")  # the card states the licence
 _TOKENIZER = ("tokenizer*", "vocab.*")
 _FILES = (
     *_CONFIG,
-    "README.md",  # states the licence
     "*.safetensors",
     "*.safetensors.index.json",
     "generation_config.json",
@@ -62,7 +61,7 @@ def resolve(model: str, *, config_only: bool = False) -> ModelSource:
 
     Args:
         model: what the user wrote.
-        config_only: fetch `config.json` alone, which suffices for a plan.
+        config_only: fetch `config.json` and the card alone, which suffices for a plan.
 
     Raises:
         ModelError: there is no such model, or it has no safetensors.

@@ -158,6 +158,7 @@ def _claims(report: Report, document: Document) -> Iterator[Statement]:
         yield from rule(report, document)
     yield from _gate_claims(report, document)
     yield from _artifact_claims(report, document)
+    yield from _engine_claims(report, document)
     yield from draft_claims(report, document)
 
 
@@ -297,12 +298,15 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
                 parent=(pointer("variants", place, "parent"), "text"),
             )
             continue
-        logits = variant.artifact.max_logit_difference is not None
-        found = "max_logit_difference" if logits else "max_weight_difference"
+        found = next(key for key in _READ_BACK if getattr(variant.artifact, key) is not None)
+        asked = {check.sha256 for check in report.engine_checks if check.verdict == "PASS"}
+        ran = found != "max_weight_difference" or variant.artifact.sha256 in asked
         yield state(
             document,
             f"reload-{variant.id}",
-            "{label} was read back from disk as {format}; " + _READ_BACK[logits],
+            "{label} was read back from disk as {format}; "
+            + ("" if ran else _NOT_ASKED)
+            + _READ_BACK[found],
             label=(pointer("variants", place, "label"), "text"),
             format=(pointer(*artifact, "format"), "text"),
             difference=(pointer(*artifact, found), "number"),
@@ -310,10 +314,47 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
 
 
 _READ_BACK = {
-    True: "its logits differ from those in memory by at most {difference}.",
-    False: "no engine loaded it here, but the weights it holds differ from those in memory by at "
-    "most {difference} of the largest in their matrix.",
+    "max_logit_difference": "its logits differ from those in memory by at most {difference}.",
+    "max_weight_difference": "the weights it holds differ from those in memory by at most "
+    "{difference} of the largest in their matrix.",
+    "max_logprob_difference": "log-probabilities that its engine computes differ from those in "
+    "memory by at most {difference} nats.",
 }
+_NOT_ASKED = "no engine loaded it here, but "
+
+
+def _engine_claims(report: Report, document: Document) -> Iterator[Statement]:
+    for place, check in enumerate(report.engine_checks):
+        if check.verdict == "PASS":
+            yield _engine_statement(
+                place,
+                document,
+                "{title} {version} computes from {format} what was measured: over {tokens} tokens "
+                "its log-probabilities differ by {difference} nats on average, and up to {allowed} "
+                "would be its arithmetic.",
+                tokens=("tokens", "count"),
+                difference=("difference", "number"),
+                allowed=("allowed", "number"),
+            )
+
+
+def _engine_statement(
+    place: int, document: Document, template: str, **more: tuple[str, Style]
+) -> Statement:
+    fields: dict[str, tuple[str, Style]] = {
+        **{name: (name, "text") for name in ("title", "version", "format")},
+        **more,
+    }
+    return state(
+        document,
+        f"engine-{document['engine_checks'][place]['engine']}-{place}",
+        template,
+        **{
+            name: (pointer("engine_checks", place, field), style)
+            for name, (field, style) in fields.items()
+            if f"{{{name}}}" in template
+        },
+    )
 
 
 def _warnings(report: Report, document: Document) -> Iterator[Statement]:
@@ -321,6 +362,7 @@ def _warnings(report: Report, document: Document) -> Iterator[Statement]:
         _run_warnings,
         _size_warnings,
         _artifact_warnings,
+        _engine_warnings,
         _contamination_warnings,
         _sampling_warnings,
         _interval_warnings,
@@ -372,6 +414,17 @@ def _artifact_warnings(report: Report, document: Document) -> Iterator[Statement
                 f"reload-{variant.id}",
                 "{label} was not read back from disk: memory does not hold it. Load it elsewhere.",
                 label=(pointer("variants", place, "label"), "text"),
+            )
+
+
+def _engine_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    for place, check in enumerate(report.engine_checks):
+        if check.verdict == "FAIL":
+            yield _engine_statement(
+                place,
+                document,
+                "{title} does not compute from {format} what was measured: {detail}.",
+                detail=("detail", "text"),
             )
 
 

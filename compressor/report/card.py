@@ -35,6 +35,7 @@ def to_markdown(report: Report) -> str:
         sizes=_markdown(tables.size_table(report)),
         quality=_markdown(tables.quality_table(report)),
         deliverables=_markdown(tables.deliverable_table(report)) if report.deliverables else "",
+        engines=_engines(report),
         drafts=_markdown(draft_tables.draft_speeds(report)) if report.drafts else "",
         domains=_markdown(tables.domain_table(report, report.headline))
         if report.headline in report.evaluations
@@ -43,6 +44,11 @@ def to_markdown(report: Report) -> str:
         settings=tables.settings,
         duration=numbers.duration,
     )
+
+
+def _engines(report: Report) -> str:
+    table = tables.engine_table(report)
+    return _markdown(table) if table else ""
 
 
 def lineage(report: Report) -> list[Variant]:

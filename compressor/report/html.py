@@ -90,6 +90,7 @@ def _tables(report: Report) -> dict[str, object]:
         "notes": tables.notes_table(report),
         "drafts": draft_tables.draft_tables(report),
         "deliverables": tables.deliverable_table(report) if report.deliverables else None,
+        "engines": tables.engine_table(report),
         "worst_tokens": tables.worst_token_table(report),
         "fallbacks": tables.fallback_table(report),
         "contamination": tables.contamination_table(report),

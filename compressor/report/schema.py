@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.5.0"
+SCHEMA_VERSION = "1.6.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -171,6 +171,11 @@ class Artifact(Frozen):
         description="for formats that Transformers does not load: of the dense weights that the "
         "file holds to those in memory, relative to the largest weight of the matrix",
     )
+    max_logprob_difference: float | None = Field(
+        default=None,
+        description="for formats that one engine alone loads: the largest difference of a token's "
+        "log-probability between that engine and memory, nats",
+    )
     bytes_on_disk: int | None = None
     quantizer: str | None = Field(
         default=None,
@@ -219,6 +224,46 @@ class Draft(Frozen):
     )
 
 
+class EngineCheck(Frozen):
+    """What an engine said about a deliverable when it was asked (`compress serve-check`).
+
+    Log-probabilities are natural; without a version the engine did not answer.
+    """
+
+    engine: str = Field(description="as `--engine` takes it")
+    title: str
+    version: str = ""
+    format: str
+    sha256: str = Field(description="of the deliverable")
+    verdict: Literal["PASS", "FAIL"]
+    detail: str = Field(description="why, in one sentence")
+    arithmetic: str = Field(
+        default="", description="dtype it computes in; int8: inputs of matrices in 8 bits"
+    )
+    tokens: int = Field(default=0, description="of text that it scored")
+    difference: float | None = Field(
+        default=None, description="mean |Δ log p| to what was measured, nats"
+    )
+    largest: float | None = Field(default=None, description="largest |Δ log p|, nats")
+    bias: float | None = Field(default=None, description="mean Δ log p, nats")
+    allowed: float | None = Field(
+        default=None, description="of `difference`: a multiple of what its arithmetic alone causes"
+    )
+    to_original: float | None = Field(
+        default=None,
+        description="mean |Δ log p| between the engine and the original model: what it would be "
+        "if the engine computed that instead",
+    )
+    prompts: int = 0
+    same_text: int = Field(default=0, description="prompts continued greedily as here")
+    gap: float | None = Field(
+        default=None, description="most by which a token it wrote is less likely than the best"
+    )
+    gap_allowed: float | None = None
+    load_seconds: float | None = None
+    tokens_per_second: float | None = Field(default=None, description="written, one text at a time")
+
+
 class Reproduce(Frozen):
     """What gives the same bytes again."""
 
@@ -248,6 +293,9 @@ class Facts(Frozen):
     deliverables: tuple[Artifact, ...] = Field(
         default=(),
         description="all exports; the first one of our codes is the artifact of the last stage",
+    )
+    engine_checks: tuple[EngineCheck, ...] = Field(
+        default=(), description="what engines said about the deliverables"
     )
     judged: str | None = Field(
         default=None,

@@ -13,6 +13,15 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 """
 
+
+def _optimum(extra: str, module: str, prefix: str) -> str:
+    """The same with a class of optimum, which has its own environment."""
+    name = f"{prefix}ModelForCausalLM"
+    code = _TRANSFORMERS.replace(', dtype="auto"', "").replace("AutoModelForCausalLM", name)
+    head = f"from {module} import {name}\nfrom transformers import AutoTokenizer"
+    return f"# pip install optimum[{extra}]\n" + head + code.partition("AutoTokenizer")[2]
+
+
 _VLLM = "vllm serve {path}"
 _SGLANG = "python -m sglang.launch_server --model-path {path}"
 _SERVED = {"Transformers": _TRANSFORMERS, "vLLM": _VLLM}
@@ -27,6 +36,8 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
         "vLLM": _VLLM,
     },
     "gguf": {"llama.cpp": "llama-server -m {path}/model.gguf"},
+    "onnx": {"ONNX Runtime": _optimum("onnxruntime", "optimum.onnxruntime", "ORT")},
+    "openvino": {"OpenVINO": _optimum("openvino", "optimum.intel", "OV")},
 }
 
 _DRAFTED = "llama-server -m {target} --spec-type draft-simple -md {draft} --spec-draft-n-max {most}"

@@ -9,7 +9,7 @@ from typing import Any
 from compressor.evaluation.results import Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
-from compressor.report.schema import Artifact, Attribution, Report, Variant
+from compressor.report.schema import Artifact, Attribution, EngineCheck, Report, Variant
 
 NONE = "–"
 
@@ -119,7 +119,55 @@ def _read_back(item: Artifact) -> str:
         return f"logits: {numbers.number(item.max_logit_difference)}"
     if item.max_weight_difference is not None:
         return f"weights: {numbers.number(item.max_weight_difference)}"
+    if item.max_logprob_difference is not None:
+        return f"log-probabilities: {numbers.number(item.max_logprob_difference)}"
     return "no: memory does not hold it"
+
+
+def engine_table(report: Report) -> Table | None:
+    """What engines said about the deliverables; None where none was asked."""
+    rows = tuple(_engine_row(check) for check in report.engine_checks)
+    return (
+        Table(
+            "engines",
+            "Checked in engines by `compress serve-check`. Δ log p: mean absolute difference of a "
+            "token's log-probability to what was measured, nats; allowed: a multiple of what the "
+            "engine's arithmetic alone causes; original: the same difference to the model before "
+            "any stage. Same text: prompts continued greedily as here. Speed: tokens a second, one "
+            "text at a time, on the machine of the check.",
+            (
+                "engine",
+                "format",
+                "verdict",
+                "computes in",
+                "tokens",
+                "Δ log p",
+                "allowed",
+                "original",
+                "same text",
+                "tokens / s",
+            ),
+            rows,
+            frozenset({0, 1, 2, 3}),
+        )
+        if rows
+        else None
+    )
+
+
+def _engine_row(check: EngineCheck) -> tuple[str, ...]:
+    return (
+        f"{check.title} {check.version}".rstrip(),
+        check.format,
+        check.verdict if check.verdict == "PASS" else f"{check.verdict}: {check.detail}",
+        check.arithmetic or NONE,
+        numbers.count(check.tokens) if check.tokens else NONE,
+        or_none(check.difference, numbers.number),
+        or_none(check.allowed, numbers.number),
+        or_none(check.to_original, numbers.number),
+        f"{check.same_text} of {check.prompts}" if check.prompts else NONE,
+        or_none(check.tokens_per_second, numbers.number),
+    )
 
 
 def quality_table(report: Report) -> Table:

@@ -25,6 +25,7 @@ def to_text(report: Report) -> str:
         tables.quality_table(report).without(*DROPPED),
         *_domains(report),
         draft_tables.draft_speeds(report),
+        *_engines(report),
     ]
     parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
     if report.warnings:
@@ -50,6 +51,11 @@ def _domains(report: Report) -> list[Table]:
     if report.headline not in report.evaluations:
         return []
     return [tables.domain_table(report, report.headline).without(*DROPPED)]
+
+
+def _engines(report: Report) -> list[Table]:
+    table = tables.engine_table(report)
+    return [table.without("tokens", "computes in")] if table else []
 
 
 def aligned(table: Table) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from compressor.types import StageResult
 
 _COPIED = {"q", "k", "v", "o", "gate", "up", "down"}
+_COUNTED_ONCE = "vLLM counts equal features once, and then does not load the draft"
 _FEWEST_LAYERS = 4  # for three features that are not behind the last block
 
 
@@ -98,9 +99,13 @@ class DraftEagle3(TrainedDraftConfig):
     def remarks(self, before: Architecture) -> tuple[str, ...]:
         """Where the default features are not low, middle and high."""
         layers = self.layers(before.layers)
-        if self.features or sorted(set(layers)) == list(layers):
+        if sorted(set(layers)) == list(layers):
             return ()
+        twice = len(set(layers)) < len(layers)
+        if self.features:
+            return (_COUNTED_ONCE,) if twice else ()
         return (
+            *((_COUNTED_ONCE,) if twice else ()),
             f"on {before.layers} blocks the default features are hidden_states {list(layers)}, not "
             f"low, middle and high; `features: [1, {before.layers // 2}, {before.layers - 1}]` "
             "tells the draft more, and engines must then read the ids from its config.json",

@@ -1,13 +1,11 @@
-"""Our checkpoints in vLLM on CPU, in its own environment: log-probabilities and greedy text.
+"""Our checkpoints in vLLM on CPU, in its own environment, asked as `compress serve-check` asks it.
 
-`tools/engines/install_vllm.py` installs it once; about ten minutes.
+`tools/engines/install.py vllm` installs it once; about ten minutes.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,116 +18,80 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
 from compressor.formats.files import link_checkpoint
-from compressor.model.architecture import Architecture, cache_config
+from compressor.model.architecture import Architecture, cache_config, serving_config
 from compressor.model.cache import Entering, enter_cache
 from compressor.model.load import load_model, load_tokenizer, read_config
 from compressor.numerics.cache import cache_scale
 from compressor.resources import builtin_model
-from compressor.text import evaluation_documents
-from compressor.types import CacheScheme, WeightScheme
+from compressor.serving.ask import Answer, Question, ask_python, make_question
+from compressor.serving.check import compare, judge
+from compressor.serving.reference import expected
+from compressor.types import ACTIVATIONS, ActivationScheme, CacheScheme, WeightScheme
 from tests.formats.helpers import quantize_checkpoint
-from tools.engines import install_vllm
+from tools.engines import install
 
 pytestmark = pytest.mark.engines
-
-SCRIPT = Path(__file__).with_name("vllm_scores.py")
-LENGTH, TOKENS = 256, 16
-PROMPTS = ("The history of the", "def main():\n", "It is a truth universally")
 
 
 @pytest.fixture(scope="session")
 def python() -> Path:
-    return install_vllm.install(install_vllm.FOLDER)
+    return install.install("vllm")
 
 
-def ask(python: Path, checkpoint: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """Run vLLM on a checkpoint; one process a question, one thread."""
-    offline = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": ""}
-    done = subprocess.run(
-        [python, SCRIPT, checkpoint],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=400,
-        env={**os.environ, **offline, "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answer: dict[str, Any] = json.loads(done.stdout)
-    return answer
+@pytest.fixture(scope="module")
+def question() -> Question:
+    return replace(make_question(load_tokenizer(builtin_model("tiny")), 512), timed=0)
 
 
-def expected(
-    checkpoint: Path, texts: list[list[int]], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """Log-probabilities of every token but the first of each text, from transformers."""
-    model = load_model(checkpoint, dtype=dtype)
-    with torch.inference_mode():
-        return torch.cat([_chosen(model, ids) for ids in texts])
+def ask(python: Path, checkpoint: Path, question: Question) -> Answer:
+    return ask_python(("serve_vllm",), python, checkpoint, question)
 
 
 @pytest.mark.parametrize(
-    ("form", "container", "scheme"),
+    ("form", "container", "scheme", "activations"),
     [
-        ("compressed-tensors", "pack-quantized", WeightScheme(4, 64)),
-        ("gptq", "gptq", WeightScheme(4, 64)),
-        ("awq", "awq", WeightScheme(4, 64, "asymmetric")),
+        ("compressed-tensors", "pack-quantized", WeightScheme(4, 64), None),
+        ("gptq", "gptq", WeightScheme(4, 64), None),
+        ("awq", "awq", WeightScheme(4, 64, "asymmetric"), None),
+        ("compressed-tensors", "auto", WeightScheme(8, None), ACTIVATIONS["int8"]),
     ],
+    ids=["W4A16 packed", "W4A16 GPTQ", "W4A16 AWQ", "W8A8 INT8"],
 )
 def test_log_probabilities_are_those_of_the_dense_weights(
-    python: Path, tmp_path: Path, form: str, container: Any, scheme: WeightScheme
+    python: Path,
+    tmp_path: Path,
+    question: Question,
+    form: str,
+    container: Any,
+    scheme: WeightScheme,
+    activations: ActivationScheme | None,
 ) -> None:
     """vLLM computes in bf16, with sums of its own: up to four times transformers' bf16 noise."""
     checkpoint, codes = quantize_checkpoint(
         builtin_model("tiny"), tmp_path / "d", lambda m: scheme if ".layers." in m else None
     )
+    inputs = dict.fromkeys(codes, activations) if activations else {}
+    if inputs:
+        config = read_config(checkpoint)
+        atomic_write_json(checkpoint / "config.json", serving_config(config, inputs))
     out = tmp_path / "out"
-    exporters.exporter(form).write(Source(checkpoint, codes, 1, container), out)
-    tokenizer = load_tokenizer(checkpoint)
-    documents = evaluation_documents("prose")[:3]
-    texts = [tokenizer(document.text).input_ids[: LENGTH - 1] for document in documents]
-    answer = ask(
-        python,
-        out,
-        {
-            "dtype": "bfloat16",
-            "length": LENGTH,
-            "texts": texts,
-            "prompts": [tokenizer(prompt).input_ids for prompt in PROMPTS],
-            "tokens": TOKENS,
-        },
-    )
-    theirs = torch.tensor([p for row in answer["logprobs"] for p in row])
-    ours = expected(checkpoint, texts)
-    noise = float((expected(checkpoint, texts, torch.bfloat16) - ours).abs().mean())
-    difference = float((theirs - ours).abs().mean())
-    worst = float((theirs - ours).abs().max())
-    assert difference < 4 * noise
-    unrounded = float((theirs - expected(builtin_model("tiny"), texts)).abs().mean())
-    assert unrounded > 3 * difference  # it computes the rounded model, not the original
-    assert abs(float((theirs - ours).mean())) < noise
-    model = load_model(checkpoint, dtype=torch.float32)
-    for prompt, written in zip(PROMPTS, answer["greedy"], strict=True):
-        ids = tokenizer(prompt, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            logits = model(torch.cat([ids, torch.tensor([written])], 1)).logits[0]
-        steps = logits[ids.shape[1] - 1 : -1].log_softmax(-1)
-        chosen = steps.gather(1, torch.tensor(written)[:, None])[:, 0]
-        # Greedy may take the second of two words between which its own error does not decide.
-        assert float((steps.amax(-1) - chosen).max()) < 2 * worst
+    exporters.exporter(form).write(Source(checkpoint, codes, 1, container, inputs), out)
+    answer = ask(python, out, question)
+    found = compare(checkpoint, question, answer, builtin_model("tiny"))
+    assert judge(found)[0] == "PASS", found
+    assert abs(found["bias"]) < found["allowed"] / 4
+    if scheme.bits == 4:  # it computes the rounded model, not the original
+        assert found["to_original"] > 3 * found["difference"]
 
 
 @pytest.mark.parametrize("shrink", [1, 8], ids=["measured scales", "scales that cut off"])
 def test_keys_and_values_are_rounded_by_the_scales_in_the_file(
-    python: Path, tmp_path: Path, shrink: int
+    python: Path, tmp_path: Path, question: Question, shrink: int
 ) -> None:
     """Scales that cut most values off leave no doubt that vLLM reads them."""
     base = read_config(builtin_model("tiny"))
     model = load_model(builtin_model("tiny"), dtype=torch.float32)
-    tokenizer = load_tokenizer(builtin_model("tiny"))
-    documents = evaluation_documents("prose")[:3]
-    texts = [tokenizer(document.text).input_ids[: LENGTH - 1] for document in documents]
-    scheme = CacheScheme(_scales(model, texts, 1 / shrink))
+    scheme = CacheScheme(_scales(model, question, 1 / shrink))
     dense, out = tmp_path / "dense", tmp_path / "out"
     link_checkpoint(builtin_model("tiny"), dense)
     atomic_write_json(dense / "config.json", cache_config(base, scheme))
@@ -137,15 +99,14 @@ def test_keys_and_values_are_rounded_by_the_scales_in_the_file(
     cache = dict(zip(architecture.cached_attention, scheme.scales, strict=True))
     source = Source(dense, CodesReader(), architecture.parameters, "auto", cache=cache)
     exporters.exporter("compressed-tensors").write(source, out)
-    request = {"dtype": "bfloat16", "length": LENGTH, "texts": texts, "prompts": [], "tokens": 1}
-    answer = ask(python, out, request)
-    theirs = torch.tensor([p for row in answer["logprobs"] for p in row])
-    ours, unrounded = expected(dense, texts), expected(builtin_model("tiny"), texts)
-    noise = float((expected(dense, texts, torch.bfloat16) - ours).abs().mean())
+    theirs = torch.tensor(ask(python, out, question).logprobs, dtype=torch.float64)
+    ours = expected(load_model(dense, dtype=torch.float32), question, 1)
+    unrounded = expected(model, question, 1)
+    coarse = expected(load_model(dense, dtype=torch.bfloat16), question, 1)
+    noise = float((coarse - ours).abs().mean())
     for attention, pair in zip(_attentions(model, architecture), scheme.scales, strict=True):
         enter_cache(attention, _cut_down(*pair))
-    with torch.inference_mode():
-        cut = torch.cat([_chosen(model, ids) for ids in texts])
+    cut = expected(model, question, 1)
     difference = {
         name: float((theirs - other).abs().mean())
         for name, other in (("rounded", ours), ("cut down", cut), ("dense", unrounded))
@@ -161,12 +122,6 @@ def _attentions(model: Any, architecture: Architecture) -> list[Any]:
     return [model.get_submodule(path) for path in architecture.cached_attention]
 
 
-def _chosen(model: Any, ids: list[int]) -> torch.Tensor:
-    """Log-probabilities of every token of a text but the first."""
-    logits = model(torch.tensor([ids])).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-
-
 def _cut_down(keys: float, values: float) -> Entering:
     """Towards zero, to the next number of e4m3."""
 
@@ -178,10 +133,10 @@ def _cut_down(keys: float, values: float) -> Entering:
     return lambda k, v: (cut(k, keys), cut(v, values))
 
 
-def _scales(model: Any, texts: list[list[int]], headroom: float) -> tuple[tuple[float, float], ...]:
+def _scales(model: Any, question: Question, headroom: float) -> tuple[tuple[float, float], ...]:
     """As `quantize.kv` finds them, from the cache of transformers."""
     cache = DynamicCache(config=model.config)
-    ids = torch.tensor([ids[: min(map(len, texts))] for ids in texts])
+    ids = torch.tensor(question.windows)
     with torch.inference_mode():
         model(ids, past_key_values=cache, use_cache=True)
     found = []

@@ -57,13 +57,13 @@ def _draw_acceptance(draft: Draft, width: float) -> Drawing:
     columns = 3 if width >= SPLIT else 2
     rows = -(-len(found.domains) // columns)
     drawing = Drawing(width, rows * _PANEL + 16)
-    room, most = (width - 40) / columns, len(found.greedy.by_position)
+    room, most = (width - 46) / columns, len(found.greedy.by_position)
     for place, (name, domain) in enumerate(found.domains.items()):
-        x, y = 40 + room * (place % columns), _PANEL * (place // columns)
+        x, y = 46 + room * (place % columns), _PANEL * (place // columns)
         xs = Scale(1, max(2, most), x + 8, x + room - 18)
         ys = Scale(0, 1, y + 104, y + 26)
         drawing.text(x, y + 14, shorten(name, room - 8, 7.2), "strong small")
-        y_axis(drawing, ys, x, xs.end + 8, numbers.share if not place % columns else _nothing, 2)
+        y_axis(drawing, ys, x, xs.end + 8, _percent if not place % columns else _nothing, 2)
         for position in range(1, most + 1):
             drawing.text(xs(position), y + 120, str(position), "muted small", "middle")
         drawing.path(_points(found.greedy.by_position, xs, ys), "ghostline")
@@ -74,6 +74,10 @@ def _draw_acceptance(draft: Draft, width: float) -> Drawing:
             _line(drawing, _points(shares, xs, ys), series)
     drawing.text(width - 8, rows * _PANEL + 10, "drafted tokens", "muted small", "end")
     return drawing
+
+
+def _percent(share: float) -> str:
+    return f"{round(100 * share)} %"
 
 
 def _nothing(_: float) -> str:

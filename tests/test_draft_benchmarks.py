@@ -1,0 +1,70 @@
+"""What the benchmarks of drafts compute and keep."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+from compressor import resources
+from compressor.calibration import CalibrationConfig, build_batches
+from compressor.model.load import load_tokenizer
+from compressor.progress import SilentObserver
+from compressor.stages.quantize_rtn import QuantizeRtn
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scripts import each other by name, as when they are started from their folder."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+
+
+def test_a_difference_has_the_prompts_paired() -> None:
+    from drafting import difference, per_pass
+
+    one = [[3, 3, 3], [1, 1], [2, 2, 2, 2]]
+    assert per_pass(one) == pytest.approx(19 / 9)
+    assert difference(one, one) == (0.0, 0.0, 0.0)
+    better = [[token + 1 for token in row] for row in one]
+    gain, low, high = difference(better, one)
+    assert (gain, low, high) == pytest.approx((1.0, 1.0, 1.0))  # prompts cancel out
+    gain, low, high = difference(one, [[2, 2], [2, 2], [2]])
+    assert low < gain < high
+
+
+def test_what_is_finished_is_not_done_again(tmp_path: Path) -> None:
+    from drafting import finished
+
+    target = resources.builtin_model("tiny")
+    calibration = build_batches(CalibrationConfig(samples=1, length=64), load_tokenizer(target))
+    stage = QuantizeRtn(bits=8, group_size=64)
+    made = [
+        finished(stage, target, calibration, tmp_path / "made", SilentObserver()) for _ in range(2)
+    ]
+    assert made[0] == made[1] == tmp_path / "made"
+    assert not (tmp_path / "made.work").exists()
+    before = (made[0] / "config.json").stat().st_mtime_ns
+    finished(stage, target, calibration, tmp_path / "made", SilentObserver())
+    assert (made[0] / "config.json").stat().st_mtime_ns == before
+
+
+def test_the_table_compares_the_right_draft_with_the_other() -> None:
+    from draft_targets import HEATS, NAMES, report
+
+    rows = {"original": [[2, 2], [2, 2]], "quantized": [[3, 3], [3, 3]]}
+    cells = {
+        (draft, target, heat): {"rows": rows[draft]}
+        for draft in NAMES
+        for target in NAMES
+        for heat in HEATS
+    }
+    options = argparse.Namespace(
+        model="m", kind="standalone", bits=4, tokens=1, steps=1, drafted=5, prompts=1, new_tokens=8
+    )
+    *_, original, _, quantized, _ = report(options, cells)
+    assert original == "| original | 0 | 2.000 | 3.000 | -1.000 (-1.000 to -1.000) |"
+    assert quantized == "| quantized | 0 | 2.000 | 3.000 | +1.000 (+1.000 to +1.000) |"

@@ -8,14 +8,15 @@ Files: F16 of the original; Q8_0 and Q4_0 of our codes (round to nearest; GPTQ, 
 and Q4_K_M of llama.cpp's own quantizer with our importance matrix. All are calibrated on the same
 text. Perplexity and KL are those of `llama-perplexity --kl-divergence` against the F16 file, on
 prose of the evaluation split; beside them stands our own KL of the same weights on the same text.
-Speeds are those of `llama-bench`. What is done is kept in FOLDER and not done again.
+Speeds are of `llama-bench`, by the processor time that it takes and not by the clock, so that other
+work on the machine counts less. What is done is kept in FOLDER and not done again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
+import resource
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 from bench import Bench, Kept, parameters, stage
 
 from compressor.formats import gguf, llama_quantize
+from compressor.formats.atomic import replacing
 from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
 from compressor.formats.imatrix import write_imatrix
@@ -73,8 +75,8 @@ class Files:
         out, dense = self.folder / name, self.folder / f"{name}-dense"
         if row == "F16":
             if not (out / gguf.FILE).is_file():
-                out.mkdir(parents=True, exist_ok=True)
-                self.tool("quantize", self.original(), out / gguf.FILE, "F16", self.threads)
+                with replacing(out / gguf.FILE) as temporary:
+                    self.tool("quantize", self.original(), temporary, "F16", self.threads)
             return out / gguf.FILE, self.bench.base
         if row in OURS:
             calibration = self.bench.calibration("default", self.samples, self.length)
@@ -110,12 +112,23 @@ class Files:
             write_imatrix(path, found, dataset="mix default", chunk=self.length)
         return path
 
-    def tool(self, name: str, *arguments: object) -> str:
-        """What one of llama.cpp's tools says."""
+    def tool(self, name: str, *arguments: object, says: str = "") -> str:
+        """What one of llama.cpp's tools says; some end before all of it is written, and run again.
+
+        Args:
+            name: without `llama-`.
+            arguments: of the command line.
+            says: the last of what is needed.
+        """
         program = llama_quantize.require_program().with_name(f"llama-{name}")
         line = [str(program), *map(str, arguments)]
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
-        return done.stdout + done.stderr
+        for _ in range(20):
+            done = subprocess.run(line, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(line)}\n{(done.stdout + done.stderr)[-2000:]}")
+            if says in done.stdout + done.stderr:
+                return done.stdout + done.stderr
+        raise SystemExit(f"llama-{name} never says {says!r}")
 
     def measure(self, row: str) -> dict[str, Any]:
         """Bytes, speeds, perplexity and KL of one row."""
@@ -130,18 +143,33 @@ class Files:
         logits = self.folder / "logits"
         if not logits.is_file():
             original = self.make("F16")[0]
-            self.tool("perplexity", "-m", original, *common, "--kl-divergence-base", logits)
+            with replacing(logits) as temporary:
+                base = ("--kl-divergence-base", temporary)
+                self.tool("perplexity", "-m", original, *common, *base)
         options = (*common, "--kl-divergence-base", logits, "--kl-divergence")
-        said = self.tool("perplexity", "-m", file, *options)
+        said = self.tool("perplexity", "-m", file, *options, says="Minimum KLD")
         return {"perplexity": number(r"PPL\(Q\)", said), "kl": number("KLD", said)}
 
     def speed(self, file: Path) -> dict[str, float]:
-        """Tokens per second: the median of three, reading 256 and writing 32."""
-        options = ("-p", 256, "-n", 32, "-r", 3, "-t", self.threads, "-o", "json")
-        said = self.tool("bench", "-m", file, *options)
-        tests, _ = json.JSONDecoder().raw_decode(said[said.index("[") :])
-        rates = {bool(test["n_prompt"]): sorted(test["samples_ts"])[1] for test in tests}
-        return {"reading": rates[True], "writing": rates[False]}
+        """Tokens per second of processor time, reading and writing."""
+        tests = {"reading": ("-p", 128, "-n", 0), "writing": ("-p", 0, "-n", 16)}
+        return {name: self.rate(file, *options) for name, options in tests.items()}
+
+    def rate(self, file: Path, *options: object) -> float:
+        """From the time that four more repetitions take, so that loading does not count."""
+        spent = {}
+        for repeats in (1, 5):
+            began = _processor_seconds()
+            self.tool("bench", "-m", file, *options, "-r", repeats, "-t", self.threads)
+            spent[repeats] = _processor_seconds() - began
+        tokens = sum(number for number in options if isinstance(number, int))
+        return 4 * tokens / (spent[5] - spent[1])
+
+
+def _processor_seconds() -> float:
+    """Of all children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def number(pattern: str, said: str) -> float:
@@ -155,7 +183,7 @@ def number(pattern: str, said: str) -> float:
 def table(get: Callable[[str], dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| file | MB | tokens/s, reading | tokens/s, writing | perplexity | KL, nats | KL by us |",
+        "| file | MB | read, tokens/s | written, tokens/s | perplexity | KL, nats | KL by us |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in ROWS:

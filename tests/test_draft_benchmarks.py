@@ -68,3 +68,21 @@ def test_the_table_compares_the_right_draft_with_the_other() -> None:
     *_, original, _, quantized, _ = report(options, cells)
     assert original == "| original | 0 | 2.000 | 3.000 | -1.000 (-1.000 to -1.000) |"
     assert quantized == "| quantized | 0 | 2.000 | 3.000 | +1.000 (+1.000 to +1.000) |"
+
+
+def test_prompts_are_questions_in_the_models_own_form() -> None:
+    from drafts_smollm2 import CHAT, CODE, chat_prompts
+
+    tokenizer = load_tokenizer(resources.builtin_model("tiny"))
+    found = chat_prompts(tokenizer, 3)
+    assert {name: len(prompts) for name, prompts in found.items()} == {"chat": 3, "code": 3}
+    assert CHAT[0] in tokenizer.decode(found["chat"][0])
+    assert CODE[2] in tokenizer.decode(found["code"][2])
+
+
+def test_options_of_an_earlier_attempt_are_kept(tmp_path: Path) -> None:
+    from drafts_smollm2 import chosen
+
+    (tmp_path / "stage.json").write_text('{"method": "draft.eagle3", "tokens": 77}')
+    options = argparse.Namespace(out=tmp_path, minutes=90.0, kind="standalone")
+    assert chosen(options, Path("nowhere")) == {"method": "draft.eagle3", "tokens": 77}

@@ -19,6 +19,7 @@ from compressor.formats.gguf_types import MIXTURES, estimated_bytes
 from compressor.formats.imatrix import Importance, write_imatrix
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.model.files import read_config
+from compressor.model.load import load_model, load_tokenizer
 from compressor.recipe import load_recipe
 from compressor.report.schema import Report
 from compressor.requantize import relative_error
@@ -233,10 +234,7 @@ def speculate(target: Path, draft: Path, prompt: str, tokens: int, drafted: int)
     """Greedy text of the target with a draft, and how often it agreed."""
     own = ("--spec-type", "draft-simple", "--spec-draft-n-max", drafted, "-td", 1)
     options = ("-m", target, "-md", draft, "-p", prompt, "-n", tokens, *own, *GREEDY)
-    for _ in range(20):  # it may end before its log is written; about one in six lacks the end
-        done = llama("speculative-simple", *options)
-        if "n_accept" in done.stderr:
-            break
+    done = llama("speculative-simple", *options, says="n_accept")
     return {
         "text": done.stdout.strip("\n"),
         "drafted": number(r"n_drafted\s*=\s*(\d+)", done),
@@ -292,3 +290,27 @@ def test_pruned_models_compute_what_was_measured(tmp_path: Path, text: Path, sta
     assert ours.divergence is not None
     assert found["ours"] == pytest.approx(ours.perplexity.value, rel=0.003)
     assert found["kl"] == pytest.approx(ours.divergence.mean.value, rel=0.02)
+
+
+# ---------------------------------------------------------------------- a chat
+
+
+@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="tools/build_smollm2.py builds it")
+def test_a_chat_is_asked_and_answered_as_in_transformers(tmp_path: Path) -> None:
+    """Template, special tokens and the end of an answer are those of the file alone."""
+    gguf.write(Source(SMOLLM2, {}, 1, "gguf"), tmp_path)
+    question, tokens = "What is the capital of France?", 12
+    tokenizer, model = load_tokenizer(SMOLLM2), load_model(SMOLLM2, dtype=torch.float32)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
+    chat = ("-p", question, "-n", tokens, "-st", "--jinja", "--no-warmup", *GREEDY)
+    said = llama("completion", "-m", tmp_path / gguf.FILE, *chat).stdout
+    expected = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "named SmolLM" in expected  # the template's own system prompt
+    assert said.replace("[end of text]", "").split() == expected.split()

@@ -1,0 +1,196 @@
+#!/usr/bin/env python3
+"""Train a draft for SmolLM2-135M-Instruct within some minutes and say what it is worth here.
+
+    python benchmarks/drafts_smollm2.py --minutes 90 [--kind eagle3] [--model DIR]
+        [--prompts 8] [-o out/drafts-smollm2] [--results FILE.md]
+
+Half of the time goes into text (the target writes half of it) and a third into training; how many
+tokens that is follows from the speed of the first minute. Then τ at γ = 5 on held-out chat and code
+prompts, and wall-clock speed-up over plain decoding beside prompt lookup, the untrained draft and
+transformers' assisted generation with the same draft. transformers has no EAGLE-3; for its loop
+take `--kind standalone`. Killed, the same command goes on: options are kept in OUT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import stage
+from drafting import finished
+
+from compressor.calibration import CalibrationConfig, build_batches
+from compressor.decoding.binding import read_binding, tokenizer_sha256
+from compressor.decoding.cached import CachedModel
+from compressor.decoding.decode import Limits, decode
+from compressor.decoding.load import load_draft
+from compressor.decoding.measure import Protocol, measure_draft
+from compressor.decoding.results import WORTHWHILE, DraftMeasurement
+from compressor.model.load import load_model, load_tokenizer, resolve
+from compressor.numerics.speculative import limiting_term
+from compressor.progress import observer
+
+DRAFTED = 5
+ROW = 128  # tokens of a row of text
+CHAT = (
+    "What is the difference between weather and climate?",
+    "Write a short letter to a neighbour whose dog barks at night.",
+    "Explain to a ten-year-old why the sky is blue.",
+    "Give me three ideas for a cheap dinner with potatoes.",
+    "How does a bicycle stay upright?",
+    "Summarise the story of Romeo and Juliet in four sentences.",
+    "What should I see in Lisbon in two days?",
+    "List the steps to change a flat tyre.",
+)
+CODE = (
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Write a Python function that checks whether a string is a palindrome.",
+    "Write a SQL query that counts the orders of every customer.",
+    "Write a Python class for a stack with push, pop and peek.",
+    "Write a JavaScript function that removes duplicates from an array.",
+    "Write a Python function that reads a CSV file and sums its second column.",
+    "Write a shell script that renames all .txt files in a folder to .md.",
+    "Write a Python function that merges two sorted lists.",
+)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--kind", choices=("eagle3", "standalone"), default="eagle3")
+    parser.add_argument("--model", default="cache/SmolLM2-135M-Instruct")
+    parser.add_argument("--prompts", type=int, default=8, help="of each kind, at most 8")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("-o", "--out", type=Path, default=Path("out/drafts-smollm2"))
+    parser.add_argument("--results", type=Path)
+    return parser.parse_args()
+
+
+def tokens_in(model: Any, seconds: float, batch: int) -> int:
+    """Tokens of text that the model writes half of and reads all of in this time."""
+    target, prompts = CachedModel(model), [[1 + row, 2, 3, 4] for row in range(batch)]
+    began = time.perf_counter()
+    decode(target, prompts, Limits(8))
+    written = (time.perf_counter() - began) / (8 * batch)
+    began = time.perf_counter()
+    with torch.inference_mode():
+        model(torch.ones(batch, ROW, dtype=torch.int64), use_cache=False, logits_to_keep=1)
+    read = (time.perf_counter() - began) / (ROW * batch)
+    return max(2 * batch * ROW, int(seconds / (0.5 * written + read)))
+
+
+def chosen(options: argparse.Namespace, base: Path) -> dict[str, Any]:
+    """Options of the stage; those of an earlier attempt if there was one."""
+    path: Path = options.out / "stage.json"
+    if not path.is_file():
+        batch = 8 if options.minutes >= 5 else 2
+        model = load_model(base, torch.device("cpu"), torch.float32)
+        tokens = tokens_in(model, 60 * options.minutes / 2, batch)
+        settings = {
+            "method": f"draft.{options.kind}", "tokens": tokens, "length": ROW,
+            "batch_size": batch, "steps": max(50, 6 * tokens // (ROW * batch)),
+            "minutes": options.minutes / 3, "drafted": DRAFTED, "seed": 0,
+        }  # fmt: skip
+        path.write_text(json.dumps(settings, indent=1))
+    return dict(json.loads(path.read_text()))
+
+
+def chat_prompts(tokenizer: Any, count: int) -> dict[str, list[list[int]]]:
+    """Questions as the model expects them."""
+
+    def one(text: str) -> list[int]:
+        if not tokenizer.chat_template:
+            return list(tokenizer(text)["input_ids"])
+        found = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            add_generation_prompt=True, tokenize=True, return_dict=True,
+        )  # fmt: skip
+        return list(found["input_ids"])
+
+    return {
+        name: [one(text) for text in texts[:count]]
+        for name, texts in (("chat", CHAT), ("code", CODE))
+    }
+
+
+def main() -> None:
+    options = arguments()
+    options.out.mkdir(parents=True, exist_ok=True)
+    base = resolve(options.model).path
+    tokenizer = load_tokenizer(base)
+    drafter = stage(chosen(options, base))
+    samples = max(16, min(512, drafter.tokens // 256))  # type: ignore[attr-defined]
+    with observer(quiet=False) as watcher:
+        calibration = build_batches(CalibrationConfig(samples=samples, length=256), tokenizer)
+        folder = finished(drafter, base, calibration, options.out / "draft", watcher)
+        path = options.out / "measurement.json"
+        if not path.is_file():
+            model = load_model(base, torch.device("cpu"), torch.float32)
+            draft = load_draft(folder, model, tokenizer_sha256(base))
+            found = measure_draft(
+                CachedModel(model, draft.layers),
+                draft,
+                drafter.untrained(model, folder),  # type: ignore[attr-defined]
+                chat_prompts(tokenizer, options.prompts),
+                Protocol(DRAFTED, options.new_tokens, None, 2 * options.prompts, 0, (1,)),
+                watcher,
+            )
+            path.write_text(found.model_dump_json(indent=1))
+    text = "\n".join(
+        report(options, folder, DraftMeasurement.model_validate_json(path.read_text()))
+    )
+    print(text)
+    if options.results:
+        options.results.write_text(text + "\n")
+
+
+def report(options: argparse.Namespace, folder: Path, found: DraftMeasurement) -> list[str]:
+    """Acceptance by kind of prompt, then speed."""
+    binding, (speed,) = read_binding(folder), found.speeds
+    limit = limiting_term(found.greedy.by_position, speed.draft_cost, speed.verify_costs)
+    verdict = "pays" if found.worthwhile else f"no speed-up, do not deploy: {limit.term}"
+    lines = [
+        f"`python benchmarks/drafts_smollm2.py --minutes {options.minutes:g} "
+        f"--kind {options.kind}`: {binding.trained_tokens} training tokens, fp32, "
+        f"{torch.get_num_threads()} threads, {speed.plain_tokens_per_second:.1f} plain tokens a "
+        f"second; same text in {found.identical} of {found.prompts}",
+        "",
+        f"| prompts | τ at γ = {DRAFTED}, greedy | sampled | predicted at γ = {speed.drafted} "
+        "| measured |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, domain in found.domains.items():
+        gain = speed.domains[name]
+        lines.append(
+            f"| {name} | {domain.greedy.length:.2f} | {domain.sampled.length:.2f} "
+            f"| {gain.predicted:.2f} | {gain.measured:.2f} |"
+        )
+    assisted = "not there for EAGLE-3" if speed.assisted is None else f"{speed.assisted:.2f}"
+    untrained = "–" if speed.untrained is None else f"{speed.untrained:.2f}"
+    lines += [
+        "",
+        "| way of decoding | speed-up over plain |",
+        "| --- | --- |",
+        f"| this draft, γ = {speed.drafted} (predicted {speed.predicted:.2f}) "
+        f"| {speed.measured:.2f} |",
+        f"| the same before training | {untrained} |",
+        f"| prompt lookup | {speed.lookup:.2f} |",
+        f"| transformers' assisted generation, same draft | {assisted} |",
+        "",
+        f"c = {speed.draft_cost:.3f}, v = {', '.join(f'{v:.2f}' for v in speed.verify_costs)}; "
+        f"wanted is {WORTHWHILE}: {verdict}.",
+    ]
+    if binding.curve is not None and binding.curve.fit is not None:
+        points = ", ".join(f"{p.tokens}: {p.length:.2f}" for p in binding.curve.points)
+        lines.append(
+            f"τ by training tokens: {points}; {binding.curve.fit.slope:+.3f} · ln(tokens)."
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -115,6 +115,12 @@ class StageFallback(Frozen):
     action: str
 
 
+_SIMPLE_METHODS = {
+    "prune": "deletion that nothing makes up for",
+    "transform": "the same rounding without the transform",
+}
+
+
 class StageFacts(Frozen):
     """What was done to get a variant from its parent."""
 
@@ -125,6 +131,11 @@ class StageFacts(Frozen):
     metrics_per_module: tuple[LayerMetric, ...] = ()
     fallbacks: tuple[StageFallback, ...] = ()
     notes: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def simple_method(self) -> str:
+        """What `baseline_loss` of its matrices belongs to, in words."""
+        return _SIMPLE_METHODS.get(self.method.partition(".")[0], "round to nearest")
 
 
 class RoleBytes(Frozen):
@@ -356,7 +367,7 @@ class Attribution(Frozen):
         paired: whether `delta_to_parent` was measured document by document.
         bytes_saved: bytes on disk of the parent minus those of the variant.
         median_loss: median over matrices of the relative layer error.
-        median_baseline_loss: the same for round to nearest.
+        median_baseline_loss: the same for the simple method (`StageFacts.simple_method`).
     """
 
     variant: str

@@ -255,7 +255,8 @@ class ModuleMetric:
         module: name of the matrix on disk, without `.weight`.
         bits: bits per weight including scales and zero-points.
         loss: relative layer error tr(D H Dᵀ) / tr(W H Wᵀ) with D = W - Ŵ (H = I without data).
-        baseline_loss: the same for the simple method (round to nearest on a min-max grid).
+        baseline_loss: the same for the simple method: round to nearest on a min-max grid,
+            deletion without compensation, or rounding without the transform.
     """
 
     module: str

@@ -254,10 +254,12 @@ def _layer_claims(report: Report, document: Document) -> Iterator[Statement]:
         if item.median_loss is None:
             continue
         variant = _place(report, item.variant)
+        facts = report.variants[variant].stage
+        simple = facts.simple_method if facts else ""
         yield state(
             document,
             f"layers-{item.variant}",
-            "{label}: {method} leaves a median relative layer error of {loss}; round to nearest "
+            f"{{label}}: {{method}} leaves a median relative layer error of {{loss}}; {simple} "
             "would leave {baseline}.",
             label=(pointer("variants", variant, "label"), "text"),
             method=(pointer("variants", variant, "stage", "method"), "text"),
@@ -527,9 +529,9 @@ def _stage_warnings(report: Report, document: Document) -> Iterator[Statement]:
             entry = (*stage, "metrics_per_module", worst)
             yield state(
                 document,
-                f"worse-than-nearest-{variant.id}",
-                "{label}: {method} is worse than round to nearest on {module}: {loss} against "
-                "{baseline}.",
+                f"worse-than-simple-{variant.id}",
+                f"{{label}}: {{method}} is worse than {variant.stage.simple_method} on {{module}}: "
+                "{loss} against {baseline}.",
                 label=label,
                 method=method,
                 module=(pointer(*entry, "module"), "text"),

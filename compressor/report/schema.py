@@ -130,6 +130,12 @@ class Mixture(Frozen):
     points: tuple[MixturePoint, ...]
 
 
+_SIMPLE_METHODS = {
+    "prune": "deletion that nothing makes up for",
+    "transform": "the same rounding without the transform",
+}
+
+
 class StageFacts(Frozen):
     """What was done to get a variant from its parent."""
 
@@ -141,6 +147,11 @@ class StageFacts(Frozen):
     fallbacks: tuple[StageFallback, ...] = ()
     notes: dict[str, float] = Field(default_factory=dict)
     mixture: Mixture | None = None
+
+    @property
+    def simple_method(self) -> str:
+        """What `baseline_loss` of its matrices belongs to, in words."""
+        return _SIMPLE_METHODS.get(self.method.partition(".")[0], "round to nearest")
 
 
 class RoleBytes(Frozen):
@@ -372,7 +383,7 @@ class Attribution(Frozen):
         paired: whether `delta_to_parent` was measured document by document.
         bytes_saved: bytes on disk of the parent minus those of the variant.
         median_loss: median over matrices of the relative layer error.
-        median_baseline_loss: the same for round to nearest.
+        median_baseline_loss: the same for the simple method (`StageFacts.simple_method`).
     """
 
     variant: str

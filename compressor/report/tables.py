@@ -327,7 +327,8 @@ def stage_table(report: Report) -> Table | None:
     return Table(
         "stages",
         "Every stage by itself, against its parent. Layer error: median over matrices of the "
-        "relative error tr(D H Dᵀ) / tr(W H Wᵀ), beside that of round to nearest.",
+        "relative error tr(D H Dᵀ) / tr(W H Wᵀ), beside that of the simple method: round to "
+        "nearest, or deletion that nothing makes up for.",
         (
             "stage",
             "bytes",

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from compressor.errors import VerificationError
 from compressor.evaluation.results import Estimate
 from compressor.report.build import build_report, check_report, pareto_of, verdict_of
-from compressor.report.schema import Facts, Report
+from compressor.report.schema import Facts, Report, StageFacts
 from tests.report import example
 
 LAST = "2-quantize-gptq"
@@ -140,7 +140,7 @@ def test_warnings_about_the_deliverable() -> None:
         }
     )
     report = build_report(changed(variants=(base, pruned, broken)))
-    assert {f"grew-{LAST}", f"reload-{LAST}", f"worse-than-nearest-{LAST}"} <= ids(report)
+    assert {f"grew-{LAST}", f"reload-{LAST}", f"worse-than-simple-{LAST}"} <= ids(report)
     assert f"reload-{LAST}" not in {claim.id for claim in report.claims}
 
 
@@ -198,3 +198,16 @@ def test_a_draft_replaces_nothing_and_says_when_it_does_not_pay() -> None:
     strange = example.draft(1.4).model_copy(update={"target": "nobody"})
     with pytest.raises(ValidationError, match="drafts of unknown variants"):
         Facts.model_validate(changed(drafts=(strange,)).model_dump())
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("quantize.gptq", "round to nearest"),
+        ("prune.obs", "deletion that nothing makes up for"),
+        ("transform.awq", "the same rounding without the transform"),
+    ],
+)
+def test_a_layer_error_stands_beside_the_simple_method_of_its_kind(method, words) -> None:
+    facts = StageFacts(method=method, params={}, seconds=1.0, peak_bytes=1)
+    assert facts.simple_method == words

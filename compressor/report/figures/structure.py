@@ -46,8 +46,8 @@ def _layers(report: Report, variant: Variant) -> Figure | None:
         f"layers-{variant.id}",
         f"Error of every matrix after {variant.stage.method}",
         "Relative layer error tr(D H Dᵀ) / tr(W H Wᵀ) by block, log scale, one panel for each kind "
-        "of matrix. Grey ghosts are what round to nearest would leave; points above theirs are "
-        f"suspicious. The {lead}.",
+        f"of matrix. Grey ghosts are what {variant.stage.simple_method} would leave; points above "
+        f"theirs are suspicious. The {lead}.",
         f"{len(metrics)} matrices; {lead}",
         lambda width: _draw_layers(report, variant, metrics, width),
     )

@@ -224,7 +224,9 @@ def _chain(
     """The architecture before the first stage and after each; adds to `problems`."""
     chain = [base]
     for index, stage in enumerate(recipe.stages):
-        planned = stage.plan(chain[-1], _reporter(recipe, index, problems))
+        report = _reporter(recipe, index, problems)
+        planned = stage.plan(chain[-1], report)
+        stage.check_text(recipe.calibration, report)
         chain.append(Architecture.from_config(settled[index]) if index in settled else planned)
     return chain
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import IO, TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress, TaskID
 
 _PLAIN_SECONDS = 10.0
@@ -34,6 +35,9 @@ class Observer(Protocol):
 
     def task(self, label: str, total: int) -> AbstractContextManager[Task]:
         """Begin a piece of work of `total` steps; leaving the context ends it."""
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """What stands now; the next table of the same title takes its place where it can."""
 
 
 def _sentence(name: str, facts: dict[str, object]) -> str:
@@ -56,6 +60,9 @@ class SilentObserver:
         """A task that counts for nobody."""
         del label, total
         return nullcontext(_SilentTask())
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Drop the table."""
 
 
 class _PlainTask:
@@ -95,6 +102,17 @@ class PlainObserver:
         """A task that reports now and then."""
         return nullcontext(_PlainTask(label, total, self._stream))
 
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Write it in columns below its title."""
+        lines = [tuple(head), *(tuple(row) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        written = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
+        self._stream.write("\n".join([title, *(f"  {line}" for line in written)]) + "\n")
+        self._stream.flush()
+
 
 class _RichTask:
     def __init__(self, progress: Progress, identity: TaskID) -> None:
@@ -117,7 +135,17 @@ class RichObserver:
             TimeRemainingColumn,
         )
 
-        self._progress = Progress(
+        tables: dict[str, RenderableType] = {}
+        self._tables = tables
+
+        class Bars(Progress):
+            """Progress bars below the tables that stand."""
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield from tables.values()
+                yield from super().get_renderables()
+
+        self._progress = Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
@@ -145,6 +173,18 @@ class RichObserver:
             yield _RichTask(self._progress, identity)
         finally:
             self._progress.remove_task(identity)
+            self._tables.clear()
+
+    def table(self, title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Redraw it above the bars, until the work that it belongs to ends."""
+        from rich.table import Table
+
+        drawn = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+        for number, name in enumerate(head):
+            drawn.add_column(name, justify="right" if number else "left")
+        for row in rows:
+            drawn.add_row(*row)
+        self._tables[title] = drawn
 
 
 @contextmanager

@@ -100,6 +100,12 @@ BUILTIN = (
         "structure",
     ),
     Method(
+        "prune.dro",
+        "compressor.stages.prune_dro:PruneDro",
+        "learn masks of blocks, heads and channels while training on what the worst domain needs",
+        "structure",
+    ),
+    Method(
         "recover.distill",
         "compressor.stages.recover_distill:RecoverDistill",
         "train the smaller model to predict what the original predicts",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,21 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Parameters that train beside the others, at a rate of their own and without decay.
+
+    Attributes:
+        parameters: by name, leaf tensors in fp32; names differ from all others.
+        rate: the same at every step.
+        maximize: climb instead of descend.
+    """
+
+    parameters: Mapping[str, Tensor]
+    rate: float
+    maximize: bool = False
+
+
+@dataclass(frozen=True)
 class Fit:
     """How training went.
 
@@ -87,6 +102,8 @@ def fit(
     observer: Observer,
     label: str = "train",
     watch: Callable[[int], None] | None = None,
+    *,
+    beside: Sequence[Group] = (),
 ) -> Fit:
     """Minimise `loss` over `parameters` in place.
 
@@ -99,23 +116,25 @@ def fit(
         label: of the progress.
         watch: called with the number of finished steps, before every step and at the end; it may
             look at the parameters, and may be called for the same number again.
+        beside: more parameters; what clips gradients leaves theirs alone.
 
     Raises:
         NumericalError: a loss is not finite.
         ResumeError: the checkpoint belongs to other parameters.
     """
-    optimizer = torch.optim.AdamW(
-        parameters.values(), betas=schedule.betas, weight_decay=schedule.weight_decay
-    )
+    optimizer = _optimizer(parameters, schedule, beside)
+    everything = dict(parameters)
+    for group in beside:
+        everything |= group.parameters
     path = folder / "training.safetensors"
-    losses, before = _resumed(path, parameters, optimizer)
+    losses, before = _resumed(path, everything, optimizer)
     began = time.monotonic()
     with observer.task(label, schedule.steps) as task:
         task.advance(len(losses))
         for step in range(len(losses), schedule.steps):
             seconds = before + time.monotonic() - began
             if step % schedule.every == 0 and len(losses):
-                _save(path, parameters, optimizer, losses, seconds)
+                _save(path, everything, optimizer, losses, seconds)
                 if schedule.seconds is not None and seconds > schedule.seconds:
                     break
             if watch is not None:
@@ -127,6 +146,23 @@ def fit(
     return Fit(len(losses), before + time.monotonic() - began, tuple(losses))
 
 
+def _optimizer(
+    parameters: Mapping[str, Tensor], schedule: Schedule, beside: Sequence[Group]
+) -> torch.optim.AdamW:
+    """The first group follows the schedule."""
+    own = {"params": list(parameters.values()), "weight_decay": schedule.weight_decay}
+    others = [
+        {
+            "params": list(group.parameters.values()),
+            "lr": group.rate,
+            "maximize": group.maximize,
+            "weight_decay": 0.0,
+        }
+        for group in beside
+    ]
+    return torch.optim.AdamW([own, *others], betas=schedule.betas)
+
+
 def _update(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
@@ -134,8 +170,7 @@ def _update(
     schedule: Schedule,
     step: int,
 ) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = schedule.rate(step)
+    optimizer.param_groups[0]["lr"] = schedule.rate(step)
     optimizer.zero_grad(set_to_none=True)
     value = loss(step)
     if not bool(torch.isfinite(value)):

@@ -266,6 +266,21 @@ class ModuleMetric:
 
 
 @dataclass(frozen=True)
+class MixturePoint:
+    """Domains at one moment of a stage that weighs them.
+
+    Attributes:
+        at: number of the update, block or round.
+        shares: of every domain, summing to 1.
+        losses: nats per token on held-out text, of the domains that have some.
+    """
+
+    at: int
+    shares: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StageResult:
     """What a stage leaves behind.
 
@@ -281,6 +296,8 @@ class StageResult:
         metrics: one entry per matrix.
         fallbacks: everything that was done otherwise than asked.
         notes: facts for the report, by name (for example the mean layer loss).
+        mixture: shares of the domains over time; empty when the stage weighs none.
+        mixture_unit: what `MixturePoint.at` counts: `update`, `block` or `round`.
     """
 
     checkpoint: Path
@@ -292,6 +309,8 @@ class StageResult:
     removed: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
+    mixture: tuple[MixturePoint, ...] = ()
+    mixture_unit: str = "update"
 
 
 @dataclass(frozen=True)

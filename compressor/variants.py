@@ -11,15 +11,17 @@ from compressor.formats.sizes import SizeReport
 from compressor.report.schema import (
     Artifact,
     LayerMetric,
+    Mixture,
     RoleBytes,
     Size,
     StageFacts,
     StageFallback,
 )
+from compressor.report.schema import MixturePoint as ReportedPoint
 from compressor.report.schema import Variant as ReportVariant
 from compressor.report.snippets import load_snippets
 from compressor.stages.base import StageConfig
-from compressor.types import BlockRecord, Fallback, ModuleMetric, StageResult
+from compressor.types import BlockRecord, Fallback, MixturePoint, ModuleMetric, StageResult
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Variant:
             removed=tuple(facts.get("removed", ())),
             resized=tuple(facts.get("resized", ())),
             renamed=facts.get("renamed", {}),
+            mixture=tuple(MixturePoint(**point) for point in facts.get("mixture", ())),
+            mixture_unit=facts.get("mixture_unit", "update"),
         )
         return replace(
             self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]
@@ -107,7 +111,15 @@ class Variant:
             metrics_per_module=tuple(LayerMetric(**asdict(m)) for m in self.result.metrics),
             fallbacks=tuple(StageFallback(**asdict(f)) for f in self.result.fallbacks),
             notes=self.result.notes,
+            mixture=_mixture(self.result),
         )
+
+
+def _mixture(result: StageResult) -> Mixture | None:
+    if not result.mixture:
+        return None
+    points = tuple(ReportedPoint(**asdict(point)) for point in result.mixture)
+    return Mixture(unit=result.mixture_unit, points=points)
 
 
 def size_of(size: SizeReport, base_bytes: int, kv_bytes_per_token: int) -> Size:

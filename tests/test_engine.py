@@ -572,7 +572,7 @@ def test_every_shipped_recipe_runs(
         if stage.method == "quantize.autoround" and effort != "default":
             options += ["--set", f"stages.{index}.steps=20"]
     for index, stage in enumerate(recipe.stages):
-        if stage.method == "recover.distill":
+        if stage.method in ("prune.dro", "recover.distill"):
             for option in ("tokens=1024", "windows=16", "length=64", "batch=4"):
                 options += ["--set", f"stages.{index}.{option}"]
     result = compress(name, "builtin:tiny", "-o", tmp_path / "run", "-q", *options)

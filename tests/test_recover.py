@@ -24,6 +24,7 @@ from compressor.stages import distilling
 from compressor.stages.context import StageContext
 from compressor.stages.prune_width import PruneWidth
 from compressor.stages.recover_distill import RecoverDistill
+from compressor.stages.sampling import Rows
 from compressor.types import StageResult
 from compressor.verify import verify_tensors
 from tests.model.conftest import build
@@ -45,7 +46,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distilling, "_HELD", 1)
+    monkeypatch.setattr(distilling, "_HELD", 2)
 
 
 def context(folder: Path, observer=None) -> StageContext:
@@ -143,6 +144,7 @@ def test_parts_of_an_update_add_up_to_it(
 
 def test_other_losses_train_too(tmp_path: Path, pruned: Path, text: CalibrationSet) -> None:
     options = {"top_k": 20, "cross_entropy": 0.1, "temperature": 2.0, "checkpointing": True}
+    options |= {"hidden_states": 0.5, "precision": "bf16"}
     result = recover(
         pruned, tmp_path / "out", text, tokens=4 * 48 * 8, learning_rate=3e-4, **options
     )
@@ -155,25 +157,29 @@ def test_shares_lean_towards_the_worst_domain(
 ) -> None:
     """Code alone is far away; nothing else is, so that only code may gain a share."""
     domains = ("code", "docs", "encyclopedia", "multilingual", "prose", "speeches")
-    losses = ([1.0, 0.1, 0.1, 0.1, 0.1, 0.1], [0.01] * 6)
+    spread = torch.tensor([-0.01, 0.01, -0.01, 0.01]).double()
+    losses = {name: spread + (1.0 if name == "code" else 0.1) for name in domains}
     monkeypatch.setattr(distilling.Judge, "measure", lambda _: losses)
     recover(pruned, tmp_path / "out", text, sampler="dro", tokens=4 * 48, radius=0.1)
     line = json.loads((tmp_path / "out" / "dro.jsonl").read_text().splitlines()[0])
-    rows = distilling.Rows(text.batches)
+    rows = Rows(text.batches)
     ratios = torch.tensor([line["shares"][name] for name in domains]) / rows.shares
     assert ratios[0] > 1.4
     assert (ratios[1:] < 1).all()
     distance = 0.5 * float((rows.shares * (ratios - 1).square()).sum())
     assert 0.09 < distance <= 0.1
-    noise = ([0.11, 0.1, 0.1, 0.1, 0.1, 0.1], [0.02] * 6)
+    noise = {name: 4 * spread + (0.11 if name == "code" else 0.1) for name in domains}
     monkeypatch.setattr(distilling.Judge, "measure", lambda _: noise)
-    recover(pruned, tmp_path / "noise", text, sampler="dro", tokens=4 * 48)
+    result = recover(pruned, tmp_path / "noise", text, sampler="dro", tokens=4 * 48)
     line = json.loads((tmp_path / "noise" / "dro.jsonl").read_text().splitlines()[0])
     assert list(line["shares"].values()) == pytest.approx(rows.shares.tolist())
+    assert line["radius"] == 0
+    assert [point.at for point in result.mixture] == [0, 1]
+    assert result.mixture[0].shares == line["shares"]
 
 
 def test_updates_draw_domains_by_their_shares(text: CalibrationSet) -> None:
-    rows = distilling.Rows(text.batches)
+    rows = Rows(text.batches)
     shares = torch.zeros(6).double()
     shares[rows.domains.index("prose")] = 1
     drawn = [rows.draw(shares, 4, 0, step) for step in range(3)]
@@ -232,3 +238,21 @@ def test_a_loss_that_is_no_number_stops_with_a_sentence(
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(Exception, match="the loss of training step 0 is nan"):
         recover(broken, tmp_path / "out", text)
+
+
+def test_adapters_are_merged_and_nothing_else_moves(
+    tmp_path: Path, pruned: Path, text: CalibrationSet
+) -> None:
+    """Every matrix of the blocks moves by a sum of the rank, up to rounding; the others stay."""
+    result = recover(
+        pruned, tmp_path / "out", text, adapters=2, tokens=4 * 48 * 8, learning_rate=5e-3
+    )
+    before, after = CheckpointReader(pruned), CheckpointReader(tmp_path / "out")
+    architecture = Architecture.from_config(read_config(pruned))
+    inside = {matrix.tensor for matrix in architecture.matrices if matrix.block is not None}
+    assert set(result.changed) == inside
+    name = "model.layers.1.mlp.up_proj.weight"
+    values = torch.linalg.svdvals((after[name].float() - before[name].float()).double())
+    assert values[1] > 8 * values[2]
+    losses = [domain_losses(result, when) for when in ("before", "after")]
+    assert sum(losses[1].values()) < sum(losses[0].values())

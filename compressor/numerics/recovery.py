@@ -38,6 +38,17 @@ def logit_divergence(
     return (expected.exp() * (expected - found)).sum(-1) * temperature**2
 
 
+def hidden_distance(teacher: Tensor, student: Tensor) -> Tensor:
+    """Σ |t - s|² / Σ |t|² over all tokens: what share of the stream is missing, a scalar.
+
+    Args:
+        teacher: hidden states [tokens, hidden]; no gradient flows into them.
+        student: of the same shape.
+    """
+    expected = teacher.detach()
+    return (student - expected).square().sum() / expected.square().sum()
+
+
 def _with_rest(logs: Tensor) -> Tensor:
     """Log probabilities [tokens, k] with that of everything else appended."""
     kept = logs.logsumexp(-1, keepdim=True)

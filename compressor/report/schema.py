@@ -115,6 +115,21 @@ class StageFallback(Frozen):
     action: str
 
 
+class MixturePoint(Frozen):
+    """`compressor.types.MixturePoint` as it is written to JSON."""
+
+    at: int
+    shares: dict[str, float]
+    losses: dict[str, float]
+
+
+class Mixture(Frozen):
+    """Shares of the domains over time, of a stage that weighs them."""
+
+    unit: str = Field(description="what `at` counts: update, block or round")
+    points: tuple[MixturePoint, ...]
+
+
 _SIMPLE_METHODS = {
     "prune": "deletion that nothing makes up for",
     "transform": "the same rounding without the transform",
@@ -131,6 +146,7 @@ class StageFacts(Frozen):
     metrics_per_module: tuple[LayerMetric, ...] = ()
     fallbacks: tuple[StageFallback, ...] = ()
     notes: dict[str, float] = Field(default_factory=dict)
+    mixture: Mixture | None = None
 
     @property
     def simple_method(self) -> str:

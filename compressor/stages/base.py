@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 if TYPE_CHECKING:
-    from compressor.calibration import CalibrationSet
+    from compressor.calibration import CalibrationConfig, CalibrationSet
     from compressor.model.architecture import Architecture, Matrix
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
@@ -100,6 +100,15 @@ class StageConfig(BaseModel, ABC):
         """
         del problems
         return architecture
+
+    def check_text(self, calibration: CalibrationConfig | None, problems: ReportProblem) -> None:
+        """Report what cannot work on the text that the stage would read. Reads no document.
+
+        Args:
+            calibration: of the recipe.
+            problems: called for everything that is wrong.
+        """
+        del calibration, problems
 
     def changed(self, before: Architecture, after: Architecture) -> tuple[Matrix, ...]:
         """The matrices of `after` that the stage writes anew; those `plan` altered, by default."""

@@ -1,15 +1,9 @@
-"""Train a student to predict what its teacher predicts, and write it like its checkpoint.
-
-What an update sees follows from its number, the seed and, with `dro`, from shares of domains that
-are measured at fixed updates and kept beside the training checkpoint. A measurement behind the
-checkpoint is made again, with the same outcome.
-"""
+"""Train a student to predict what its teacher predicts, and write it like its checkpoint."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +13,25 @@ from torch.nn import functional
 
 from compressor.calibration import CalibrationSet, build_batches, build_development
 from compressor.errors import ModelError, TextError
-from compressor.formats.atomic import atomic_write_text
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
-from compressor.numerics.recovery import logit_divergence
-from compressor.numerics.robust import chi_square_weights, trusted_radius
+from compressor.numerics.recovery import hidden_distance, logit_divergence
+from compressor.stages.adapters import adapt, merge
 from compressor.stages.context import StageContext
+from compressor.stages.sampling import Leaning, Rows, Sampler, Source
 from compressor.training import Fit, Schedule, fit
 from compressor.types import StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.recover_distill import RecoverDistill
+    from compressor.stages.train_base import TrainConfig
 
 _WARMUP = 0.05
 _CLIP = 1.0
 _EVERY = 50  # updates between two checkpoints of training
-_HELD = 4  # windows of every domain that a student is measured on
+_HELD = 8  # windows of every domain that a student is measured on
 
 
 def distill(
@@ -59,24 +54,63 @@ def distill(
         NumericalError: the loss is not finite.
     """
     tokenizer = load_tokenizer(checkpoint)
+    teacher, student = pair(context.original, checkpoint, context, stage.checkpointing)
+    rows = training_rows(stage, tokenizer, calibration)
+    steps = stage.updates(rows.mean_length)
+    judge = Judge(teacher, student, held_out(tokenizer, student, rows))
+    path = context.folder / "dro.jsonl"
+    source = Source(judge.measure)
+    sampler = Sampler(leaning(stage), rows, source, steps, path, context.observer)
+    trained = _train(stage, teacher, student, rows, sampler, context)
+    merge(student)
+    sampler.finish(trained.steps)
+    result = _write(checkpoint, student, context)
+    return replace(
+        result,
+        notes=sampling_notes(sampler) | facts(trained, rows),
+        mixture=sampler.mixture(),
+        fallbacks=sampler.fallbacks(stage.method),
+    )
+
+
+def training_rows(stage: TrainConfig, tokenizer: Any, calibration: CalibrationSet | None) -> Rows:
+    """The text to train on.
+
+    Raises:
+        TextError: there is none, or not enough of a domain.
+    """
     text = calibration if stage.mix is None else build_batches(stage.text(), tokenizer)
     if text is None:
-        raise TextError("recover.distill has no text to train on", "name a `mix`")
-    teacher, student = _pair(checkpoint, context, stage.checkpointing)
+        raise TextError(f"{stage.method} has no text to train on", "name a `mix`")
     rows = Rows(text.batches)
-    held = build_development(tokenizer, longest=student.config.max_position_embeddings)
-    judge = Judge(teacher, student, [batch for batch in held if batch.domains[0] in rows.domains])
-    sampler = Sampler(stage, rows, judge, context.folder / "dro.jsonl")
-    trained = _train(stage, teacher, student, rows, sampler, context)
-    sampler.finish(trained.steps)
-    return _write(checkpoint, student, context, sampler.notes() | _facts(trained, rows))
+    for _, message, hint in stage.repeat_faults(rows.counts, stage.updates(rows.mean_length)):
+        raise TextError(message, hint)
+    return rows
 
 
-def _pair(checkpoint: Path, context: StageContext, checkpointing: bool) -> tuple[Any, Any]:
-    """Teacher without gradients and student with them, both fp32 and without dropout."""
-    if context.original is None:
+def leaning(stage: TrainConfig) -> Leaning:
+    """How a stage's sampler leans."""
+    options = (stage.sampler, stage.radius, stage.reference, stage.drift)
+    return Leaning(*options, every=stage.measure_every, batch=stage.batch)
+
+
+def held_out(tokenizer: Any, student: Any, rows: Rows) -> list[TokenBatch]:
+    """Development text of the domains that are trained on, a batch a domain."""
+    found = build_development(tokenizer, longest=student.config.max_position_embeddings)
+    return [batch for batch in found if batch.domains[0] in rows.domains]
+
+
+def pair(
+    original: Path | None, checkpoint: Path, context: StageContext, checkpointing: bool
+) -> tuple[Any, Any]:
+    """Teacher without gradients and student with them, both fp32 and without dropout.
+
+    Raises:
+        ModelError: there is no teacher, or it has another vocabulary.
+    """
+    if original is None:
         raise ModelError("recover.distill needs the original model to learn from")
-    teacher = load_model(context.original, context.device, torch.float32).requires_grad_(False)
+    teacher = load_model(original, context.device, torch.float32).requires_grad_(False)
     student = load_model(checkpoint, context.device, torch.float32)
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, student)]
     if sizes[0] != sizes[1]:
@@ -99,27 +133,28 @@ def _train(
     sampler: Sampler,
     context: StageContext,
 ) -> Fit:
-    parameters = dict(student.named_parameters())
-    part = stage.batch // stage.accumulate
-    mixed = context.device.type == "cuda"
-
     def loss(step: int) -> Tensor:
-        """Of all parts of an update; gradients of all but the last are added up already."""
-        chosen = rows.draw(sampler.shares(step), stage.batch, stage.seed, step)
-        total = torch.zeros((), device=context.device)
-        for start in range(0, stage.batch, part):
-            batch = rows.batch(chosen[start : start + part])
-            with torch.autocast(context.device.type, torch.bfloat16, enabled=mixed):
-                found = distance(stage, teacher, student, batch) / stage.accumulate
-            total = total + found
-            if start + part < stage.batch:
-                found.backward()  # type: ignore[no-untyped-call]
-                total = total.detach()
-        return total
+        return accumulated(
+            stage, rows, sampler, step, lambda b: distance(stage, teacher, student, b)
+        )
 
-    length = rows.mean_length
-    schedule = Schedule(
-        steps=max(1, round(stage.tokens / (stage.batch * length))),
+    architecture = Architecture.from_config(student.config.to_dict())
+    return fit(
+        adapt(student, architecture, stage.adapters, stage.seed)
+        if stage.adapters
+        else dict(student.named_parameters()),
+        loss,
+        schedule(stage, stage.updates(rows.mean_length)),
+        context.scratch,
+        context.observer,
+        "distilling",
+    )
+
+
+def schedule(stage: TrainConfig, steps: int) -> Schedule:
+    """How long and how fast a stage trains."""
+    return Schedule(
+        steps=steps,
         learning_rate=stage.learning_rate,
         warmup=_WARMUP,
         clip=_CLIP,
@@ -127,71 +162,48 @@ def _train(
         seconds=None if stage.minutes is None else 60 * stage.minutes,
         every=_EVERY,
     )
-    return fit(parameters, loss, schedule, context.scratch, context.observer, "distilling")
 
 
-def distance(stage: RecoverDistill, teacher: Any, student: Any, batch: TokenBatch) -> Tensor:
-    """Mean loss of a token: the divergence, and the cross entropy by its weight."""
+def accumulated(
+    stage: TrainConfig,
+    rows: Rows,
+    sampler: Sampler,
+    step: int,
+    loss: Callable[[TokenBatch], Tensor],
+) -> Tensor:
+    """Loss over all parts of an update; gradients of all but the last are added up already."""
+    chosen, part = rows.draw(sampler.shares(step), stage.batch, stage.seed, step), stage.batch
+    part //= stage.accumulate
+    total = torch.zeros(())
+    for start in range(0, stage.batch, part):
+        found = loss(rows.batch(chosen[start : start + part])) / stage.accumulate
+        total = total.to(found) + found
+        if start + part < stage.batch:
+            found.backward()  # type: ignore[no-untyped-call]
+            total = total.detach()
+    return total
+
+
+def distance(stage: TrainConfig, teacher: Any, student: Any, batch: TokenBatch) -> Tensor:
+    """Mean loss of a token: the divergence, and the others by their weights."""
     device = next(student.parameters()).device
     ids, mask = batch.input_ids.to(device), batch.mask.to(device)
-    with torch.no_grad():
-        expected = teacher(ids, use_cache=False).logits[mask]
-    logits = student(ids, use_cache=False).logits
-    options = {"top": stage.top_k, "temperature": stage.temperature}
-    total = logit_divergence(expected, logits[mask], **options).mean()  # type: ignore[arg-type]
+    half = stage.precision == "bf16" or (stage.precision == "auto" and device.type == "cuda")
+    asked = {"use_cache": False, "output_hidden_states": stage.hidden_states > 0}
+    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+        with torch.no_grad():
+            expected = teacher(ids, **asked)
+        found = student(ids, **asked)
+    logits, options = found.logits, {"top": stage.top_k, "temperature": stage.temperature}
+    total = logit_divergence(expected.logits[mask], logits[mask], **options).mean()  # type: ignore[arg-type]
+    if stage.hidden_states:
+        pair = (model.hidden_states[-1][mask].float() for model in (expected, found))
+        total = total + stage.hidden_states * hidden_distance(*pair)
     if stage.cross_entropy:
         labels = ids.masked_fill(~mask, -100)[:, 1:].flatten()
         own = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels)
         total = total + stage.cross_entropy * own
     return total
-
-
-class Rows:
-    """Windows of text by domain, drawn by the number of the update.
-
-    Args:
-        batches: the text.
-    """
-
-    def __init__(self, batches: Sequence[TokenBatch]) -> None:
-        found = [
-            (domain, ids, mask)
-            for batch in batches
-            for domain, ids, mask in zip(batch.domains, batch.input_ids, batch.mask, strict=True)
-        ]
-        self.domains = tuple(sorted({domain for domain, _, _ in found}))
-        self._rows = [(ids[: int(mask.sum())], domain) for domain, ids, mask in found]
-        self._by_domain = [
-            [number for number, row in enumerate(self._rows) if row[1] == domain]
-            for domain in self.domains
-        ]
-        counts = torch.tensor([len(rows) for rows in self._by_domain], dtype=torch.float64)
-        self.shares = counts / counts.sum()
-        self.mean_length = sum(len(ids) for ids, _ in self._rows) / len(self._rows)
-        self.seen = [0] * len(self.domains)
-
-    def draw(self, shares: Tensor, count: int, seed: int, step: int) -> list[int]:
-        """Numbers of the windows of an update: domains by their shares, any window of each."""
-        generator = torch.Generator().manual_seed(seed * 2**32 + step)
-        domains = torch.multinomial(shares, count, replacement=True, generator=generator)
-        chosen = []
-        for domain in domains.tolist():
-            rows = self._by_domain[domain]
-            place = int(torch.randint(len(rows), (), generator=generator))
-            chosen.append(rows[place])
-            self.seen[domain] += 1
-        return chosen
-
-    def batch(self, chosen: Sequence[int]) -> TokenBatch:
-        """Windows of these numbers, padded on the right."""
-        rows = [self._rows[number] for number in chosen]
-        longest = max(len(ids) for ids, _ in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        for number, (row, _) in enumerate(rows):
-            ids[number, : len(row)] = row
-            mask[number, : len(row)] = True
-        return TokenBatch(ids, mask, tuple(domain for _, domain in rows))
 
 
 @dataclass
@@ -208,100 +220,43 @@ class Judge:
         return tuple(batch.domains[0] for batch in self.batches)
 
     @torch.no_grad()
-    def measure(self) -> tuple[list[float], list[float]]:
-        """Mean KL of every domain in nats per token, and its standard error over windows."""
-        means, errors = [], []
-        device = next(self.student.parameters()).device
+    def measure(self) -> dict[str, Tensor]:
+        """KL of every window in nats per token, fp64 [windows], by domain."""
+        losses, device = {}, next(self.student.parameters()).device
         for batch in self.batches:
             found = []
             for ids, mask in zip(batch.input_ids[:_HELD], batch.mask[:_HELD], strict=True):
                 row = ids[mask][None].to(device)
-                pair = (
+                logits = (
                     model(row, use_cache=False).logits[0] for model in (self.teacher, self.student)
                 )
-                found.append(logit_divergence(*pair).mean())
-            values = torch.stack(found).double()
-            means.append(float(values.mean()))
-            spread = float(values.std()) if len(values) > 1 else 0.0
-            errors.append(spread / len(values) ** 0.5)
-        return means, errors
+                found.append(logit_divergence(*logits).mean())
+            losses[batch.domains[0]] = torch.stack(found).double().cpu()
+        return losses
 
 
-class Sampler:
-    """Shares of the domains at every update.
-
-    Args:
-        stage: says whether they lean towards the worst domain.
-        rows: the text, with the shares to begin with.
-        judge: measures domains on held-out text.
-        path: one JSON object a measurement: update, losses and shares by domain.
-    """
-
-    def __init__(self, stage: RecoverDistill, rows: Rows, judge: Judge, path: Path) -> None:
-        self.stage, self.rows, self.judge, self.path = stage, rows, judge, path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.history: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def shares(self, step: int) -> Tensor:
-        """q [domains] of an update; measured anew at every so many of them."""
-        every = self.stage.measure_every
-        if self.stage.sampler == "static":
-            if step == 0:
-                self._measure(0)
-            return self.rows.shares
-        if step % every == 0:
-            self._measure(step)
-        entry = next(e for e in reversed(self.history) if e["update"] <= step)
-        return torch.tensor([entry["shares"][name] for name in self.rows.domains]).double()
-
-    def finish(self, steps: int) -> None:
-        """Measure the trained student."""
-        self._measure(steps)
-
-    def _measure(self, step: int) -> None:
-        self.history = [entry for entry in self.history if entry["update"] < step]
-        means, errors = self.judge.measure()
-        shares = self._leaning(means, errors)
-        entry = {
-            "update": step,
-            "loss": dict(zip(self.judge.domains, means, strict=True)),
-            "shares": dict(zip(self.rows.domains, shares.tolist(), strict=True)),
-        }
-        self.history.append(entry)
-        atomic_write_text(self.path, "".join(f"{json.dumps(e)}\n" for e in self.history))
-
-    def _leaning(self, means: Sequence[float], errors: Sequence[float]) -> Tensor:
-        """Domains without held-out text keep their share. The teacher itself is at distance 0."""
-        base = self.rows.shares
-        if self.stage.sampler == "static" or len(means) < len(self.rows.domains):
-            return base
-        losses = torch.tensor(means).double()
-        radius = trusted_radius(self.stage.radius, losses, torch.tensor(errors))
-        return chi_square_weights(base, losses, radius)
-
-    def notes(self) -> dict[str, float]:
-        """Losses and shares of the domains, before and after."""
-        first, last = self.history[0], self.history[-1]
-        found = {}
-        for name in self.judge.domains:
-            found[f"held-out KL before, {name}"] = first["loss"][name]
-            found[f"held-out KL after, {name}"] = last["loss"][name]
-        if self.stage.sampler == "dro":
-            found |= {f"share at the end, {k}": v for k, v in last["shares"].items()}
-        return found
+def sampling_notes(sampler: Sampler) -> dict[str, float]:
+    """Losses and shares of the domains, before and after."""
+    first, last = sampler.history[0], sampler.history[-1]
+    found = {}
+    for name in last["loss"]:
+        found[f"held-out KL before, {name}"] = first["loss"][name]
+        found[f"held-out KL after, {name}"] = last["loss"][name]
+    if first["shares"] != last["shares"] or last["radius"]:
+        found |= {f"share at the end, {k}": v for k, v in last["shares"].items()}
+    return found
 
 
-def _facts(trained: Fit, rows: Rows) -> dict[str, float]:
+def facts(trained: Fit, rows: Rows) -> dict[str, float]:
+    """What the report says about the training."""
     return {
         "updates": float(trained.steps),
         "training loss at the end": trained.mean_loss(),
-        "windows of text": float(len(rows._rows)),
+        "windows of text": float(len(rows)),
     }
 
 
-def _write(
-    checkpoint: Path, student: Any, context: StageContext, notes: dict[str, float]
-) -> StageResult:
+def _write(checkpoint: Path, student: Any, context: StageContext) -> StageResult:
     """The student's weights under the names, in the dtypes and shards of its checkpoint."""
     config = read_config(checkpoint)
     architecture = Architecture.from_config(config)
@@ -326,4 +281,4 @@ def _write(
     outside = trained([name for name in reader if not name.startswith(path)])
     writer.write_shard(shard_name("outside"), outside)
     writer.finish(config, checkpoint, architecture.parameters)
-    return StageResult(checkpoint=context.folder, changed=tuple(changed), notes=notes)
+    return StageResult(checkpoint=context.folder, changed=tuple(changed))

@@ -29,7 +29,7 @@ from compressor.stages.depth import greedy, one_shot, spread_rows, write_layers
 from compressor.stages.prune_depth import PruneDepth
 from compressor.stages.pruning import Job, domains_of, prune_widths, size_notes
 from compressor.stages.unit_choice import compensated
-from compressor.types import StageResult, TokenBatch
+from compressor.types import MixturePoint, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.prune_obs import PruneObs
@@ -189,7 +189,11 @@ def prune_robustly(
     result = prune_mix(mix, checkpoint, batches, context)
     notes = {f"worst held-out KL, round {number}": kl for number, kl in enumerate(worst, 1)}
     notes |= {f"weight of {name}": share for name, share in rounds[best]["weights"].items()}
-    return replace(result, notes=result.notes | notes)
+    mixture = tuple(
+        MixturePoint(number, found["weights"], found["mean"])
+        for number, found in enumerate(rounds, 1)
+    )
+    return replace(result, notes=result.notes | notes, mixture=mixture, mixture_unit="round")
 
 
 def _shares(batches: Sequence[TokenBatch]) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,7 +40,7 @@ from compressor.stages.rounding import (
     round_model,
 )
 from compressor.stages.solving import compensated
-from compressor.types import StageResult, TokenBatch
+from compressor.types import BlockRecord, MixturePoint, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.quantize_gptq import QuantizeGptq
@@ -68,15 +68,33 @@ def robust_gptq(
     else:
         balance.begin(choose(stage, checkpoint, calibration.batches, balance, context))
     chosen = stage.model_copy(update=balance.choice)
-    return round_model(
+    records = list(context.finished)
+
+    def block_done(record: BlockRecord) -> None:
+        records.append(record)
+        context.block_done(record)
+
+    result = round_model(
         chosen,
         compensated(chosen),
         checkpoint,
         calibration.batches,
-        context,
+        replace(context, block_done=block_done),
         sublayers=stage.sequential == "sublayer",
         reference=True,
         balance=balance,
+    )
+    return replace(result, mixture=_mixture(records), mixture_unit="block")
+
+
+def _mixture(records: Sequence[BlockRecord]) -> tuple[MixturePoint, ...]:
+    """Weights of the domains behind every block."""
+    return tuple(
+        MixturePoint(
+            record.block,
+            {n.removeprefix(WEIGHT): w for n, w in record.notes.items() if n.startswith(WEIGHT)},
+        )
+        for record in records
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from compressor.numerics.recovery import logit_divergence
+from compressor.numerics.recovery import hidden_distance, logit_divergence
 
 
 def logits(seed: int) -> torch.Tensor:
@@ -65,3 +65,14 @@ def test_what_cannot_be_compared_is_refused(top: int) -> None:
         logit_divergence(logits(1), logits(2), top=top)
     with pytest.raises(ValueError, match="do not pair"):
         logit_divergence(logits(1), logits(2)[:, :5])
+
+
+def test_the_distance_of_hidden_states_is_the_share_that_is_missing() -> None:
+    teacher = torch.tensor([[3.0, 4.0], [0.0, 5.0]], requires_grad=True)
+    student = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
+    found = hidden_distance(teacher, student)
+    found.backward()
+    assert float(found.detach()) == pytest.approx(0.5)
+    assert teacher.grad is None
+    assert student.grad is not None
+    assert student.grad.tolist() == [[0, 0], [0, pytest.approx(-0.2)]]

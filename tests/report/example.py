@@ -38,6 +38,8 @@ from compressor.report.schema import (
     FileHash,
     Hardware,
     LayerMetric,
+    Mixture,
+    MixturePoint,
     Report,
     Reproduce,
     RoleBytes,
@@ -281,6 +283,7 @@ def variants() -> tuple[Variant, ...]:
             seconds=71.4,
             peak_bytes=1_310_000_000,
             notes={"blocks_removed": 2},
+            mixture=mixture(),
         ),
         size=size(
             257_243_998,
@@ -291,6 +294,18 @@ def variants() -> tuple[Variant, ...]:
         ),
     )
     return base, pruned, quantized(embeddings)
+
+
+def mixture() -> Mixture:
+    """Code leads and gains, the others give."""
+    points = []
+    for place in range(90):
+        lean = 0.2 * place / 89
+        shares = {name: (1 - lean) / len(DOMAINS) for name in DOMAINS}
+        shares["code"] += lean
+        losses = {name: 0.3 + level - place / 200 for name, (level, _, _) in DOMAINS.items()}
+        points.append(MixturePoint(at=10 * place, shares=shares, losses=losses))
+    return Mixture(unit="update", points=tuple(points))
 
 
 def quantized(embeddings: int) -> Variant:

@@ -37,6 +37,7 @@ KEYS = [
     "ccdf",
     "position",
     "layers-2-quantize-gptq",
+    "mixture-1-prune-depth",
     "bytes",
     "cost",
 ]
@@ -229,6 +230,29 @@ def test_bars_of_the_waterfall_are_as_long_as_their_bytes(report: Report) -> Non
     assert final / base == pytest.approx(sizes[1] / sizes[0], rel=1e-3)
     gone, come = (sum(w for cls, w in bars if cls == tone) for tone in ("cool", "warm"))
     assert base - gone + come == pytest.approx(final, abs=0.1)
+
+
+def test_the_mixture_is_drawn_as_it_was(report: Report) -> None:
+    """The curve of every domain ends where its last share is, on the scale of the axis."""
+    figure = next(f for f in figures(report) if f.key == "mixture-1-prune-depth")
+    assert "code: 16.7" in figure.description
+    root = ET.fromstring(figure.standalone(palette.LIGHT, WIDE))
+    lines = [str(line.get("points")).split() for line in root.iter(f"{SVG}polyline")]
+    assert len(lines) == 2 * len(example.DOMAINS)
+    assert {len(line) for line in lines} == {60}
+    ends = dict(zip(example.DOMAINS, (line[-1] for line in lines), strict=False))
+    shares = report.variants[1].stage.mixture.points[-1].shares
+    heights = {name: float(point.split(",")[1]) for name, point in ends.items()}
+    assert min(heights, key=heights.__getitem__) == "code" == max(shares, key=shares.__getitem__)
+    bottom, unit = 250 - 44, (250 - 44 - heights["prose"]) / shares["prose"]
+    assert heights["code"] == pytest.approx(bottom - unit * shares["code"], abs=0.2)
+    one = report.variants[1].stage.mixture.points[:1]
+    stage = report.variants[1].stage.model_copy(
+        update={"mixture": report.variants[1].stage.mixture.model_copy(update={"points": one})}
+    )
+    variants = (report.variants[0], report.variants[1].model_copy(update={"stage": stage}))
+    short = report.model_copy(update={"variants": (*variants, report.variants[2])})
+    assert not any(f.key.startswith("mixture") for f in figures(short))
 
 
 @pytest.mark.parametrize("colours", [palette.LIGHT, palette.DARK])

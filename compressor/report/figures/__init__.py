@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.report.figures import accuracy, drafts, structure
+from compressor.report.figures import accuracy, drafts, mixture, structure
 from compressor.report.figures.base import Figure
 from compressor.report.schema import Report
 
@@ -17,5 +17,6 @@ def figures(report: Report) -> list[Figure]:
         accuracy.position(report),
     ]
     inside = [structure.waterfall(report), structure.cost(report)]
-    found = [*single, *structure.layers(report), *inside, *drafts.drafts(report)]
+    stages = [*structure.layers(report), *mixture.mixtures(report)]
+    found = [*single, *stages, *inside, *drafts.drafts(report)]
     return [figure for figure in found if figure is not None]

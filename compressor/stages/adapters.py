@@ -1,0 +1,66 @@
+"""Low-rank adapters on the matrices of a live model, trained in their place and merged afterwards.
+
+W + B A with A [rank, in] random and B [out, rank] zero at first (Hu et al. 2021, "LoRA",
+arXiv:2106.09685): gradients and moments are those of A and B alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compressor.model.architecture import Architecture
+
+
+class LowRank(nn.Module):
+    """Adds B A to a weight.
+
+    Args:
+        weight: [out, in], whichever way round it is stored.
+        rank: of the sum.
+        generator: draws A.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        drawn = torch.randn(rank, columns, generator=generator) / columns**0.5
+        self.right = nn.Parameter(drawn.to(weight))
+        self.left = nn.Parameter(torch.zeros(rows, rank).to(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """W + B A."""
+        return weight + self.left @ self.right
+
+
+def adapt(student: Any, architecture: Architecture, rank: int, seed: int) -> dict[str, Tensor]:
+    """Put adapters on every matrix of the blocks; what they learn, by name.
+
+    Args:
+        student: the live model; its own weights take no gradients from now on.
+        architecture: its map.
+        rank: of every adapter.
+        seed: of their beginnings.
+    """
+    student.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    learned: dict[str, Tensor] = {}
+    for matrix in architecture.matrices:
+        if matrix.block is None:
+            continue
+        name = architecture.module_tensor(matrix.tensor).removesuffix(".weight")
+        module = student.get_submodule(name)
+        adapter = LowRank(module.weight, rank, generator)
+        parametrize.register_parametrization(module, "weight", adapter)
+        learned |= {f"{name}.left": adapter.left, f"{name}.right": adapter.right}
+    return learned
+
+
+def merge(student: Any) -> None:
+    """Make the sums the weights; the model has its own parameters again."""
+    for module in list(student.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)

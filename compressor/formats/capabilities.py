@@ -208,7 +208,7 @@ ENGINES: Mapping[str, Engine] = {
         "GPTQModel",
         "7.7 on CPU",
         {
-            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True),
+            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, evidence="run"),
             "awq": Limits(_FOUR, multiple=8, mixed_fused=True),
         },
     ),

@@ -256,3 +256,15 @@ def test_adapters_are_merged_and_nothing_else_moves(
     assert values[1] > 8 * values[2]
     losses = [domain_losses(result, when) for when in ("before", "after")]
     assert sum(losses[1].values()) < sum(losses[0].values())
+
+
+def test_the_plan_counts_what_training_costs() -> None:
+    tiny = Architecture.from_config(read_config(TINY))
+    inside = sum(matrix.parameters for matrix in tiny.matrices if matrix.block is not None)
+    products = inside + tiny.hidden * tiny.vocab  # the head multiplies, the embedding looks up
+    stage = RecoverDistill(tokens=1000, batch=8, accumulate=2, mix="default", length=64)
+    assert stage.flops(tiny) == 1000 * (2 + 6) * products  # the original, then forward and backward
+    again = RecoverDistill(tokens=1000, checkpointing=True)
+    assert again.flops(tiny) == stage.flops(tiny) + 2 * 1000 * inside
+    logits = 3 * 4 * (8 // 2) * 64 * tiny.vocab
+    assert stage.memory(tiny) == 5 * 4 * tiny.parameters + logits  # weights, gradients, moments

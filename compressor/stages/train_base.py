@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
 
 _BYTES = 4  # fp32
+_ROW = 512  # tokens of the usual row of calibration text
 
 
 class TrainConfig(StageConfig):
@@ -215,6 +216,28 @@ class TrainConfig(StageConfig):
         """What `mix`, `windows` and `length` describe."""
         return CalibrationConfig(
             mix=self.mix or "default", samples=self.windows, length=self.length, seed=self.seed
+        )
+
+    def flops(self, architecture: Architecture) -> float:
+        """Operations: a forward pass of the original for every token, forward and backward of the
+        model, and blocks once more where activations are computed again.
+        """
+        inside = sum(
+            matrix.parameters for matrix in architecture.matrices if matrix.block is not None
+        )
+        head = architecture.hidden * architecture.vocab
+        again = inside if self.checkpointing else 0
+        return 2.0 * self.tokens * (4 * (inside + head) + again)
+
+    def memory(self, architecture: Architecture) -> int:
+        """Bytes at the peak: what training holds, the original, and the logits of one part."""
+        original = _BYTES * architecture.parameters
+        rows = max(1, self.batch // self.accumulate)
+        length = self.length if self.mix is not None else min(_ROW, architecture.max_positions)
+        return (
+            self.training_bytes(architecture)
+            + original
+            + 3 * _BYTES * rows * length * architecture.vocab
         )
 
     def training_bytes(self, architecture: Architecture) -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Does leaning towards the worst domain do real work? Seven arms on text whose truth is known.
 
-    python benchmarks/dro_arms.py [--seeds 6] [--steps 400] [--radius 1.0] [-o out/dro]
+    python benchmarks/dro_arms.py [--seeds 6] [--first 0] [--steps 400] [--radius 1.0] [-o out/dro]
 
 A small Llama learns four domains from nothing: `easy` (a fixed cycle), `slow` and `rare` (values
 that belong to keys, to be memorised; some keys are seldom) and `noise` (uniform tokens, of which
@@ -205,23 +205,23 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return float(found.mean()), float(stats.t.ppf(0.975, len(values) - 1)) * error
 
 
-def table(cells: Mapping[tuple[str, int], Mapping[str, Any]], seeds: int) -> list[str]:
+def table(cells: Mapping[tuple[str, int], Mapping[str, Any]], seeds: Sequence[int]) -> list[str]:
     """Markdown: an arm a row, with paired differences to `static` and `uniform`."""
     oracle = [
-        {name: cells[f"oracle-{name}", seed]["loss"][name] for name in SHARES}
-        for seed in range(seeds)
+        {name: cells[f"oracle-{name}", seed]["loss"][name] for name in SHARES} for seed in seeds
     ]
     found = {
-        arm: [summary(cells[arm, seed], oracle[seed]) for seed in range(seeds)] for arm in ARMS
+        arm: [summary(cells[arm, s], own) for s, own in zip(seeds, oracle, strict=True)]
+        for arm in ARMS
     }
     head = "| arm | worst excess | to static | to uniform | mean loss | to static | shares |"
     lines = [head, "|---|---|---|---|---|---|---|"]
     for arm in ARMS:
-        worst = sum(pair[0] for pair in found[arm]) / seeds
-        mean = sum(pair[1] for pair in found[arm]) / seeds
+        worst = sum(pair[0] for pair in found[arm]) / len(seeds)
+        mean = sum(pair[1] for pair in found[arm]) / len(seeds)
         against = [_against(found, arm, *which) for which in (("static", 0), ("uniform", 0))]
         shares = ", ".join(
-            f"{name} {sum(cells[arm, s]['shares'][name] for s in range(seeds)) / seeds:.2f}"
+            f"{name} {sum(cells[arm, s]['shares'][name] for s in seeds) / len(seeds):.2f}"
             for name in SHARES
         )
         change = _against(found, arm, "static", 1)
@@ -241,11 +241,11 @@ def _against(found: Mapping[str, list[tuple[float, float]]], arm: str, other: st
     return f"{100 * mean / base:+.1f} ± {100 * half / base:.1f} %"
 
 
-def run(out: Path, seeds: int, size: Size) -> list[str]:
+def run(out: Path, seeds: Sequence[int], size: Size) -> list[str]:
     """Every cell that is missing, then the table."""
     out.mkdir(parents=True, exist_ok=True)
     kept, cells = Kept(out / "cells.jsonl"), {}
-    for seed in range(seeds):
+    for seed in seeds:
         for arm in (*(f"oracle-{name}" for name in SHARES), *ARMS):
             replay = cells["dro", seed]["shares"] if arm == "replay" else None
             key = f"{arm}/{seed}/{size.steps}/{size.radius:g}"
@@ -255,14 +255,16 @@ def run(out: Path, seeds: int, size: Size) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--seeds", type=int, default=6, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--radius", type=float, default=1.0)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/dro"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     size = Size(options.steps, options.radius)
-    print("\n".join(run(options.out, options.seeds, size)))
+    seeds = range(options.first, options.first + options.seeds)
+    print("\n".join(run(options.out, seeds, size)))
 
 
 if __name__ == "__main__":

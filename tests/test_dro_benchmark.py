@@ -30,13 +30,13 @@ def test_all_arms_run_and_are_not_run_again(
     arms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = arms.Size(steps=40, radius=1.0)
-    lines = arms.run(tmp_path, 2, size)
+    lines = arms.run(tmp_path, range(2), size)
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == list(arms.ARMS)
     assert lines[3].count("–") == 2  # static against itself
     kept = (tmp_path / "cells.jsonl").read_text()
     assert len(kept.splitlines()) == 2 * (len(arms.ARMS) + len(arms.SHARES))
     monkeypatch.setattr(arms, "train", lambda *_: pytest.fail("run again"))
-    assert arms.run(tmp_path, 2, size) == lines
+    assert arms.run(tmp_path, range(2), size) == lines
     assert (tmp_path / "cells.jsonl").read_text() == kept
 
 

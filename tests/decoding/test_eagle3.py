@@ -235,9 +235,10 @@ def test_default_features_carry_no_ids() -> None:
 
 def test_the_plan_says_when_default_features_are_not_low_to_high() -> None:
     sizes = Architecture.from_config(read_config(resources.builtin_model("tiny")))
-    (remark,) = DraftEagle3().remarks(sizes)
-    assert "hidden_states [2, 2, 1]" in remark
-    assert "features: [1, 2, 3]" in remark
+    twice, order = DraftEagle3().remarks(sizes)
+    assert "vLLM" in twice
+    assert "hidden_states [2, 2, 1]" in order
+    assert "features: [1, 2, 3]" in order
     assert not DraftEagle3(features=(1, 2, 3)).remarks(sizes)
 
 

@@ -84,7 +84,7 @@ def test_layout(
     title = re.search(r"<title>(\{.*?\})</title>", found.stdout)
     assert title
     seen = json.loads(title[1].replace("&gt;", ">").replace("&amp;", "&"))
-    assert len(seen["figures"]) == 8
+    assert len(seen["figures"]) == 9
     assert all(name.endswith(suffix) for name in seen["figures"])
     assert seen["out"] == []
     assert seen["wide"] <= 0

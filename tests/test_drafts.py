@@ -164,9 +164,12 @@ def test_a_time_box_is_told(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert report["drafts"][1]["stage"]["notes"]["training_steps"] == 12
     assert not report["fallbacks"]
-    fallback = _cut_short(DraftEagle3(steps=100, minutes=2.0), Fit(50, 121.0, (1.0,) * 50))
-    assert fallback[0].reason == "2 minutes were over after 50 of 100 steps"
-    assert not _cut_short(DraftEagle3(steps=50), Fit(50, 121.0, (1.0,) * 50))
+    box, done = DraftEagle3(steps=100, minutes=2.0), Fit(50, 121.0, (1.0,) * 50)
+    (fallback,) = _cut_short(box, box.rows, done)
+    assert fallback.reason == "2 minutes were over after 50 of 100 steps"
+    assert not _cut_short(DraftEagle3(steps=50), DraftEagle3().rows, done)
+    (fallback,) = _cut_short(DraftEagle3(steps=50, writing_minutes=3.0), 64, done)
+    assert fallback.reason == "3 minutes were over after 64 of 312 rows"
 
 
 def test_the_draft_is_a_plain_checkpoint_with_the_best_number_of_tokens(run: Path) -> None:

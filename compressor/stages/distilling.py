@@ -17,6 +17,7 @@ from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
+from compressor.model.precision import trains_in_half
 from compressor.numerics.recovery import hidden_distance, logit_divergence
 from compressor.stages.adapters import adapt, merge
 from compressor.stages.context import StageContext
@@ -188,7 +189,7 @@ def distance(stage: TrainConfig, teacher: Any, student: Any, batch: TokenBatch) 
     """Mean loss of a token: the divergence, and the others by their weights."""
     device = next(student.parameters()).device
     ids, mask = batch.input_ids.to(device), batch.mask.to(device)
-    half = stage.precision == "bf16" or (stage.precision == "auto" and device.type == "cuda")
+    half = trains_in_half(stage.precision, device)
     asked = {"use_cache": False, "output_hidden_states": stage.hidden_states > 0}
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         with torch.no_grad():

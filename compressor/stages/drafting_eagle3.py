@@ -27,10 +27,17 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.eagle3 import flat_config, speculators_config, speculators_tensors
 from compressor.formats.shards import save_tensors
 from compressor.model.architecture import Architecture
-from compressor.model.load import load_model, load_tokenizer, read_config
-from compressor.numerics.distillation import divergence
+from compressor.model.load import load_tokenizer, read_config
+from compressor.numerics.distillation import ROWS, teach, truncated
 from compressor.stages.context import StageContext
-from compressor.stages.drafting import PROBES, finish, read_corpus, train
+from compressor.stages.drafting import (
+    PROBES,
+    finish,
+    half_products,
+    load_target,
+    read_corpus,
+    train,
+)
 from compressor.types import StageResult
 
 if TYPE_CHECKING:
@@ -48,7 +55,7 @@ def distil_eagle3(
         calibration: text.
         context: `folder` receives the draft.
     """
-    target = load_model(checkpoint, context.device, torch.float32)
+    target = load_target(config, checkpoint, context)
     sizes = Architecture.from_config(read_config(checkpoint))
     layers = config.layers(sizes.layers)
     corpus = read_corpus(config, target, checkpoint, layers, calibration, context)
@@ -116,17 +123,32 @@ class Lesson:
         number = corpus.at(step, config.seed)
         tokens, hidden = corpus.ids(number), corpus.hidden(number)
         counts = corpus.mask(number) & self.known[self.said[number].to(self.known.device)]
-        with torch.no_grad():
-            teacher = self.rows.logits(hidden).softmax(-1)
-        unrolled = unroll(self.head, corpus.features(number), tokens, config.ttt_steps)
+        with half_products(config, tokens.device):
+            unrolled = unroll(self.head, corpus.features(number), tokens, config.ttt_steps)
+            teacher = self._teacher(hidden)
+        places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
         total = torch.zeros((), device=tokens.device)
-        for place, logits in enumerate(unrolled):
-            later = slice(1 + place, None)
-            part = divergence(
-                config.loss, logits, teacher[:, later], counts[:, later], config.top_k
+        for place, states in enumerate(unrolled):
+            counted = counts[:, 1 + place :]
+            part = teach(
+                self.head.norm(states[counted]),
+                self.head.lm_head.weight,
+                teacher,
+                places[:, 1 + place :][counted],
+                config.loss,
             )
             total = total + config.decay**place * part
         return total / sum(config.decay**place for place in range(config.ttt_steps))
+
+    @torch.no_grad()
+    def _teacher(self, hidden: Tensor) -> Tensor:
+        """What the target says at every place, on the draft's vocabulary [B · T, V_d]."""
+        parts = []
+        for states in torch.split(hidden.flatten(0, 1), ROWS):
+            logits = self.rows.logits(states)
+            p = truncated(logits.float().softmax(-1), self.config.top_k)
+            parts.append(p.to(logits.dtype))
+        return torch.cat(parts)
 
 
 def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:

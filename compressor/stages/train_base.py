@@ -14,7 +14,7 @@ from compressor.calibration import (
     require_origin,
 )
 from compressor.errors import UsageError
-from compressor.stages.base import Need, ReportProblem, StageConfig, option
+from compressor.stages.base import Need, ReportProblem, StageConfig, option, precision_option
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
@@ -94,11 +94,7 @@ class TrainConfig(StageConfig):
         source="Minitron, arXiv:2407.14679",
         ge=0,
     )
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto",
-        "Of products in forward and backward passes; weights and moments stay fp32. `auto` takes "
-        "bf16 on a GPU.",
-    )
+    precision: Literal["auto", "fp32", "bf16"] = precision_option()
     sampler: Literal["static", "dro"] = option(
         "static",
         "Shares of the domains: `static`, as in the text; `dro`, more of those that are "

@@ -2,7 +2,7 @@
 """Train a draft for SmolLM2-135M-Instruct within some minutes and say what it is worth here.
 
     python benchmarks/drafts_smollm2.py --minutes 60 --steps 1500 [--kind eagle3] [--model DIR]
-        [--precision bf16] [--prompts 8] [-o out/drafts-smollm2] [--results FILE.md]
+        [--precision bf16] [--decode float32 bfloat16] [--prompts 8] [-o out/drafts-smollm2] [--results FILE.md]
 
 A quarter of the time goes into text that the target writes, requests and answers, and a bit more
 than half into training in bf16; the rest is for reading the text. Then τ at γ = 5 on held-out chat
@@ -30,7 +30,7 @@ from compressor.decoding.measure import Protocol, measure_draft
 from compressor.decoding.results import WORTHWHILE, DraftMeasurement
 from compressor.model.load import load_model, load_tokenizer, resolve
 from compressor.numerics.speculative import limiting_term
-from compressor.progress import observer
+from compressor.progress import Observer, observer
 
 DRAFTED = 5
 ROW = 256  # tokens of a row of text
@@ -63,6 +63,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--steps", type=int, required=True, help="if the time suffices")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument(
+        "--decode", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--kind", choices=("eagle3", "standalone"), default="eagle3")
     parser.add_argument("--model", default="cache/SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=int, default=8, help="of each kind, at most 8")
@@ -115,37 +119,57 @@ def main() -> None:
     with observer(quiet=False) as watcher:
         calibration = build_batches(CalibrationConfig(samples=samples, length=256), tokenizer)
         folder = finished(drafter, base, calibration, options.out / "draft", watcher)
-        path = options.out / "measurement.json"
-        if not path.is_file():
-            model = load_model(base, torch.device("cpu"), torch.float32)
-            draft = load_draft(folder, model, tokenizer_sha256(base))
-            found = measure_draft(
-                CachedModel(model, draft.layers),
-                draft,
-                drafter.untrained(model, folder),  # type: ignore[attr-defined]
-                chat_prompts(tokenizer, options.prompts),
-                Protocol(DRAFTED, options.new_tokens, None, 2 * options.prompts, 0, (1,)),
-                watcher,
-            )
-            path.write_text(found.model_dump_json(indent=1))
-    text = "\n".join(
-        report(options, folder, DraftMeasurement.model_validate_json(path.read_text()))
-    )
+        prompts = chat_prompts(tokenizer, options.prompts)
+        lines = []
+        for name in options.decode:
+            found = measured(options, base, drafter, folder, prompts, name, watcher)
+            lines += [*report(options, folder, found, name), ""]
+    text = "\n".join(lines)
     print(text)
     if options.results:
-        options.results.write_text(text + "\n")
+        options.results.write_text(text)
 
 
-def report(options: argparse.Namespace, folder: Path, found: DraftMeasurement) -> list[str]:
+def measured(
+    options: argparse.Namespace,
+    base: Path,
+    drafter: Any,
+    folder: Path,
+    prompts: dict[str, list[list[int]]],
+    precision: str,
+    watcher: Observer,
+) -> DraftMeasurement:
+    """Target and draft decode in this precision; what OUT holds is not measured again."""
+    path: Path = options.out / f"measurement-{precision}.json"
+    if not path.is_file():
+        model = load_model(base, torch.device("cpu"), getattr(torch, precision))
+        draft = load_draft(folder, model, tokenizer_sha256(base))
+        timed = sum(map(len, prompts.values()))
+        found = measure_draft(
+            CachedModel(model, draft.layers),
+            draft,
+            drafter.untrained(model, folder),
+            prompts,
+            Protocol(DRAFTED, options.new_tokens, None, timed, 0, options.batches),
+            watcher,
+        )
+        path.write_text(found.model_dump_json(indent=1))
+    return DraftMeasurement.model_validate_json(path.read_text())
+
+
+def report(
+    options: argparse.Namespace, folder: Path, found: DraftMeasurement, precision: str
+) -> list[str]:
     """Acceptance by kind of prompt, then speed."""
-    binding, (speed,) = read_binding(folder), found.speeds
+    binding, speed = read_binding(folder), found.speeds[0]
     limit = limiting_term(found.greedy.by_position, speed.draft_cost, speed.verify_costs)
     verdict = "pays" if found.worthwhile else f"no speed-up, do not deploy: {limit.term}"
     lines = [
-        f"`python benchmarks/drafts_smollm2.py --minutes {options.minutes:g} "
-        f"--kind {options.kind}`: {binding.trained_tokens} training tokens, fp32, "
-        f"{torch.get_num_threads()} threads, {speed.plain_tokens_per_second:.1f} plain tokens a "
-        f"second; same text in {found.identical} of {found.prompts}",
+        f"`python benchmarks/drafts_smollm2.py --minutes {options.minutes:g} --steps "
+        f"{options.steps} --kind {options.kind}`: {binding.trained_tokens} training tokens in "
+        f"{options.precision}; decoded in {precision} by {torch.get_num_threads()} threads, "
+        f"{speed.plain_tokens_per_second:.1f} plain tokens a second; same text in "
+        f"{found.identical} of {found.prompts}, largest margin {found.largest_margin:.2g}",
         "",
         f"| prompts | τ at γ = {DRAFTED}, greedy | sampled | predicted at γ = {speed.drafted} "
         "| measured |",
@@ -170,7 +194,13 @@ def report(options: argparse.Namespace, folder: Path, found: DraftMeasurement) -
         f"| transformers' assisted generation, same draft | {assisted} |",
         "",
         f"c = {speed.draft_cost:.3f}, v = {', '.join(f'{v:.2f}' for v in speed.verify_costs)}; "
-        f"wanted is {WORTHWHILE}: {verdict}.",
+        f"wanted is {WORTHWHILE}: {verdict}. Accepted by position: "
+        f"{', '.join(f'{share:.2f}' for share in found.greedy.by_position)}.",
+    ]
+    lines += [
+        f"Batch {more.batch}: {more.measured:.2f} at γ = {more.drafted} (predicted "
+        f"{more.predicted:.2f}), prompt lookup {more.lookup:.2f}."
+        for more in found.speeds[1:]
     ]
     if binding.curve is not None and binding.curve.fit is not None:
         points = ", ".join(f"{p.tokens}: {p.length:.2f}" for p in binding.curve.points)

@@ -188,6 +188,11 @@ def test_the_loss_leaves_out_what_the_draft_cannot_say(tmp_path: Path) -> None:
             total += 0.5**step * sum(losses) / max(1, len(losses))
     assert float(found) == pytest.approx(total / 1.5, rel=1e-4)
     assert float(found) > 0
+    with torch.inference_mode():
+        half = config.model_copy(update={"precision": "bf16"})
+        near = float(Lesson(half, head(), corpus, rows, said).loss(0))
+    assert near == pytest.approx(float(found), rel=0.05)
+    assert near != float(found)
 
 
 def test_both_dialects_hold_the_same_head(tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 """Train a draft for SmolLM2-135M-Instruct within some minutes and say what it is worth here.
 
     python benchmarks/drafts_smollm2.py --minutes 60 --steps 1500 [--kind eagle3] [--model DIR]
-        [--precision bf16] [--decode float32 bfloat16] [--prompts 8] [-o out/drafts-smollm2] [--results FILE.md]
+        [--precision bf16] [--decode float32 bfloat16] [--prompts 8] [-o out/drafts-smollm2]
+        [--results FILE.md]
 
 A quarter of the time goes into text that the target writes, requests and answers, and a bit more
 than half into training in bf16; the rest is for reading the text. Then τ at γ = 5 on held-out chat

@@ -147,7 +147,8 @@ def run(command: Sequence[Any], stdin: str = "") -> subprocess.CompletedProcess[
 
 def _environment() -> dict[str, str]:
     """Nothing is fetched or reported, and no token is handed on."""
-    ours = {"PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+    ours = {"PYTHONPATH", "PYTHONHOME", "PYTHONSAFEPATH", "PYTHONSTARTUP"}
+    ours |= {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     return {

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from compressor.formats import llama_quantize
-from compressor.recipe import Recipe, load_recipe
+from compressor.recipe import Recipe
+from tests import runs
 
 SMALL_RECIPE = """\
 calibration: {samples: 4, length: 64, batch_size: 2}
@@ -36,8 +37,6 @@ def recipe_file(tmp_path):
     """Write a recipe and load it: `recipe_file(text, "stages.0.bits=3")`."""
 
     def load(text: str = SMALL_RECIPE, *overrides: str) -> Recipe:
-        path: Path = tmp_path / "recipe.yaml"
-        path.write_text(text)
-        return load_recipe(path, overrides)
+        return runs.load(tmp_path, text, *overrides)
 
     return load

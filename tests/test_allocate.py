@@ -25,8 +25,7 @@ from compressor.formats.sizes import measure
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_model
 from compressor.plan import Plan, make_plan
-from compressor.progress import SilentObserver
-from compressor.recipe import budget_overrides, load_recipe
+from compressor.recipe import Recipe, budget_overrides
 from compressor.stages.allocate_bits import AllocateBits, allotment
 from compressor.stages.allocating import allocate
 from compressor.stages.budget import parse_size, proxy
@@ -34,9 +33,11 @@ from compressor.stages.context import StageContext
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import BlockRecord, TokenBatch, WeightScheme
 from compressor.verify import verify_tensors
+from tests import runs
+from tests.helpers import stage_context
 from tests.model.conftest import build
+from tests.runs import TINY
 
-TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
 MODEL = Architecture.from_config(TINY)
 RECIPE = """\
 calibration: {samples: 4, length: 64, batch_size: 2}
@@ -47,20 +48,16 @@ evaluate: {documents: 2, length: 128, resamples: 200}
 """
 
 
-def load(folder: Path, *overrides: str, text: str = RECIPE) -> Any:
-    path = folder / "recipe.yaml"
-    path.write_text(text)
-    return load_recipe(path, overrides)
+def load(folder: Path, *overrides: str, text: str = RECIPE) -> Recipe:
+    return runs.load(folder, text, *overrides)
 
 
 def plan(folder: Path, *overrides: str, text: str = RECIPE) -> Plan:
-    return make_plan(load(folder, *overrides, text=text), TINY, "builtin:tiny")
+    return runs.plan(folder, text, TINY, *overrides)
 
 
 def refusals(folder: Path, *overrides: str, text: str = RECIPE) -> list[Any]:
-    with pytest.raises(PlanError) as caught:
-        plan(folder, *overrides, text=text)
-    return list(caught.value.problems)
+    return runs.refusals(folder, text, TINY, *overrides)
 
 
 # ---------------------------------------------------------------------- the budget
@@ -345,16 +342,7 @@ def test_a_run_keeps_its_budget_and_comes_back_from_disk(tmp_path: Path) -> None
 
 
 def own_context(folder: Path, block_done: Callable[[BlockRecord], None]) -> StageContext:
-    return StageContext(
-        folder=folder / "out",
-        scratch=folder / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 30,
-        finished=(),
-        block_done=block_done,
-        observer=SilentObserver(),
-    )
+    return stage_context(folder / "out", block_done=block_done)
 
 
 QUICK = """\

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch import Tensor, nn
 
 from compressor import plan as plan_module
 from compressor import resources
-from compressor.engine import RunOutcome, run_recipe
-from compressor.errors import ModelError, PlanError
+from compressor.errors import ModelError
 from compressor.formats.codes import CodesReader
 from compressor.formats.headers import read_folder
 from compressor.formats.shards import CheckpointReader
@@ -26,66 +24,29 @@ from compressor.model.architecture import Architecture, serving_config
 from compressor.model.load import load_model
 from compressor.numerics.absmax import round_to_absmax
 from compressor.numerics.activations import round_inputs
-from compressor.plan import Plan, make_plan
 from compressor.recheck import verify_folder
-from compressor.recipe import load_recipe
 from compressor.stages.quantize_bnb import QuantizeBnb
 from compressor.types import ActivationScheme, WeightScheme, activation_scheme
-from tests.test_schemes import MIXTRAL, TINY
+from tests.runs import MIXTRAL, TINY, Ran, plan_stages, ran, refused
 
 library = pytest.importorskip("bitsandbytes")
 
-SMALL = """\
-calibration: {samples: 2, length: 64, batch_size: 2}
-evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
-stages:
-"""
 EXPORT = "export:\n  - {format: bitsandbytes, engines: [transformers]}\n"
 NF4 = "  - {method: quantize.bnb, bits: 4}\n"
 INT8 = "  - {method: quantize.bnb, bits: 8}\n"
 
 
-@dataclass(frozen=True)
-class Ran:
-    """A finished run."""
-
-    folder: Path
-    outcome: RunOutcome
-
-    @property
-    def stage(self) -> Path:
-        return self.folder / "stages" / "01-quantize.bnb"
-
-    @property
-    def deliverable(self) -> Path:
-        return self.folder / "deliverable" / "bitsandbytes"
-
-
-def ran(folder: Path, stages: str) -> Ran:
-    (folder / "recipe.yaml").write_text(SMALL + stages + EXPORT, encoding="utf-8")
-    recipe = load_recipe(folder / "recipe.yaml")
-    return Ran(folder / "run", run_recipe(recipe, "builtin:tiny", folder / "run"))
+FORM = "bitsandbytes"
 
 
 @pytest.fixture(scope="module")
 def nf4(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return ran(tmp_path_factory.mktemp("nf4"), NF4)
+    return ran(tmp_path_factory.mktemp("nf4"), NF4 + EXPORT, FORM)
 
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    return ran(tmp_path_factory.mktemp("int8"), INT8)
-
-
-def plan(folder: Path, stages: str, config: dict[str, Any] = TINY) -> Plan:
-    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
-    return make_plan(load_recipe(folder / "recipe.yaml"), config, "the-model")
-
-
-def refused(folder: Path, stages: str, config: dict[str, Any] = TINY) -> str:
-    with pytest.raises(PlanError) as caught:
-        plan(folder, stages, config)
-    return "\n".join(map(str, caught.value.problems))
+    return ran(tmp_path_factory.mktemp("int8"), INT8 + EXPORT, FORM)
 
 
 # ---------------------------------------------------------------------- the real thing
@@ -155,7 +116,7 @@ def test_the_plan_knows_the_bytes(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     run: Ran = request.getfixturevalue(kind)
-    planned = plan(tmp_path, (NF4 if kind == "nf4" else INT8) + EXPORT)
+    planned = plan_stages(tmp_path, (NF4 if kind == "nf4" else INT8) + EXPORT)
     stored = sum(info.nbytes for info in read_folder(run.deliverable).values())
     assert planned.exports[0].tensor_bytes == stored == planned.stages[0].packed_bytes
     measured = measure(run.deliverable, planned.parameters)
@@ -285,7 +246,7 @@ def test_other_formats_cannot_say_what_llm_int8_does_to_inputs(tmp_path: Path, f
 
 
 def test_nf4_may_be_exported_dense(tmp_path: Path) -> None:
-    planned = plan(tmp_path, NF4 + "export:\n  - {format: dense}\n")
+    planned = plan_stages(tmp_path, NF4 + "export:\n  - {format: dense}\n")
     assert planned.exports[0].tensor_bytes == planned.base_bytes
 
 
@@ -330,8 +291,8 @@ def test_experts_and_odd_widths_are_refused(tmp_path: Path) -> None:
     said = refused(tmp_path, NF4, odd)
     assert "blocks of 64 do not divide the 672 inputs of model.layers.0.mlp.down_proj" in said
     smaller = NF4.replace("bits: 4", "group_size: 32") + EXPORT
-    assert plan(tmp_path, smaller, odd).stages[0].bits_linear == 5
-    assert plan(tmp_path, INT8 + EXPORT, odd).stages[0].matrices == 28
+    assert plan_stages(tmp_path, smaller, odd).stages[0].bits_linear == 5
+    assert plan_stages(tmp_path, INT8 + EXPORT, odd).stages[0].matrices == 28
     gpt2 = {
         **{"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 256},
         **{"n_positions": 64, "tie_word_embeddings": True, "dtype": "bfloat16"},
@@ -349,8 +310,8 @@ def test_a_missing_package_is_said_by_the_plan(
 
 
 def test_what_the_plan_says_of_the_stage(tmp_path: Path) -> None:
-    assert "outliers" in plan(tmp_path, INT8 + EXPORT).stages[0].remarks[0]
-    assert plan(tmp_path, NF4 + EXPORT).stages[0].remarks == ()
+    assert "outliers" in plan_stages(tmp_path, INT8 + EXPORT).stages[0].remarks[0]
+    assert plan_stages(tmp_path, NF4 + EXPORT).stages[0].remarks == ()
     assert QuantizeBnb().width_multiple == 64
     assert QuantizeBnb(bits=8).width_multiple == 1
     assert [QuantizeBnb().label, QuantizeBnb(bits=8).label] == ["NF4 g64", "LLM.int8"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +9,16 @@ from typing import Any
 
 import pytest
 
-from compressor import resources
 from compressor.errors import CompressorError, ModelError
 from compressor.formats.exchange import container_problems
 from compressor.model.architecture import Architecture
 from compressor.model.edges import edges
 from compressor.order import CAUTIONS
-from compressor.plan import Plan, make_plan
-from compressor.recipe import load_recipe
+from compressor.plan import Plan
 from compressor.stages.packing import target_of
 from compressor.types import WeightScheme
+from tests.runs import TINY, plan
 
-TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
 OLMO: dict[str, Any] = TINY | {"model_type": "olmo2"}
 GEMMA: dict[str, Any] = TINY | {"model_type": "gemma2"}
 MIXTRAL: dict[str, Any] = TINY | {"model_type": "mixtral", "num_local_experts": 4}
@@ -49,9 +46,7 @@ def made(folder: Path, stages: Sequence[str], config: dict[str, Any], export: st
     head = ["calibration: {samples: 4, length: 64}", "stages:", *lines]
     rounds_inputs = any(word in line for word in ("int8", "activations: fp8") for line in lines)
     export = export or f"{{format: {'compressed-tensors' if rounds_inputs else 'dense'}}}"
-    path = folder / "recipe.yaml"
-    path.write_text("\n".join([*head, f"export: [{export}]", ""]))
-    return make_plan(load_recipe(path), config, "the-model")
+    return plan(folder, "\n".join([*head, f"export: [{export}]", ""]), config)
 
 
 @dataclass(frozen=True)

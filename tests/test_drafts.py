@@ -37,6 +37,7 @@ from compressor.stages.draft_standalone import DraftStandalone
 from compressor.stages.drafting import _cut_short
 from compressor.training import Fit
 from compressor.types import TokenBatch
+from tests import runs
 from tests.model.conftest import build
 
 RECIPE = """\
@@ -79,12 +80,7 @@ EAGLE = "03-draft.eagle3"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("drafts")
-    from compressor.recipe import load_recipe
-
-    (folder / "recipe.yaml").write_text(RECIPE)
-    run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
-    return folder / "out"
+    return runs.run(tmp_path_factory.mktemp("drafts"), RECIPE).folder
 
 
 def test_the_report_tells_what_the_draft_is_worth(run: Path) -> None:

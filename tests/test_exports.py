@@ -19,6 +19,7 @@ from compressor.plan import make_plan
 from compressor.recheck import form_of, verify_folder
 from compressor.recipe import ExportConfig, load_recipe
 from compressor.resources import builtin_model
+from tests import runs
 
 RECIPE = """\
 stages:
@@ -32,9 +33,7 @@ export:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
+    return runs.run(tmp_path_factory.mktemp("run"), RECIPE)
 
 
 def results(folder: Path) -> dict[tuple[str, str], bool | None]:

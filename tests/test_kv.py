@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from compressor import resources
 from compressor.calibration import CalibrationConfig, build_batches
-from compressor.engine import RunOutcome, run_recipe
-from compressor.errors import ModelError, NumericalError, PlanError
+from compressor.engine import run_recipe
+from compressor.errors import ModelError, NumericalError
 from compressor.evaluation.scoring import StreamingScorer, TransformersScorer
 from compressor.formats.compressed_tensors import export
 from compressor.formats.files import checkpoint_files
@@ -30,7 +30,6 @@ from compressor.model.architecture import SERVING, Architecture, cache_config, s
 from compressor.model.families import FAMILIES
 from compressor.model.load import load_model, load_tokenizer, read_config
 from compressor.order import order_problems
-from compressor.plan import Plan, make_plan
 from compressor.progress import SilentObserver
 from compressor.recheck import verify_folder
 from compressor.recipe import load_recipe
@@ -38,42 +37,19 @@ from compressor.stages.context import StageContext
 from compressor.stages.quantize_kv import QuantizeKv
 from compressor.types import ACTIVATIONS, BlockRecord, CacheScheme, TokenBatch
 from compressor.verify import verify_tensors
+from tests.helpers import stage_context
 from tests.model.conftest import build
+from tests.runs import SMALL, TINY, Ran, plan_stages, ran, refused
 
 BASE = resources.builtin_model("tiny")
-TINY: dict[str, Any] = read_config(BASE)
-SMALL = """\
-calibration: {samples: 4, length: 64, batch_size: 2}
-evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
-stages:
-"""
 RTN = "  - {method: quantize.rtn, bits: 4, group_size: 64}\n"
 KV = "  - {method: quantize.kv}\n"
 CT = "compressed-tensors"
 
 
-@dataclass(frozen=True)
-class Ran:
-    folder: Path
-    outcome: RunOutcome
-
-    @property
-    def stage(self) -> Path:
-        return max((self.folder / "stages").iterdir())
-
-    @property
-    def deliverable(self) -> Path:
-        return self.folder / "deliverable" / CT
-
-    @property
-    def scales(self) -> list[list[float]]:
-        return json.loads((self.stage / "config.json").read_text())[SERVING]["cache"]["scales"]
-
-
-def ran(folder: Path, stages: str) -> Ran:
-    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
-    recipe = load_recipe(folder / "recipe.yaml")
-    return Ran(folder / "run", run_recipe(recipe, "builtin:tiny", folder / "run"))
+def scales_of(run: Ran) -> list[list[float]]:
+    found: list[list[float]] = read_config(run.stage)[SERVING]["cache"]["scales"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +61,6 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return ran(tmp_path_factory.mktemp("kv8"), KV)
-
-
-def plan(folder: Path, stages: str, config: dict[str, Any] = TINY) -> Plan:
-    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
-    return make_plan(load_recipe(folder / "recipe.yaml"), config, "the-model")
-
-
-def refused(folder: Path, stages: str, config: dict[str, Any] = TINY) -> str:
-    with pytest.raises(PlanError) as caught:
-        plan(folder, stages, config)
-    return "\n".join(map(str, caught.value.problems))
 
 
 def tokens(length: int = 40, rows: int = 2) -> TokenBatch:
@@ -201,7 +166,7 @@ def test_a_step_at_a_time_gives_what_all_at_once_gives(alone: Ran) -> None:
         ]
     apart = torch.cat(steps, 1) - whole
     assert float(apart.norm() / whole.norm()) < 2e-3
-    for layer, (keys, values) in zip(cache.layers, alone.scales, strict=True):
+    for layer, (keys, values) in zip(cache.layers, scales_of(alone), strict=True):
         for held, scale in ((layer.keys, keys), (layer.values, values)):
             assert held.shape[2] == ids.shape[1]
             assert torch.equal(held, (held / scale).to(torch.float8_e4m3fn).float() * scale)
@@ -226,7 +191,7 @@ def test_no_weight_changes_and_the_scales_are_what_text_reaches(rounded: Ran) ->
     model = load_model(parent, dtype=torch.float32)
     config = load_recipe(rounded.folder / "recipe.yaml").calibration
     assert config is not None
-    largest = [[0.0, 0.0] for _ in rounded.scales]
+    largest = [[0.0, 0.0] for _ in scales_of(rounded)]
     for batch in build_batches(config, load_tokenizer(parent)).batches:
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
@@ -235,7 +200,7 @@ def test_no_weight_changes_and_the_scales_are_what_text_reaches(rounded: Ran) ->
             found[0] = max(found[0], float(layer.keys.abs().max()))
             found[1] = max(found[1], float(layer.values.abs().max()))
     headroom = QuantizeKv.model_fields["headroom"].default
-    for found, scales in zip(largest, rounded.scales, strict=True):
+    for found, scales in zip(largest, scales_of(rounded), strict=True):
         for reached, scale in zip(found, scales, strict=True):
             assert math.isclose(448 * scale, headroom * reached, rel_tol=2.0**-8)
             assert float(torch.tensor(scale, dtype=torch.bfloat16)) == scale
@@ -252,7 +217,7 @@ def test_the_export_says_it_in_the_words_of_the_library(rounded: Ran, alone: Ran
         assert (kept.num_bits, kept.type, kept.strategy) == (8, "float", "tensor")
         assert (kept.symmetric, kept.dynamic) == (True, False)
         reader = CheckpointReader(run.deliverable)
-        for index, scales in enumerate(run.scales):
+        for index, scales in enumerate(scales_of(run)):
             for part, scale in zip("kv", scales, strict=True):
                 stored = reader[f"model.layers.{index}.self_attn.{part}_scale"]
                 assert (stored.dtype, list(stored.shape)) == (torch.bfloat16, [1])
@@ -280,7 +245,7 @@ def test_what_is_served_is_what_was_measured(rounded: Ran, alone: Ran) -> None:
             assert not torch.equal(parent(batch.input_ids).logits, packed)
         checks = {check.name: check for check in verify_folder(run.folder)}
         assert all(check.passed for check in checks.values())
-        assert checks["shapes"].detail.endswith(f"{2 * len(run.scales)} scales of the cache")
+        assert checks["shapes"].detail.endswith(f"{2 * len(scales_of(run))} scales of the cache")
 
 
 def test_the_report_has_the_distance_and_half_the_cache(alone: Ran) -> None:
@@ -294,7 +259,7 @@ def test_the_report_has_the_distance_and_half_the_cache(alone: Ran) -> None:
 
 def test_the_plan_prices_the_scales_to_the_byte(rounded: Ran, alone: Ran, tmp_path: Path) -> None:
     for run, stages in ((rounded, RTN + KV), (alone, KV)):
-        made = plan(tmp_path, stages)
+        made = plan_stages(tmp_path, stages)
         found = measure(run.deliverable, made.parameters)
         assert found.tensor_bytes == made.exports[0].tensor_bytes
         assert found.by_role["scales"] == made.stages[-1].by_role["scales"]
@@ -324,16 +289,7 @@ def context(folder: Path, done: list[BlockRecord], stop: int = 99) -> StageConte
         if record.block == stop:
             raise KeyboardInterrupt
 
-    return StageContext(
-        folder=folder / "stage",
-        scratch=folder / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 24,
-        finished=tuple(done),
-        block_done=block_done,
-        observer=SilentObserver(),
-    )
+    return stage_context(folder / "stage", finished=tuple(done), block_done=block_done)
 
 
 def test_an_interrupted_stage_goes_on_behind_the_last_block(tmp_path: Path) -> None:
@@ -384,7 +340,7 @@ def test_text_that_overflows_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_plan_says_what_a_token_takes(tmp_path: Path) -> None:
-    (remark,) = plan(tmp_path, KV).stages[0].remarks
+    (remark,) = plan_stages(tmp_path, KV).stages[0].remarks
     per_token = 2 * TINY["num_hidden_layers"] * TINY["num_key_value_heads"] * TINY["head_dim"]
     assert remark.startswith(
         f"a token of context takes {per_token:,} bytes of cache instead of {2 * per_token:,}"
@@ -420,7 +376,7 @@ def test_what_cannot_be_served_is_refused(
 
 def test_engines_that_take_it_are_accepted(tmp_path: Path) -> None:
     engines = f"export: [{{format: {CT}, engines: [transformers, vllm]}}]\n"
-    assert plan(tmp_path, KV + engines).exports[0].ratio < 1.001
+    assert plan_stages(tmp_path, KV + engines).exports[0].ratio < 1.001
 
 
 def test_weights_come_before_the_cache(tmp_path: Path) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from compressor import resources
 from compressor.engine import run_recipe
 from compressor.errors import PlanError, RecipeError
 from compressor.explain import explain
@@ -18,12 +15,13 @@ from compressor.formats.sizes import measure
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_model
 from compressor.plan import Plan, make_plan
-from compressor.recipe import load_recipe
+from compressor.recipe import Recipe
 from compressor.stages.overrides import Override
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import WeightScheme
+from tests import runs
+from tests.runs import TINY
 
-TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
 RECIPE = """\
 calibration: {samples: 4, length: 64, batch_size: 2}
 stages:
@@ -38,10 +36,8 @@ evaluate: {documents: 2, length: 128, resamples: 200}
 """
 
 
-def load(folder: Path, *overrides: str, method: str = "quantize.rtn") -> Any:
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.replace("METHOD", method))
-    return load_recipe(path, overrides)
+def load(folder: Path, *overrides: str, method: str = "quantize.rtn") -> Recipe:
+    return runs.load(folder, RECIPE.replace("METHOD", method), *overrides)
 
 
 def plan(folder: Path, *overrides: str) -> Plan:

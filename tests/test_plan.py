@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,44 +10,19 @@ from typing import Any
 
 import pytest
 
-from compressor import resources
 from compressor.console import plan_text
 from compressor.cost import block_memory, checkpoint_bytes, flops_per_second, linear_bits
 from compressor.errors import ModelError, PlanError
 from compressor.model.architecture import Architecture
 from compressor.order import FORBIDDEN, ORDER, forbidden, order_problems, rank
 from compressor.plan import Plan, make_plan
-from compressor.recipe import Recipe, load_efforts, load_recipe, shipped_recipes
+from compressor.recipe import Recipe, load_efforts, shipped_recipes
 from compressor.stages.base import StageConfig
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import WeightScheme
+from tests.runs import SMOL, TINY, plan, refusals
 
-TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
-SMOL: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
 RTN = "stages:\n  - method: quantize.rtn\n    group_size: 64\n"
-
-
-def plan(folder: Path, text: str, config: dict[str, Any] = SMOL, *overrides: str) -> Plan:
-    path = folder / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    return make_plan(load_recipe(path, overrides), config, "the-model")
-
-
-def refusals(folder: Path, text: str, config: dict[str, Any] = SMOL, *overrides: str) -> list[Any]:
-    with pytest.raises(PlanError) as caught:
-        plan(folder, text, config, *overrides)
-    return list(caught.value.problems)
 
 
 # ---------------------------------------------------------------------- refused

@@ -16,11 +16,11 @@ from compressor import resources
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.model.load import load_model, load_tokenizer
 from compressor.numerics.rtn import rtn
-from compressor.progress import SilentObserver
 from compressor.stages.context import StageContext
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.rounding import Moments, Rounded, round_model
 from compressor.types import StageResult, TokenBatch, WeightScheme
+from tests.helpers import stage_context
 from tests.model.conftest import build
 from tests.test_resume import RECIPE, at_line, at_rename, attempt, events, result
 
@@ -34,16 +34,7 @@ def calibration() -> CalibrationSet:
 
 
 def context(folder: Path) -> StageContext:
-    return StageContext(
-        folder=folder / "stage",
-        scratch=folder / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 28,
-        finished=(),
-        block_done=lambda _: None,
-        observer=SilentObserver(),
-    )
+    return stage_context(folder / "stage", scratch=folder / "scratch")
 
 
 def stage(**options: Any) -> QuantizeGptq:

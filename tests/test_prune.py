@@ -20,7 +20,6 @@ from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
 from compressor.model.shape import resized, shape_of
 from compressor.plan import make_plan
-from compressor.progress import SilentObserver
 from compressor.registry import registry
 from compressor.resources import builtin_model
 from compressor.stages import mixing
@@ -29,6 +28,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.prune_width import PruneWidth
 from compressor.types import BlockRecord, StageResult, TokenBatch
 from compressor.verify import verify_tensors
+from tests.helpers import checked_run, kept_promises, stage_context
 from tests.model.conftest import build
 from tests.model.conftest import checkpoints as checkpoints  # noqa: PLC0414 — a fixture
 
@@ -47,16 +47,8 @@ def other_text() -> CalibrationSet:
 
 
 def context(folder: Path, finished: tuple[BlockRecord, ...] = (), block_done=None) -> StageContext:
-    return StageContext(
-        folder=folder,
-        scratch=folder.parent / f"{folder.name}-scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 26,
-        finished=finished,
-        block_done=block_done or (lambda _: None),
-        observer=SilentObserver(),
-    )
+    done = block_done or (lambda _: None)
+    return stage_context(folder, finished=finished, block_done=done)
 
 
 def stage(method: str, **options: object) -> StageConfig:
@@ -67,22 +59,7 @@ def prune(
     folder: Path, text: CalibrationSet, method: str, parent: Path = TINY, **options: object
 ) -> StageResult:
     """Run a stage, hold it to its promises and to its plan."""
-    chosen = stage(method, **options)
-    result = chosen.run(parent, text, context(folder))
-    verify_tensors(
-        parent,
-        folder,
-        result.changed,
-        result.added,
-        removed=result.removed,
-        resized=result.resized,
-        renamed=result.renamed,
-    )
-    planned = chosen.plan(Architecture.from_config(read_config(parent)), pytest.fail)
-    reader = CheckpointReader(folder)
-    assert {name: reader.shape(name) for name in reader} == dict(planned.tensors())
-    assert Architecture.from_config(read_config(folder)).parameters == planned.parameters
-    return result
+    return checked_run(stage(method, **options), parent, text, context(folder))
 
 
 def loss(folder: Path, text: CalibrationSet) -> float:
@@ -317,15 +294,7 @@ def test_the_search_keeps_the_mix_that_is_nearest_on_held_out_text(
     options = {"ratio": 0.25, "trial_tokens": 64, "attention": ("heads",)}
     chosen = stage("prune.search", **options)
     result = chosen.run(TINY, short, context(tmp_path / "out"))
-    verify_tensors(
-        TINY,
-        tmp_path / "out",
-        result.changed,
-        result.added,
-        removed=result.removed,
-        resized=result.resized,
-        renamed=result.renamed,
-    )
+    kept_promises(TINY, result)
     architecture = Architecture.from_config(read_config(TINY))
     mixes = chosen.mixes(architecture)
     assert {mix.layers for mix in mixes} == {4, 3}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from safetensors import safe_open
 
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.errors import NumericalError, PlanError, TextError
-from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
@@ -29,7 +27,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.masking import Gates, write_pruned
 from compressor.stages.prune_dro import PruneDro
 from compressor.types import StageResult
-from compressor.verify import verify_tensors
+from tests.helpers import Killed, Killer, checked_run, kept_promises, stage_context
 from tests.model.conftest import build
 from tests.model.conftest import checkpoints as checkpoints  # noqa: PLC0414 — a fixture
 
@@ -66,17 +64,7 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context(folder: Path, original: Path, observer=None) -> StageContext:
-    return StageContext(
-        folder=folder,
-        scratch=folder.parent / f"{folder.name}-scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 26,
-        finished=(),
-        block_done=lambda _: None,
-        observer=observer or SilentObserver(),
-        original=original,
-    )
+    return stage_context(folder, observer=observer or SilentObserver(), original=original)
 
 
 def stage(**options: object) -> PruneDro:
@@ -87,20 +75,7 @@ def prune(
     folder: Path, parent: Path, text: CalibrationSet, chosen: PruneDro, observer=None
 ) -> StageResult:
     """Run a stage, hold it to its promises and to its plan."""
-    result = chosen.run(parent, text, context(folder, parent, observer))
-    verify_tensors(
-        parent,
-        folder,
-        result.changed,
-        result.added,
-        removed=result.removed,
-        resized=result.resized,
-        renamed=result.renamed,
-    )
-    planned = chosen.plan(Architecture.from_config(read_config(parent)), pytest.fail)
-    reader = CheckpointReader(folder)
-    assert {name: reader.shape(name) for name in reader} == dict(planned.tensors())
-    return result
+    return checked_run(chosen, parent, text, context(folder, parent, observer))
 
 
 @pytest.mark.parametrize(
@@ -127,14 +102,9 @@ def test_what_fixed_gates_compute_is_what_is_exported(
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
     gates.fix()
     result = write_pruned(parent, architecture, gates, student, tmp_path / "out")
-    verify_tensors(
-        parent,
-        tmp_path / "out",
-        result.changed,
-        removed=result.removed,
-        resized=result.resized,
-        renamed=result.renamed,
-    )
+    assert result.checkpoint == tmp_path / "out"
+    assert not result.added
+    kept_promises(parent, result)
     ids = torch.randint(3, 90, (2, 12), generator=generator)
     with torch.inference_mode():
         gated = student(ids, use_cache=False).logits
@@ -179,25 +149,6 @@ def test_masks_reach_their_target_and_the_table_is_shown(
     assert "multilingual" in shown
     (fallback,) = result.fallbacks
     assert "5 measurements are too few for a forecast" in fallback.reason
-
-
-class Killed(Exception):
-    pass
-
-
-class Killer(SilentObserver):
-    """Stops after so many steps of training, like a killed process."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def task(self, label: str, total: int):
-        return nullcontext(self)
-
-    def advance(self, steps: int = 1) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise Killed
 
 
 def states(folder: Path) -> dict[str, torch.Tensor]:

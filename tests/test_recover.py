@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from compressor.stages.recover_distill import RecoverDistill
 from compressor.stages.sampling import Rows
 from compressor.types import StageResult
 from compressor.verify import verify_tensors
+from tests.helpers import Killed, Killer, stage_context
 from tests.model.conftest import build
 
 TINY = builtin_model("tiny")
@@ -50,17 +50,7 @@ def few_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def context(folder: Path, observer=None) -> StageContext:
-    return StageContext(
-        folder=folder,
-        scratch=folder.parent / f"{folder.name}-scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 26,
-        finished=(),
-        block_done=lambda _: None,
-        observer=observer or SilentObserver(),
-        original=TINY,
-    )
+    return stage_context(folder, observer=observer or SilentObserver(), original=TINY)
 
 
 def recover(pruned: Path, folder: Path, text: CalibrationSet | None, **options) -> StageResult:
@@ -86,25 +76,6 @@ def test_training_brings_the_predictions_back(
     lines = [json.loads(line) for line in (tmp_path / "out" / "dro.jsonl").read_text().splitlines()]
     assert [line["update"] for line in lines] == [0, 20]
     assert lines[0]["shares"] == lines[1]["shares"]
-
-
-class Killed(Exception):
-    pass
-
-
-class Killer(SilentObserver):
-    """Stops after so many steps of training, like a killed process."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def task(self, label: str, total: int):
-        return nullcontext(self)
-
-    def advance(self, steps: int = 1) -> None:
-        self.left -= steps
-        if self.left < 0:
-            raise Killed
 
 
 @pytest.mark.parametrize("sampler", ["static", "dro"])

@@ -29,12 +29,12 @@ from compressor.journal import Journal
 from compressor.plan import make_plan
 from compressor.publish import plan_publication
 from compressor.recheck import verify_folder
-from compressor.recipe import ExportConfig, Recipe, load_recipe
+from compressor.recipe import ExportConfig
 from compressor.report.build import check_report
 from compressor.report.schema import Report
 from compressor.requantize import relative_error, unpack
 from compressor.resources import builtin_model
-from tests.test_plan import SMOL
+from tests.runs import SMOL, TINY, load, run
 
 TYPED = """\
 calibration: {samples: 4, length: 64}
@@ -49,17 +49,6 @@ Q4 = "[{format: gguf, type: Q4_K_M}]"
 def text(export: str = Q4, stages: str = "[]", drop: str = "") -> str:
     lines = TYPED.replace("STAGES", stages).replace("EXPORT", export).splitlines()
     return "\n".join(line for line in lines if not (drop and line.startswith(drop))) + "\n"
-
-
-def loaded(folder: Path, content: str) -> Recipe:
-    path = folder / "recipe.yaml"
-    path.write_text(content)
-    return load_recipe(path)
-
-
-def tiny_config() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((builtin_model("tiny") / "config.json").read_text())
-    return found
 
 
 # ---------------------------------------------------------------------- what can be asked
@@ -81,16 +70,16 @@ def test_what_makes_no_sense_is_refused_where_it_stands(
     tmp_path: Path, content: str, says: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        loaded(tmp_path, content)
+        load(tmp_path, content)
     assert says in str(caught.value)
     assert all(problem.line for problem in caught.value.problems)
 
 
 def test_each_type_has_a_folder_of_its_own(tmp_path: Path) -> None:
     several = "[{format: gguf}, {format: gguf, type: Q4_K_M}, {format: gguf, type: IQ4_XS}]"
-    names = [export.name for export in loaded(tmp_path, text(several)).export]
+    names = [export.name for export in load(tmp_path, text(several)).export]
     assert names == ["gguf", "gguf-Q4_K_M", "gguf-IQ4_XS"]
-    bare = loaded(tmp_path, text("[{format: gguf, type: Q4_K_M, imatrix: false}]", drop="cal"))
+    bare = load(tmp_path, text("[{format: gguf, type: Q4_K_M, imatrix: false}]", drop="cal"))
     assert bare.export[0].container == "llama-quantize"
 
 
@@ -100,10 +89,10 @@ def test_each_type_has_a_folder_of_its_own(tmp_path: Path) -> None:
 def test_a_missing_quantizer_is_told_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = loaded(tmp_path, text())
+    recipe = load(tmp_path, text())
     monkeypatch.setenv(llama_quantize.VARIABLE, str(tmp_path / "nowhere"))
     with pytest.raises(PlanError, match=r"LLAMA_QUANTIZE names .*nowhere, which is no program"):
-        make_plan(recipe, tiny_config(), "builtin:tiny")
+        make_plan(recipe, TINY, "builtin:tiny")
     monkeypatch.delenv(llama_quantize.VARIABLE)
     monkeypatch.setattr(llama_quantize, "_BUILT", tmp_path / "nowhere")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -157,17 +146,17 @@ def test_the_plan_refuses_what_would_be_wrong(
     tmp_path: Path, stages: str, export: str, says: str
 ) -> None:
     with pytest.raises(PlanError, match=says):
-        make_plan(loaded(tmp_path, text(export, stages)), tiny_config(), "builtin:tiny")
+        make_plan(load(tmp_path, text(export, stages)), TINY, "builtin:tiny")
 
 
 def test_a_family_without_names_is_refused(tmp_path: Path) -> None:
-    gemma = tiny_config() | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
+    gemma = TINY | {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}
     with pytest.raises(PlanError, match="not of gemma2"):
-        make_plan(loaded(tmp_path, text()), gemma, "gemma")
+        make_plan(load(tmp_path, text()), gemma, "gemma")
 
 
 def test_the_plan_says_what_it_estimates(tmp_path: Path) -> None:
-    accepted = loaded(tmp_path, text("[{format: gguf, type: Q4_K_M, engines: [llama.cpp]}]"))
+    accepted = load(tmp_path, text("[{format: gguf, type: Q4_K_M, engines: [llama.cpp]}]"))
     (export,) = make_plan(accepted, SMOL, "smol").exports
     assert export.format == "gguf-Q4_K_M"
     mine, widths = export.remarks
@@ -177,7 +166,7 @@ def test_the_plan_says_what_it_estimates(tmp_path: Path) -> None:
     inner = 2 * 576**2 + 2 * 576 * 192 + 2 * 576 * 1536
     bits = 30 * (5.5 * inner + 4.8944 * 576 * 1536) + 8.5 * 49152 * 576 + 32 * 61 * 576
     assert export.tensor_bytes == round(bits / 8)
-    plain = make_plan(loaded(tmp_path, text("[{format: gguf, type: Q8_0}]")), SMOL, "smol")
+    plain = make_plan(load(tmp_path, text("[{format: gguf, type: Q8_0}]")), SMOL, "smol")
     assert len(plain.exports[0].remarks) == 1
     assert plain.disk_bytes > 2 * 134_515_008 + 4 * 134_515_008  # dense GGUF, and fp32 to measure
 
@@ -214,7 +203,7 @@ def test_the_command_line_tells_nothing_of_this_machine() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     folder = tmp_path_factory.mktemp("typed")
     both = "[{format: gguf, type: Q4_K_M}, {format: gguf, type: Q8_0, imatrix: false}]"
-    return run_recipe(loaded(folder, text(both)), "builtin:tiny", folder / "out")
+    return run(folder, text(both))
 
 
 def test_the_report_says_whose_work_it_is(finished: RunOutcome) -> None:
@@ -352,7 +341,7 @@ def test_a_quantizer_that_goes_wrong_is_caught(
 ) -> None:
     monkeypatch.setenv("STAND_IN", wrong)
     with pytest.raises(error, match=says):
-        run_recipe(loaded(tmp_path, text()), "builtin:tiny", tmp_path / "out")
+        run(tmp_path, text())
     assert not (tmp_path / "out" / "report.json").exists()
 
 
@@ -401,7 +390,7 @@ def test_a_type_is_added_to_a_run(finished: RunOutcome, tmp_path: Path) -> None:
 
 def test_a_run_of_rounded_weights_gets_none(tmp_path: Path) -> None:
     stages = "[{method: quantize.rtn, bits: 4, group_size: 64}]"
-    recipe = loaded(tmp_path, text("[{format: gguf}]", stages))
+    recipe = load(tmp_path, text("[{format: gguf}]", stages))
     run = run_recipe(recipe, "builtin:tiny", tmp_path / "out").folder
     lock = (run / "recipe.lock.yaml").read_bytes()
     with pytest.raises(PlanError, match="a second time") as caught:
@@ -416,7 +405,7 @@ def test_beside_a_stage_both_are_told_apart(tmp_path: Path) -> None:
     """Pruned weights as they are and in a second quantizer's hands: gates speak of the first."""
     export = "[{format: gguf}, {format: gguf, type: Q5_K_M}]"
     stages = "[{method: prune.depth, ratio: 0.15}]"
-    outcome = run_recipe(loaded(tmp_path, text(export, stages)), "builtin:tiny", tmp_path / "out")
+    outcome = run(tmp_path, text(export, stages))
     report = outcome.report
     assert [v.id for v in report.variants] == ["base", "01-prune.depth", "gguf-Q5_K_M"]
     assert report.headline == "01-prune.depth"

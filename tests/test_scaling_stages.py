@@ -23,7 +23,6 @@ from compressor.model.load import load_model
 from compressor.model.walk import BlockWalk
 from compressor.numerics.rtn import rtn
 from compressor.plan import make_plan
-from compressor.progress import SilentObserver
 from compressor.recipe import load_recipe
 from compressor.registry import registry
 from compressor.stages import scaling
@@ -33,6 +32,7 @@ from compressor.stages.transform_awq import TransformAwq
 from compressor.stages.transform_smoothquant import TransformSmoothquant
 from compressor.types import BlockRecord, ModuleMetric, StageResult, TokenBatch
 from compressor.verify import verify_tensors
+from tests.helpers import stage_context
 from tests.model.conftest import VARIANTS, build, config_of
 
 AWQ = TransformAwq(bits=3, group_size=16, grid="minmax", steps=4, tokens=1000)
@@ -50,17 +50,7 @@ TEXT = (batch(0), batch(1))
 
 
 def context(folder: Path, **changes: Any) -> StageContext:
-    made = StageContext(
-        folder=folder / "out",
-        scratch=folder / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 24,
-        finished=(),
-        block_done=lambda _: None,
-        observer=SilentObserver(),
-    )
-    return replace(made, **changes)
+    return stage_context(folder / "out", **changes)
 
 
 def saved(variant: str, folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -2,82 +2,22 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from compressor import resources
-from compressor.engine import RunOutcome, run_recipe
-from compressor.errors import ModelError, PlanError
-from compressor.journal import Journal
+from compressor.errors import ModelError
 from compressor.model.architecture import SERVING, Architecture, serving_config
 from compressor.model.load import load_model, read_config
 from compressor.model.walk import BlockWalk
 from compressor.numerics.activations import round_inputs
-from compressor.plan import Plan, make_plan
 from compressor.recipe import load_recipe
 from compressor.types import ACTIVATIONS, TokenBatch
+from tests.runs import MIXTRAL, TINY, Ran, plan_stages, ran, refused
 
-TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
-MIXTRAL: dict[str, Any] = {
-    **{"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 64},
-    **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
-    **{"vocab_size": 256, "num_local_experts": 2, "num_experts_per_tok": 1},
-    **{"max_position_embeddings": 64, "tie_word_embeddings": False, "dtype": "bfloat16"},
-}
-SMALL = """\
-calibration: {samples: 2, length: 64, batch_size: 2}
-evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
-stages:
-"""
 W8A8 = "  - {method: quantize.rtn, bits: 8, group_size: channel, activations: int8}\n"
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A finished run."""
-
-    folder: Path
-    outcome: RunOutcome
-
-    @property
-    def exported(self) -> dict[str, Any]:
-        return Journal(self.folder / "journal.jsonl").all("exported")[0]
-
-    @property
-    def stage(self) -> Path:
-        return next((self.folder / "stages").iterdir())
-
-    @property
-    def deliverable(self) -> Path:
-        return self.folder / "deliverable" / "compressed-tensors"
-
-    @property
-    def kl(self) -> float:
-        divergence = self.outcome.report.evaluations[self.stage.name].overall.divergence
-        assert divergence is not None
-        return divergence.mean.value
-
-
-def ran(folder: Path, stages: str) -> Ran:
-    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
-    recipe = load_recipe(folder / "recipe.yaml")
-    return Ran(folder / "run", run_recipe(recipe, "builtin:tiny", folder / "run"))
-
-
-def plan(folder: Path, stages: str, config: dict[str, Any] = TINY) -> Plan:
-    (folder / "recipe.yaml").write_text(SMALL + stages, encoding="utf-8")
-    return make_plan(load_recipe(folder / "recipe.yaml"), config, "the-model")
-
-
-def refused(folder: Path, stages: str, config: dict[str, Any] = TINY) -> str:
-    with pytest.raises(PlanError) as caught:
-        plan(folder, stages, config)
-    return "\n".join(map(str, caught.value.problems))
 
 
 # ---------------------------------------------------------------------- rounded inputs
@@ -109,7 +49,7 @@ def test_scores_include_the_rounding_of_inputs(w8a8: Ran, tmp_path: Path) -> Non
 
 
 def test_the_formula_is_the_size_on_disk(w8a8: Ran) -> None:
-    made = plan(w8a8.folder, W8A8)
+    made = plan_stages(w8a8.folder, W8A8)
     size = w8a8.outcome.report.variants[1].size
     assert made.stages[0].packed_bytes == made.exports[0].tensor_bytes == size.tensor_bytes
     assert made.stages[0].by_role == size.by_role.model_dump()
@@ -174,19 +114,19 @@ def test_what_rounded_inputs_exclude(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["vllm", "vllm-cpu", "sglang"])
 def test_engines_multiply_int8_by_int8(tmp_path: Path, engine: str) -> None:
     export = f"export: [{{format: compressed-tensors, engines: [{engine}]}}]\n"
-    assert plan(tmp_path, W8A8 + export)
+    assert plan_stages(tmp_path, W8A8 + export)
     w4a8 = W8A8.replace("bits: 8, group_size: channel", "bits: 4, group_size: 64")
     assert "no kernel in this layout" in refused(tmp_path, w4a8 + export)
     bytewise = export.replace("engines", "form: int-quantized, engines")
     assert "8-bit weights by channel" in refused(tmp_path, w4a8 + bytewise)
-    assert plan(tmp_path, w4a8)
+    assert plan_stages(tmp_path, w4a8)
     asymmetric = W8A8.replace("int8}", "int8, symmetry: asymmetric}")
     assert "asymmetric" in refused(tmp_path, asymmetric + export)
 
 
 def test_the_plan_says_that_inputs_are_rounded(tmp_path: Path) -> None:
     for stages in (W8A8, W8A8.replace("rtn", "gptq")):
-        remark, caution = plan(tmp_path, stages).stages[0].remarks
+        remark, caution = plan_stages(tmp_path, stages).stages[0].remarks
         assert "28 matrices" in remark
         assert "int8" in remark
         assert "transform.smoothquant" in caution
@@ -201,7 +141,7 @@ def floats(weights: str, more: str = "") -> str:
 
 def test_fp8_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
     fp8 = ran(tmp_path, floats("fp8", ", activations: fp8"))
-    made = plan(tmp_path, floats("fp8", ", activations: fp8"))
+    made = plan_stages(tmp_path, floats("fp8", ", activations: fp8"))
     assert fp8.exported["max_logit_difference"] == 0
     assert fp8.outcome.report.variants[1].label == "RTN FP8A8 channel"
     size = fp8.outcome.report.variants[1].size
@@ -217,7 +157,7 @@ def test_fp8_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
     ("weights", "label", "bits"), [("mxfp4", "RTN MXFP4", 4.25), ("nvfp4", "RTN NVFP4", 4.5)]
 )
 def test_fp4_is_planned(tmp_path: Path, weights: str, label: str, bits: float) -> None:
-    made = plan(tmp_path, floats(weights))
+    made = plan_stages(tmp_path, floats(weights))
     assert made.stages[0].bits_linear == pytest.approx(bits, abs=0.01)
     assert load_recipe(tmp_path / "recipe.yaml").stages[0].label == label
 
@@ -251,7 +191,7 @@ def test_what_a_float_format_fixes(tmp_path: Path, stage: str, words: str, hint:
 
 def test_fp4_wants_a_model_in_bf16(tmp_path: Path) -> None:
     assert "bfloat16" in refused(tmp_path, floats("nvfp4"), TINY | {"dtype": "float32"})
-    assert plan(tmp_path, floats("fp8"), TINY | {"dtype": "float32"})
+    assert plan_stages(tmp_path, floats("fp8"), TINY | {"dtype": "float32"})
 
 
 def test_experts_keep_integers(tmp_path: Path) -> None:

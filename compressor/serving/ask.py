@@ -21,7 +21,7 @@ TOKENS = 16  # written greedily after each prompt
 TIMED = 32  # written to measure speed
 PROMPTS = ("The history of the", "def main():\n", "It is a truth universally")
 _CHARACTERS = 4000  # of each domain
-_DRIVERS = Path(__file__).resolve().parent / "drivers"
+_DRIVER = Path(__file__).resolve().parent / "drivers" / "answer.py"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def ask_python(driver: Sequence[str], python: Path, checkpoint: Path, question: 
     """Put the question to an engine that is a Python package.
 
     Args:
-        driver: file in `drivers`, without `.py`, and its arguments before the checkpoint.
+        driver: module in `drivers`, and its arguments before the checkpoint.
         python: interpreter of the engine's environment.
 
     Raises:
@@ -127,9 +127,7 @@ def ask_python(driver: Sequence[str], python: Path, checkpoint: Path, question: 
         "timed": question.timed,
         "options": dict(question.options),
     }
-    script, *arguments = driver
-    command = [python, _DRIVERS / f"{script}.py", *arguments, checkpoint.absolute()]
-    done = run(command, stdin=json.dumps(request))
+    done = run([python, _DRIVER, *driver, checkpoint.absolute()], stdin=json.dumps(request))
     try:
         return Answer(**json.loads(done.stdout))
     except (ValueError, TypeError):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationConfig, CalibrationSet
@@ -50,6 +51,23 @@ def precision_option() -> Any:
         "bf16 on a GPU.",
         effect="bf16 is several times faster where the processor has units for it.",
     )
+
+
+def redefault(parent: FieldInfo, default: Any, *, effect: str = "", source: str = "") -> Any:
+    """The option of a parent with another default; its words and rules stay where not given.
+
+    Args:
+        parent: such as `TrainConfig.model_fields["drift"]`.
+        default: here.
+        effect: what a different value does here.
+        source: paper, equation or measurement behind this default.
+    """
+    extra = parent.json_schema_extra
+    notes: dict[str, Any] = dict(extra) if isinstance(extra, dict) else {}
+    notes |= {key: text for key, text in {"effect": effect, "source": source}.items() if text}
+    field = option(default, parent.description or "", **notes)
+    field.metadata = list(parent.metadata)
+    return field
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.model.shape import shape_of
-from compressor.stages.base import ReportProblem, option
+from compressor.stages.base import ReportProblem, option, redefault
 from compressor.stages.prune_base import WidthConfig
-from compressor.stages.train_base import TrainConfig
+from compressor.stages.train_base import Counted, Shares, TrainConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
@@ -65,26 +65,13 @@ class PruneDro(TrainConfig, WidthConfig):
         gt=0,
         lt=1,
     )
-    sampler: Literal["static", "dro"] = option(
+    sampler: Shares = redefault(
+        TrainConfig.model_fields["sampler"],
         "dro",
-        "Shares of the domains: `static`, as in the text; `dro`, more of those that lose most, "
-        "within a ball around that.",
         effect="`static` leaves plain learned masks, as LLM-Shearing without its loading.",
-        source="DRPruning, section 3",
     )
-    reference: Literal["original", "forecast"] = option(
-        "forecast",
-        "With `dro`: what a domain's distance is counted from: `original`, 0; `forecast`, what a "
-        "scaling law fitted to its distances so far gives for a training on it alone.",
-        effect="`forecast` does not chase what a model of this size will never learn. It needs 40 "
-        "measurements; with fewer, `original` is taken and the report says so.",
-        source="DRPruning, section 3.2",
-    )
-    drift: bool = option(
-        True,
-        "With `dro`: let the centre of the ball follow, between half and twice every share.",
-        source="DRPruning",
-    )
+    reference: Counted = redefault(TrainConfig.model_fields["reference"], "forecast")
+    drift: bool = redefault(TrainConfig.model_fields["drift"], True)
 
     @property
     def label(self) -> str:

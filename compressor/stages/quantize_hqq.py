@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compressor.stages.base import ReportProblem, option
+from compressor.stages.base import ReportProblem, option, redefault
 from compressor.stages.overrides import GroupSize
 from compressor.stages.quantize_base import RounderConfig
 from compressor.types import Symmetry
@@ -27,17 +27,17 @@ class QuantizeHqq(RounderConfig):
     source: ClassVar[str] = "Badri & Shaji 2023, mobiusml.github.io/hqq_blog"
 
     method: Literal["quantize.hqq"] = "quantize.hqq"
-    group_size: GroupSize = option(
+    group_size: GroupSize = redefault(
+        RounderConfig.model_fields["group_size"],
         64,
-        "Inputs that share one scale and zero-point.",
         effect="Smaller groups are more accurate and cost 20/group_size bits per 4-bit weight. "
         "Whole channels lose: 46.1 on average where plain rounding keeps 55.5 (Llama-2-7B, W4).",
         source="HQQ's default",
     )
-    symmetry: Symmetry = option(
+    symmetry: Symmetry = redefault(
+        RounderConfig.model_fields["symmetry"],
         "asymmetric",
-        "Where the grid lies, as in `quantize.rtn`; without a zero-point only the scale is fitted.",
-        effect="`asymmetric` is HQQ's own.",
+        effect="`asymmetric` is HQQ's own; without a zero-point only the scale is fitted.",
     )
     grid: Literal["minmax", "mse"] = option(
         "minmax",

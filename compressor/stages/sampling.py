@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from compressor.numerics.forecast import forecast
 from compressor.numerics.robust import chi_square_weights, drifted, guarded_radius
 from compressor.progress import Observer
 from compressor.types import Fallback, MixturePoint, TokenBatch
+
+if TYPE_CHECKING:
+    from compressor.stages.train_base import Counted, Shares
 
 MEASUREMENTS = 40  # planned ones that a forecast needs
 _KNOWN = 11  # measurements that a law is fitted to at least
@@ -101,9 +104,9 @@ class Leaning:
         batch: windows in an update.
     """
 
-    sampler: Literal["static", "dro"]
+    sampler: Shares
     radius: float
-    reference: Literal["original", "forecast"]
+    reference: Counted
     drift: bool
     every: int
     batch: int

@@ -19,6 +19,9 @@ from compressor.stages.base import Need, ReportProblem, StageConfig, option, pre
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
 
+Shares = Literal["static", "dro"]
+Counted = Literal["original", "forecast"]
+
 _BYTES = 4  # fp32
 _ROW = 512  # tokens of the usual row of calibration text
 
@@ -95,7 +98,7 @@ class TrainConfig(StageConfig):
         ge=0,
     )
     precision: Literal["auto", "fp32", "bf16"] = precision_option()
-    sampler: Literal["static", "dro"] = option(
+    sampler: Shares = option(
         "static",
         "Shares of the domains: `static`, as in the text; `dro`, more of those that are "
         "farthest from the original, within a ball around that.",
@@ -108,7 +111,7 @@ class TrainConfig(StageConfig):
         source="DRPruning",
         ge=0,
     )
-    reference: Literal["original", "forecast"] = option(
+    reference: Counted = option(
         "original",
         "With `dro`: what a domain's distance is counted from: `original`, 0; `forecast`, what a "
         "scaling law fitted to its distances so far gives for a training on it alone.",

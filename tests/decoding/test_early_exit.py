@@ -16,11 +16,11 @@ from compressor.decoding.cached import CachedModel
 from compressor.decoding.decode import Limits, decode, first_difference, margin
 from compressor.decoding.early_exit import EarlyExitDraft, TrackedExitDraft
 from compressor.decoding.proposals import Chain, Tree
-from compressor.engine import run_recipe
 from compressor.errors import ModelError, PlanError
 from compressor.model.load import load_model
 from compressor.numerics.speculative import Sampling
 from compressor.plan import make_plan
+from tests import runs
 from tests.model.conftest import build
 
 FAMILIES = ["llama", "qwen2", "gpt2", "gemma2", "mixtral", "granite", "olmo2", "opt"]
@@ -183,12 +183,7 @@ export: [{format: compressed-tensors}]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from compressor.recipe import load_recipe
-
-    folder = tmp_path_factory.mktemp("exits")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
-    return folder / "out"
+    return runs.run(tmp_path_factory.mktemp("exits"), RECIPE).folder
 
 
 def test_the_report_tells_where_to_exit(run: Path) -> None:

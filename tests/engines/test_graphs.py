@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from compressor.engine import RunOutcome, run_recipe
+from compressor.engine import RunOutcome
 from compressor.formats import exporters
 from compressor.formats.capabilities import ENVIRONMENTS
 from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
 from compressor.progress import SilentObserver
 from compressor.recheck import verify_folder
-from compressor.recipe import load_recipe
 from compressor.resources import builtin_model
 from compressor.serving.check import prove, serve_check
+from tests import runs
 from tools.engines import install
 
 pytestmark = pytest.mark.engines
@@ -36,9 +36,7 @@ export: [{format: onnx, engines: [onnxruntime]}, {format: openvino, engines: [op
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
     for engine in ENVIRONMENTS.values():
         install.install(engine)
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
+    return runs.run(tmp_path_factory.mktemp("run"), RECIPE)
 
 
 def test_graphs_compute_the_rounded_model(finished: RunOutcome) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.engine import run_recipe
 from compressor.model.load import load_model, load_tokenizer
-from compressor.recipe import load_recipe
 from compressor.resources import builtin_model
 from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.reference import greedy_steps
+from tests import runs
 from tools.engines import install
 
 pytestmark = pytest.mark.engines
@@ -37,10 +36,7 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
-    return folder / "out"
+    return runs.run(tmp_path_factory.mktemp("run"), RECIPE).folder
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,20 +9,17 @@ import pytest
 from compressor.errors import PlanError
 from compressor.formats.capabilities import CONTAINERS, ENGINES
 from compressor.formats.capability_table import BEGIN, END, HEADER, markdown, replaced, within
-from compressor.plan import Plan, make_plan
-from compressor.recipe import load_recipe
-from compressor.resources import builtin_model
+from compressor.plan import Plan
+from tests import runs
 from tools.engine_table import DOCUMENTS, ROOT
 
 LLAMA = "{format: gguf, engines: [llama.cpp]}"
 
 
 def plan(folder: Path, stage: str, export: str = LLAMA) -> Plan:
-    path = folder / "recipe.yaml"
     calibration = "calibration: {samples: 4, length: 64}\n"
-    path.write_text(f"{calibration}stages:\n  - {{{stage}}}\nexport:\n  - {export}\n")
-    config = json.loads((builtin_model("tiny") / "config.json").read_text())
-    return make_plan(load_recipe(path), config, "builtin:tiny")
+    text = f"{calibration}stages:\n  - {{{stage}}}\nexport:\n  - {export}\n"
+    return runs.plan(folder, text, runs.TINY)
 
 
 @pytest.mark.parametrize(

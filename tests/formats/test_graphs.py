@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,12 +16,11 @@ from compressor.formats.exporters import Source
 from compressor.formats.files import checkpoint_files
 from compressor.formats.graphs import check, older_config
 from compressor.formats.sizes import measure
-from compressor.model.files import read_config
-from compressor.plan import make_plan
+from compressor.plan import Plan
 from compressor.programs import _ROOTS, PROGRAMS
 from compressor.recheck import form_of, verify_folder
-from compressor.recipe import load_recipe
 from compressor.resources import builtin_model
+from tests import runs
 
 RECIPE = "stages: [{{method: quantize.rtn, group_size: 64}}]\nexport: [{{format: {}}}]\n"
 
@@ -33,10 +31,8 @@ def no_engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(PROGRAMS[engine].variable, str(tmp_path / "nowhere"))
 
 
-def plan(folder: Path, form: str, *overrides: str) -> Any:
-    (folder / "recipe.yaml").write_text(RECIPE.format(form))
-    config = read_config(builtin_model("tiny"))
-    return make_plan(load_recipe(folder / "recipe.yaml", overrides), config, "builtin:tiny")
+def plan(folder: Path, form: str, *overrides: str) -> Plan:
+    return runs.plan(folder, RECIPE.format(form), runs.TINY, *overrides)
 
 
 @pytest.mark.usefixtures("no_engines")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from compressor.cli import main
-from compressor.engine import RunOutcome, export_run, run_recipe
+from compressor.engine import RunOutcome, export_run
 from compressor.errors import ResourceError, UsageError
 from compressor.formats import exporters
 from compressor.formats.exporters import Source
@@ -22,7 +22,7 @@ from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
 from compressor.programs import PROGRAMS, EngineFailed
 from compressor.publish import plan_publication
-from compressor.recipe import ExportConfig, load_recipe
+from compressor.recipe import ExportConfig
 from compressor.report.render import load_report, stale_files
 from compressor.report.schema import EngineCheck
 from compressor.report.text import to_text
@@ -33,6 +33,7 @@ from compressor.serving.check import compare, judge, subjects_of
 from compressor.serving.record import record
 from compressor.serving.reference import as_checkpoint, container_of
 from compressor.types import WeightScheme
+from tests import runs
 from tests.formats.helpers import quantize_checkpoint
 
 RECIPE = """\
@@ -45,9 +46,7 @@ DRIVER = ("serve_hugging_face", "transformers")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> RunOutcome:
-    folder = tmp_path_factory.mktemp("run")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    return run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
+    return runs.run(tmp_path_factory.mktemp("run"), RECIPE)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from compressor.model.files import read_config
 from compressor.model.load import load_tokenizer
 from compressor.model.walk import BlockWalk
 from compressor.numerics.signround import LearnedRounding
-from compressor.progress import SilentObserver
 from compressor.stages.context import StageContext
 from compressor.stages.learning import _checkpoints
 from compressor.stages.quantize_autoround import QuantizeAutoround
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import ACTIVATIONS, BlockRecord, StageResult, TokenBatch, WeightScheme
+from tests.helpers import stage_context
 from tests.model.conftest import build
 from tests.test_resume import RECIPE, at_line, attempt, events, result
 
@@ -36,16 +36,8 @@ def calibration() -> CalibrationSet:
 
 
 def context(folder: Path, records: list[BlockRecord]) -> StageContext:
-    return StageContext(
-        folder=folder / "stage",
-        scratch=folder / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 28,
-        finished=(),
-        block_done=records.append,
-        observer=SilentObserver(),
-    )
+    told = records.append
+    return stage_context(folder / "stage", block_done=told)
 
 
 def stage(**options: Any) -> QuantizeAutoround:

@@ -11,9 +11,9 @@ from compressor.formats.codes import codes_name, read_codes
 from compressor.recipe import load_recipe
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.types import StageResult
+from tests.runs import plan, refusals
 from tests.stages.test_grids import recipe
 from tests.stages.test_rounding import checkpoint, stage_run
-from tests.test_plan import plan, refusals
 
 
 def run(folder: Path, name: str, **options: Any) -> StageResult:

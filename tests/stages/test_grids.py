@@ -14,8 +14,8 @@ from compressor.stages.base import StageConfig
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import QTensor
+from tests.runs import SMOL, plan, refusals
 from tests.stages.test_rounding import QUERY, checkpoint, stage_run
-from tests.test_plan import SMOL, plan, refusals
 
 TEXT = "calibration: {samples: 2, length: 64}\n"
 ROUNDERS: list[type[Any]] = [QuantizeRtn, QuantizeGptq]

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compressor import resources
 from compressor.formats.codes import CodesReader
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.stages.quantize_hqq import QuantizeHqq
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.verify import verify_tensors
+from tests.runs import TINY
 from tests.stages.test_rounding import checkpoint, stage_run
-
-TINY: dict[str, Any] = json.loads((resources.builtin_model("tiny") / "config.json").read_text())
 
 
 def problems(**options: Any) -> list[tuple[str, str]]:

@@ -16,7 +16,6 @@ from compressor.calibration import CalibrationConfig, CalibrationSet, build_batc
 from compressor.evaluation.divergence import log_probabilities
 from compressor.model.load import load_model, load_tokenizer
 from compressor.numerics.robust import divergence
-from compressor.progress import SilentObserver
 from compressor.stages.context import StageContext
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.robust import (
@@ -33,6 +32,7 @@ from compressor.stages.robust import (
 from compressor.stages.rounding import Block, _Measured, round_model
 from compressor.stages.solving import compensated
 from compressor.types import BlockRecord, TokenBatch
+from tests.helpers import stage_context
 from tests.test_resume import RECIPE, at_line, attempt, events, result
 
 TINY = resources.builtin_model("tiny")
@@ -55,16 +55,8 @@ def held_out() -> tuple[TokenBatch, ...]:
 
 
 def context(folder: Path, records: list[BlockRecord] | None = None) -> StageContext:
-    return StageContext(
-        folder=folder / "stage",
-        scratch=folder / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 28,
-        finished=(),
-        block_done=(records if records is not None else []).append,
-        observer=SilentObserver(),
-    )
+    told = (records if records is not None else []).append
+    return stage_context(folder / "stage", scratch=folder / "scratch", block_done=told)
 
 
 def test_pairs_around_the_recipe() -> None:

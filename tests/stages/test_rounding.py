@@ -13,13 +13,12 @@ from torch import Tensor
 
 from compressor.calibration import CalibrationSet
 from compressor.model.architecture import Architecture
-from compressor.progress import SilentObserver
-from compressor.stages.context import StageContext
 from compressor.stages.quantize_base import RounderConfig
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import BlockRecord, StageResult, TokenBatch
 from compressor.verify import verify_tensors
+from tests.helpers import stage_context
 
 CONFIG = {
     "model_type": "llama",
@@ -62,16 +61,7 @@ def stage_run(
     stage: RounderConfig, parent: Path, out: Path
 ) -> tuple[StageResult, list[BlockRecord]]:
     records: list[BlockRecord] = []
-    context = StageContext(
-        folder=out,
-        scratch=out.with_suffix(".scratch"),
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 20,
-        finished=(),
-        block_done=records.append,
-        observer=SilentObserver(),
-    )
+    context = stage_context(out, block_done=records.append)
     ids = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(2))
     batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 4)
     return stage.run(parent, CalibrationSet((batch,), (), {}, ""), context), records

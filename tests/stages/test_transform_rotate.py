@@ -21,13 +21,13 @@ from compressor.model.files import read_config
 from compressor.model.load import load_model
 from compressor.numerics.hadamard import Rotation
 from compressor.numerics.rtn import rtn
-from compressor.progress import SilentObserver
 from compressor.recipe import load_recipe
 from compressor.stages import rotating
 from compressor.stages.context import StageContext
 from compressor.stages.transform_rotate import TransformRotate
 from compressor.types import BlockRecord, StageResult, WeightScheme
 from compressor.verify import verify_tensors
+from tests.helpers import stage_context
 from tests.model.conftest import build
 
 RESIDUAL = (
@@ -50,16 +50,8 @@ HEADS_ONLY = ("gemma2", "gemma3", "olmo2", "opt", "opt-postnorm", "opt-plain", "
 
 
 def context(folder: Path, finished: tuple[BlockRecord, ...] = (), block_done=None) -> StageContext:
-    return StageContext(
-        folder=folder,
-        scratch=folder.parent / "scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 24,
-        finished=finished,
-        block_done=block_done or (lambda _: None),
-        observer=SilentObserver(),
-    )
+    done = block_done or (lambda _: None)
+    return stage_context(folder, finished=finished, block_done=done)
 
 
 def save(tmp_path: Path, variant: str, dtype: torch.dtype = torch.float32, **changes) -> Path:

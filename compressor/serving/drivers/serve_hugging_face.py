@@ -1,49 +1,51 @@
-"""Runs inside an engine's own environment: engines whose models look like those of transformers.
-
-python serve_hugging_face.py LOADER CHECKPOINT < request.json > answer.json
-
-`compressor.serving.ask` says what request and answer hold. Knows nothing of this package.
-"""
+"""Engines whose models look like those of transformers, for `answer.py`; LOADER names which."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+import torch
+
 Loaded = tuple[Any, str, str]  # model, version of the engine, dtype it computes in
 
 
-def main() -> None:
-    """Answer one request."""
-    request = json.load(sys.stdin)
-    answer_file = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the engine's chatter goes to standard error
-    json.dump(answer(sys.argv[1], sys.argv[2], request), answer_file)
-    answer_file.close()
+def load(checkpoint: str, request: dict[str, Any], loader: str) -> HuggingFace:
+    """The checkpoint, as `compressor.serving.ask` wants it loaded."""
+    return HuggingFace(*LOADERS[loader](checkpoint, request))
 
 
-def answer(loader: str, checkpoint: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Load the checkpoint and do what is asked."""
-    import torch
+class HuggingFace:
+    """A loaded model."""
 
-    start = time.perf_counter()
-    model, version, dtype = LOADERS[loader](checkpoint, request)
-    loaded = time.perf_counter() - start
-    with torch.no_grad():
-        return {
-            "version": version,
-            "dtype": dtype,
-            "load_seconds": loaded,
-            "logprobs": [_logprobs(model, ids) for ids in request["texts"]],
-            "greedy": [_written(model, ids, request["tokens"]) for ids in request["prompts"]],
-            "tokens_per_second": _speed(model, request),
-            "counters": {},
-        }
+    def __init__(self, model: Any, version: str, dtype: str) -> None:
+        self._model = model
+        self.version = version
+        self.dtype = dtype
+
+    def logprobs(self, texts: list[list[int]]) -> list[list[float]]:
+        """Of every token of a text but the first, given those before."""
+        return [self._logprobs(ids) for ids in texts]
+
+    def write(self, prompts: list[list[int]], tokens: int, whole: bool = False) -> list[list[int]]:
+        """Greedy continuations; `whole` goes on after the end of a text."""
+        options = {"min_new_tokens": tokens} if whole else {}
+        return [self._written(ids, max_new_tokens=tokens, **options) for ids in prompts]
+
+    def counters(self) -> dict[str, float]:
+        """Nothing is counted."""
+        return {}
+
+    def _logprobs(self, ids: list[int]) -> list[float]:
+        with torch.no_grad():
+            logits = self._model(**_inputs(ids)).logits[0, :-1].float()
+        chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        return [float(value) for value in chosen]
+
+    def _written(self, ids: list[int], **options: Any) -> list[int]:
+        found = self._model.generate(**_inputs(ids), do_sample=False, **options)
+        return [int(token) for token in found[0, len(ids) :]]
 
 
 def _transformers(checkpoint: str, request: dict[str, Any]) -> Loaded:
@@ -56,7 +58,6 @@ def _transformers(checkpoint: str, request: dict[str, Any]) -> Loaded:
 
 
 def _gptqmodel(checkpoint: str, request: dict[str, Any]) -> Loaded:
-    import torch
     from gptqmodel import GPTQModel
 
     dtype = request["dtype"]
@@ -97,45 +98,5 @@ def _dtype(model: Any) -> str:
 
 
 def _inputs(ids: list[int]) -> dict[str, Any]:
-    import torch
-
     row = torch.tensor([ids])
     return {"input_ids": row, "attention_mask": torch.ones_like(row)}
-
-
-def _logprobs(model: Any, ids: list[int]) -> list[float]:
-    """Of every token but the first, given those before."""
-    import torch
-
-    logits = model(**_inputs(ids)).logits[0, :-1].float()
-    chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-    return [float(value) for value in chosen]
-
-
-def _written(model: Any, ids: list[int], tokens: int, **options: Any) -> list[int]:
-    found = model.generate(**_inputs(ids), max_new_tokens=tokens, do_sample=False, **options)
-    return [int(token) for token in found[0, len(ids) :]]
-
-
-def _speed(model: Any, request: dict[str, Any]) -> float | None:
-    """Tokens a second of one text at a time, after its first token; the best of each attempt."""
-    tokens, prompts = request.get("timed", 0), request["prompts"]
-    if not tokens or not prompts:
-        return None
-    seconds = {}
-    for count in (1, tokens):
-        seconds[count] = sum(
-            min(_seconds(model, ids, count) for _ in range(request.get("repeats", 2)))
-            for ids in prompts
-        )
-    return float(len(prompts) * (tokens - 1) / (seconds[tokens] - seconds[1]))
-
-
-def _seconds(model: Any, ids: list[int], count: int) -> float:
-    start = time.perf_counter()
-    _written(model, ids, count, min_new_tokens=count)
-    return time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,81 @@
+"""What tests of stages share: a context, promises and plan held to a run, a kill in training."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor.calibration import CalibrationSet
+from compressor.formats.shards import CheckpointReader
+from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
+from compressor.progress import SilentObserver
+from compressor.stages.base import StageConfig
+from compressor.stages.context import StageContext
+from compressor.types import StageResult
+from compressor.verify import verify_tensors
+
+
+def stage_context(folder: Path, **changes: Any) -> StageContext:
+    """A first start that writes to `folder` in fp32 on the CPU and tells nobody."""
+    made = StageContext(
+        folder=folder,
+        scratch=folder.parent / f"{folder.name}-scratch",
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        activation_budget=1 << 26,
+        finished=(),
+        block_done=lambda _: None,
+        observer=SilentObserver(),
+    )
+    return replace(made, **changes)
+
+
+def kept_promises(parent: Path, result: StageResult) -> None:
+    """What the result says of tensors is so."""
+    verify_tensors(
+        parent,
+        result.checkpoint,
+        result.changed,
+        result.added,
+        removed=result.removed,
+        resized=result.resized,
+        renamed=result.renamed,
+    )
+
+
+def checked_run(
+    stage: StageConfig, parent: Path, text: CalibrationSet | None, context: StageContext
+) -> StageResult:
+    """Run a stage, hold it to its promises and to its plan."""
+    result = stage.run(parent, text, context)
+    kept_promises(parent, result)
+    planned = stage.plan(Architecture.from_config(read_config(parent)), pytest.fail)
+    reader = CheckpointReader(context.folder)
+    assert {name: reader.shape(name) for name in reader} == dict(planned.tensors())
+    assert Architecture.from_config(read_config(context.folder)).parameters == planned.parameters
+    return result
+
+
+class Killed(Exception):
+    """Of a `Killer`."""
+
+
+class Killer(SilentObserver):
+    """Stops after so many steps of training, like a killed process."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def task(self, label: str, total: int) -> Any:
+        return nullcontext(self)
+
+    def advance(self, steps: int = 1) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise Killed

@@ -34,7 +34,7 @@ from compressor.plan import make_plan
 from compressor.progress import SilentObserver
 from compressor.stages.draft_eagle3 import DraftEagle3
 from compressor.stages.draft_standalone import DraftStandalone
-from compressor.stages.drafting import _cut_short
+from compressor.stages.drafting import _cut_short, _without_template
 from compressor.training import Fit
 from compressor.types import TokenBatch
 from tests import runs
@@ -166,6 +166,13 @@ def test_a_time_box_is_told(run: Path) -> None:
     assert not _cut_short(DraftEagle3(steps=50), DraftEagle3().rows, done)
     (fallback,) = _cut_short(DraftEagle3(steps=50, writing_minutes=3.0), 64, done)
     assert fallback.reason == "3 minutes were over after 64 of 312 rows"
+
+
+def test_requests_without_a_chat_template_are_told(tmp_path: Path) -> None:
+    base = resources.builtin_model("tiny")
+    assert not _without_template(DraftEagle3(), base)
+    (fallback,) = _without_template(DraftEagle3(requests="own"), base)
+    assert "chat template" in fallback.reason
 
 
 def test_the_draft_is_a_plain_checkpoint_with_the_best_number_of_tokens(run: Path) -> None:

@@ -114,8 +114,9 @@ def draft_text(
     given = [rows[order[-1 - place % len(order)]] for place in range(others)]
     mixed = [*written, *given]
     places = torch.randperm(len(mixed), generator=generator).tolist()
-    # Rows of like length together: less padding.
-    ordered = sorted((mixed[place] for place in places), key=lambda row: len(row[0]))
+    # Rows of like length together, for less padding; the longest first, so that what is needed for
+    # shorter ones finds room where that of longer ones was.
+    ordered = sorted((mixed[place] for place in places), key=lambda row: -len(row[0]))
     return tuple(_batched(ordered, options.batch))
 
 
@@ -288,8 +289,8 @@ class Head:
     """The target's last step, on all of its vocabulary or on some rows.
 
     Attributes:
-        weight: fp32 [rows, H].
-        bias: fp32 [rows] or None.
+        weight: [rows, H], in the precision of the product.
+        bias: [rows] in the same, or None.
         divisor: logits are divided by it.
         softcap: and squashed into ± this, if any.
     """
@@ -300,14 +301,14 @@ class Head:
     softcap: float | None
 
     @classmethod
-    def of(cls, model: Any) -> Head:
-        """The head of a model with all rows."""
+    def of(cls, model: Any, dtype: torch.dtype = torch.float32) -> Head:
+        """The head of a model with all rows, in a precision of its own."""
         architecture = Architecture.from_config(model.config.get_text_config().to_dict())
         layer = model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
         return cls(
-            layer.weight.detach().float(),
-            None if bias is None else bias.detach().float(),
+            layer.weight.detach().to(dtype),
+            None if bias is None else bias.detach().to(dtype),
             architecture.logits_divisor,
             architecture.logits_softcap,
         )
@@ -319,7 +320,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., rows] of what the head reads, [..., H]."""
-        logits = functional.linear(hidden, self.weight, self.bias) / self.divisor
+        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits / self.divisor
         if self.softcap is None:
             return logits
         return torch.tanh(logits / self.softcap) * self.softcap

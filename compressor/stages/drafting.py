@@ -23,6 +23,7 @@ from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head, TextOptions, draft_text
 from compressor.decoding.decode import Limits, decode
 from compressor.decoding.probes import Probes, probe_steps
+from compressor.decoding.prompts import asking
 from compressor.decoding.proposals import ModelDraft
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.formats.files import copy_parent_files
@@ -288,8 +289,18 @@ def finish(
         checkpoint=context.folder,
         changed=(),
         notes={name: float(value) for name, value in (own | dict(notes or {})).items()},
-        fallbacks=_cut_short(config, sum(len(b.mask) for b in corpus.batches), done),
+        fallbacks=(
+            *_without_template(config, checkpoint),
+            *_cut_short(config, sum(len(batch.mask) for batch in corpus.batches), done),
+        ),
     )
+
+
+def _without_template(config: TrainedDraftConfig, checkpoint: Path) -> tuple[Fallback, ...]:
+    if config.requests == "text" or asking(load_tokenizer(checkpoint)) is not None:
+        return ()
+    reason = "requests: own asks for a chat template, and the tokenizer has none that can be split"
+    return (Fallback("draft", reason, "it continued beginnings of calibration text"),)
 
 
 def _cut_short(config: TrainedDraftConfig, rows: int, done: Fit) -> tuple[Fallback, ...]:

@@ -28,6 +28,7 @@ from compressor.formats.eagle3 import flat_config, speculators_config, speculato
 from compressor.formats.shards import save_tensors
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_tokenizer, read_config
+from compressor.model.precision import trains_in_half
 from compressor.numerics.distillation import ROWS, teach, truncated
 from compressor.stages.context import StageContext
 from compressor.stages.drafting import (
@@ -59,12 +60,13 @@ def distil_eagle3(
     sizes = Architecture.from_config(read_config(checkpoint))
     layers = config.layers(sizes.layers)
     corpus = read_corpus(config, target, checkpoint, layers, calibration, context)
-    whole = Head.of(target)
+    half = trains_in_half(config.precision, context.device)
+    whole = Head.of(target, torch.bfloat16 if half else torch.float32)
     said = likeliest(corpus, whole)
     counts = sum((row.flatten().bincount(minlength=sizes.vocab) for row in said),
                  torch.zeros(sizes.vocab, dtype=torch.int64))  # fmt: skip
     ids = draft_vocabulary(counts, config.draft_vocab(sizes.vocab)).to(context.device)
-    head = _begin(config, target, ids, whole.rows(ids))
+    head = _begin(config, target, ids)
     lesson = Lesson(config, head, corpus, whole.rows(ids), said)
     probes = Probes(
         CachedModel(target, layers),
@@ -86,15 +88,16 @@ def distil_eagle3(
 
 
 def likeliest(corpus: Corpus, head: Head) -> list[Tensor]:
-    """The target's most likely next token at every place, by batch, int64 [B, T]; -1 on padding.
+    """The target's most likely next token at every place, by batch, int64 [B, T].
 
-    Row by row, since this takes the whole vocabulary.
+    A few places at a time, since this takes the whole vocabulary.
     """
     found = []
     for number in range(len(corpus.batches)):
-        rows = [head.logits(row).argmax(-1) for row in corpus.hidden(number)]
-        said = torch.stack(rows).cpu()
-        found.append(said)
+        hidden = corpus.hidden(number)
+        parts = torch.split(hidden.flatten(0, 1), ROWS)
+        said = torch.cat([head.logits(part).argmax(-1) for part in parts])
+        found.append(said.view(hidden.shape[:2]).cpu())
     return found
 
 
@@ -125,7 +128,7 @@ class Lesson:
         counts = corpus.mask(number) & self.known[self.said[number].to(self.known.device)]
         with half_products(config, tokens.device):
             unrolled = unroll(self.head, corpus.features(number), tokens, config.ttt_steps)
-            teacher = self._teacher(hidden)
+        teacher = self._teacher(hidden)
         places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
         total = torch.zeros((), device=tokens.device)
         for place, states in enumerate(unrolled):
@@ -151,7 +154,7 @@ class Lesson:
         return torch.cat(parts)
 
 
-def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:
+def _begin(config: DraftEagle3, target: Any, ids: Tensor) -> Eagle3:
     """The head before training."""
     table = target.get_input_embeddings().weight.float()
     with torch.random.fork_rng(devices=[]):
@@ -159,7 +162,7 @@ def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:
         head = Eagle3(layer_config(target), ids, table).to(ids.device)
     if config.start == "target":
         layers = config.layers(target.config.get_text_config().num_hidden_layers)
-        start_from_target(head, target, rows, layers.index(max(layers)))
+        start_from_target(head, target, Head.of(target).rows(ids), layers.index(max(layers)))
     return head
 
 
@@ -195,5 +198,5 @@ def _save(
 def untrained_eagle3(config: DraftEagle3, target: Any, folder: Path) -> Eagle3Draft:
     """The head before training, on the vocabulary of the one in `folder`."""
     trained = load_eagle3(folder, target, config.layers(target.config.num_hidden_layers))
-    head = _begin(config, target, trained.head.ids, Head.of(target).rows(trained.head.ids))
+    head = _begin(config, target, trained.head.ids)
     return Eagle3Draft(head.eval(), trained.layers)

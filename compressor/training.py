@@ -37,7 +37,8 @@ class Schedule:
         warmup: share of the steps in which it rises.
         clip: largest norm of the gradient.
         betas, weight_decay: of AdamW.
-        seconds: stop at the first checkpoint after so long; None never does.
+        seconds: stop at the first checkpoint after so long; None never does. Rates then fall with
+            the time if that runs out before the steps do.
         every: steps between checkpoints.
     """
 
@@ -50,12 +51,14 @@ class Schedule:
     seconds: float | None = None
     every: int = 50
 
-    def rate(self, step: int) -> float:
-        """Learning rate of a step, counted from 0."""
+    def rate(self, step: int, seconds: float = 0.0) -> float:
+        """Learning rate of a step, counted from 0, after so many seconds of training."""
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.learning_rate * (step + 1) / rise
         done = (step - rise) / max(1, self.steps - rise)
+        if self.seconds is not None:
+            done = min(1.0, max(done, seconds / self.seconds))
         return self.learning_rate * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2)
 
 
@@ -139,7 +142,8 @@ def fit(
                     break
             if watch is not None:
                 watch(step)
-            losses.append(_update(parameters, optimizer, loss, schedule, step))
+            rate = schedule.rate(step, seconds)
+            losses.append(_update(parameters, optimizer, loss, schedule.clip, step, rate))
             task.advance()
     if watch is not None:
         watch(len(losses))
@@ -167,10 +171,11 @@ def _update(
     parameters: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer,
     loss: Callable[[int], Tensor],
-    schedule: Schedule,
+    clip: float,
     step: int,
+    rate: float,
 ) -> float:
-    optimizer.param_groups[0]["lr"] = schedule.rate(step)
+    optimizer.param_groups[0]["lr"] = rate
     optimizer.zero_grad(set_to_none=True)
     value = loss(step)
     if not bool(torch.isfinite(value)):
@@ -178,7 +183,7 @@ def _update(
             f"the loss of training step {step} is {value.item()}", "lower `learning_rate`"
         )
     value.backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(parameters.values(), schedule.clip)
+    torch.nn.utils.clip_grad_norm_(parameters.values(), clip)
     optimizer.step()
     return float(value.detach())
 

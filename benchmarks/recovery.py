@@ -29,7 +29,7 @@ from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.quiet import quiet
 
-PRUNE = "{method: prune.search, ratio: 0.2, depths: [8], attention: [whole]}"
+PRUNE = "{method: prune.search, ratio: 0.2, depths: [8], attention: [whole], multiple: 64}"
 ROUND = {"method": "quantize.gptq", "bits": 4, "group_size": 64, "symmetry": "full_range"}
 
 

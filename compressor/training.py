@@ -57,7 +57,7 @@ class Schedule:
         if step < rise:
             return self.learning_rate * (step + 1) / rise
         done = (step - rise) / max(1, self.steps - rise)
-        if self.seconds is not None:
+        if self.seconds:
             done = min(1.0, max(done, seconds / self.seconds))
         return self.learning_rate * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2)
 

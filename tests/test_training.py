@@ -91,3 +91,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     other = {"c": torch.zeros(1, requires_grad=True)}
     with pytest.raises(ResumeError, match="other parameters"):
         fit(other, lambda _: other["c"].sum(), SCHEDULE, tmp_path, SilentObserver())
+
+
+def test_rates_fall_with_the_time_if_that_ends_first() -> None:
+    free = Schedule(steps=100, learning_rate=1.0)
+    boxed = Schedule(steps=100, learning_rate=1.0, seconds=10.0)
+    assert boxed.rate(50, 2.0) == free.rate(50)
+    assert boxed.rate(2, 5.0) == free.rate(2)  # the rise counts steps
+    halfway = boxed.rate(20, 5.0)
+    assert halfway == pytest.approx(0.55)
+    assert boxed.rate(20, 10.0) == boxed.rate(20, 11.0) == pytest.approx(0.1)
+    assert free.rate(20, 10.0) == free.rate(20)

@@ -17,7 +17,8 @@ from compressor.formats.capabilities import Container
 from compressor.formats.exchange import repeated_scales, stored_bytes
 from compressor.formats.sizes import STORED, Role, bits_per_weight
 from compressor.formats.support import LAYOUTS
-from compressor.model.architecture import Architecture, Matrix, held_by_forward
+from compressor.model.architecture import Architecture, held_by_forward
+from compressor.model.matrices import Matrix
 from compressor.stages.packing import target_of
 from compressor.text import shards
 from compressor.types import WeightScheme

@@ -20,8 +20,9 @@ from compressor.formats.headers import read_folder
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.sizes import measure
 from compressor.journal import Journal
-from compressor.model.architecture import Architecture, serving_config
+from compressor.model.architecture import Architecture
 from compressor.model.load import load_model
+from compressor.model.serving import serving_config
 from compressor.numerics.absmax import round_to_absmax
 from compressor.numerics.activations import round_inputs
 from compressor.recheck import verify_folder

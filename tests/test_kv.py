@@ -26,9 +26,10 @@ from compressor.formats.files import checkpoint_files
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.sizes import measure
 from compressor.journal import Journal
-from compressor.model.architecture import SERVING, Architecture, cache_config, serving_config
+from compressor.model.architecture import Architecture
 from compressor.model.families import FAMILIES
 from compressor.model.load import load_model, load_tokenizer, read_config
+from compressor.model.serving import SERVING, cache_config, serving_config
 from compressor.order import order_problems
 from compressor.progress import SilentObserver
 from compressor.recheck import verify_folder

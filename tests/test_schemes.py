@@ -9,8 +9,9 @@ import torch
 
 from compressor import resources
 from compressor.errors import ModelError
-from compressor.model.architecture import SERVING, Architecture, serving_config
+from compressor.model.architecture import Architecture
 from compressor.model.load import load_model, read_config
+from compressor.model.serving import SERVING, serving_config
 from compressor.model.walk import BlockWalk
 from compressor.numerics.activations import round_inputs
 from compressor.recipe import load_recipe

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from compressor.model.architecture import SERVING, Architecture
+from compressor.model.architecture import Architecture
+from compressor.model.serving import SERVING
 
 Choice = Literal["ends", "first", "even"]
 

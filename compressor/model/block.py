@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from compressor.errors import ModelError
 from compressor.model.activations import ActivationStore
-from compressor.model.architecture import Matrix
 from compressor.model.experts import ExpertWatch, Place, fused, place
+from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
 from compressor.model.passage import Passage
 

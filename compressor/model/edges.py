@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
+from compressor.model.matrices import Matrix
 
 EdgeKind = Literal["norm_attention", "value_output", "norm_mlp", "up_down"]
 EDGE_KINDS: tuple[EdgeKind, ...] = get_args(EdgeKind)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from compressor.errors import CompressorError
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
+from compressor.model.matrices import Matrix
 
 _FUSED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.errors import AccessError, ModelError, ResourceError
-from compressor.model.architecture import SERVING, Architecture, attention_implementation
+from compressor.model.architecture import Architecture
+from compressor.model.configuration import attention_implementation
 from compressor.model.files import read_config, weight_files
+from compressor.model.serving import SERVING
 from compressor.resources import builtin_model
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compressor.model.architecture import Architecture, attention_implementation
+from compressor.model.architecture import Architecture
 from compressor.model.cache import round_cache
+from compressor.model.configuration import attention_implementation
 from compressor.model.inputs import round_inputs
 from compressor.model.quiet import quiet
 

@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
+from compressor.model.matrices import Matrix
 from compressor.model.quiet import quiet
 from compressor.model.shape import PER_LAYER, Shape, resized
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, ResumeError
 from compressor.model.activations import ActivationStore
-from compressor.model.architecture import Architecture, Matrix, held_by_forward
+from compressor.model.architecture import Architecture, held_by_forward
 from compressor.model.block import Block, GradientObserver
 from compressor.model.files import read_config
 from compressor.model.lookups import LookUps
+from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton

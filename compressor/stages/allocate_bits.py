@@ -19,7 +19,8 @@ from compressor.types import Symmetry, WeightScheme
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
     from compressor.formats.capabilities import Container
-    from compressor.model.architecture import Architecture, Matrix
+    from compressor.model.architecture import Architecture
+    from compressor.model.matrices import Matrix
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 

@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationConfig, CalibrationSet
-    from compressor.model.architecture import Architecture, Matrix
+    from compressor.model.architecture import Architecture
+    from compressor.model.matrices import Matrix
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 

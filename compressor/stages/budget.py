@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compressor.formats.capabilities import Container
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
+from compressor.model.matrices import Matrix
 from compressor.stages.packing import fits, matrix_bytes
 from compressor.types import WeightScheme
 

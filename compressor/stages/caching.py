@@ -14,10 +14,10 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.files import link_checkpoint
 from compressor.formats.shards import TORCH_DTYPES
 from compressor.formats.sizes import STORED
-from compressor.model.architecture import cache_config
 from compressor.model.block import Block
 from compressor.model.cache import enter_cache
 from compressor.model.files import read_config
+from compressor.model.serving import cache_config
 from compressor.model.walk import BlockWalk
 from compressor.numerics.cache import cache_scale
 from compressor.stages.context import StageContext

@@ -8,7 +8,8 @@ from compressor.formats.capabilities import Container
 from compressor.formats.exchange import GGUF_BLOCK, gguf_type, repeated_scales, stored_bytes
 from compressor.formats.sizes import STORED
 from compressor.formats.support import SCALED_EMBEDDINGS, Target
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
+from compressor.model.matrices import Matrix
 from compressor.types import WeightScheme
 
 

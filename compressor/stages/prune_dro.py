@@ -14,7 +14,8 @@ from compressor.stages.train_base import Counted, Shares, TrainConfig
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
-    from compressor.model.architecture import Architecture, Matrix
+    from compressor.model.architecture import Architecture
+    from compressor.model.matrices import Matrix
     from compressor.model.shape import Shape
     from compressor.stages.context import StageContext
     from compressor.types import StageResult

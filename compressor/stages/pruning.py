@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from compressor.formats.shards import CheckpointWriter, shard_name
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
 from compressor.model.block import Block
 from compressor.model.files import read_config
+from compressor.model.matrices import Matrix
 from compressor.model.shape import Shape, resized, shape_of
 from compressor.model.surgery import BlockKeep, cut_block, pruned_config
 from compressor.model.walk import BlockWalk

@@ -21,7 +21,8 @@ from compressor.stages.weight_formats import (
 from compressor.types import ActivationScheme, Symmetry, WeightScheme
 
 if TYPE_CHECKING:
-    from compressor.model.architecture import Architecture, Matrix, Selection
+    from compressor.model.architecture import Architecture
+    from compressor.model.matrices import Matrix, Selection
 
 __all__ = ["GroupSize", "RounderConfig"]
 

@@ -10,7 +10,8 @@ from compressor.types import CacheScheme
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationSet
-    from compressor.model.architecture import Architecture, Matrix
+    from compressor.model.architecture import Architecture
+    from compressor.model.matrices import Matrix
     from compressor.stages.context import StageContext
     from compressor.types import StageResult
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from compressor.calibration import CalibrationSet, build_development
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
+from compressor.model.matrices import Matrix
 from compressor.numerics.hadamard import Rotation, Turned, random_rotation
 from compressor.progress import SilentObserver
 from compressor.stages.context import StageContext

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from compressor.formats.atomic import atomic_write_bytes
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
+from compressor.model.matrices import Matrix
 from compressor.numerics.cayley import by_blocks, descent, through_grid, turned
 from compressor.numerics.distillation import forward_kl
 from compressor.types import TokenBatch

@@ -20,9 +20,10 @@ from compressor.formats.allocation import read_allocation
 from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
-from compressor.model.architecture import Architecture, serving_config
+from compressor.model.architecture import Architecture
 from compressor.model.block import Block, BlockMatrix, Observer
 from compressor.model.files import read_config
+from compressor.model.serving import serving_config
 from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import HessianAccumulator, relative_loss
 from compressor.numerics.propagation import DriftAccumulator

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
 from compressor.model.block import Block
 from compressor.model.edges import Edge
 from compressor.model.experts import place
+from compressor.model.matrices import Matrix
 from compressor.model.walk import BlockWalk
 from compressor.numerics.grid_search import TRIES
 from compressor.numerics.hessian import HessianAccumulator, row_losses

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from compressor.errors import NumericalError
 from compressor.numerics.gptq import Asymmetry, HessianFactor, factorize, gptq
-from compressor.numerics.grid import Search, fit_grid
+from compressor.numerics.grid import Grid, Search, fit_grid
 from compressor.numerics.hessian import shrink
 from compressor.numerics.hqq import HalfQuadratic, hqq
 from compressor.numerics.propagation import forward_pull, propagated_target
 from compressor.numerics.rtn import rtn
-from compressor.stages.grids import READ_TEXT
+from compressor.stages.grids import READ_TEXT, CompensatedSearch
 from compressor.stages.rounding import Moments, Rounded, Solve
 from compressor.types import QTensor, WeightScheme
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from compressor.stages.quantize_hqq import QuantizeHqq
 
 _UNREACHED = "no calibration token reached it"
+# Grids in which an error counts by what is left of it once other weights make up for it.
+_BY_CURVATURE = ("obs", "neuqi")
 
 
 def nearest(search: Search) -> Solve:
@@ -167,26 +169,36 @@ def _solve_rows(
     dtype: torch.dtype,
     asymmetry: Asymmetry | None = None,
 ) -> QTensor:
-    compensating = options.grid in ("obs", "neuqi")
-    importance = factor.curvature() if compensating else factor.hessian.diagonal()
-    grid = fit_grid(
-        stacked,
-        scheme,
-        search="imatrix" if options.grid == "obs" else options.grid,
-        importance=importance,
-        hessian=factor.hessian,
-        scale_dtype=dtype,
-    )
     outcome = gptq(
         stacked,
         factor,
         scheme,
-        grid,
+        _fitted(stacked, scheme, factor, options.grid, dtype),
         sweeps=options.sweeps,
         block_size=options.block_size,
         asymmetry=asymmetry,
     )
     return outcome.quantized
+
+
+def _fitted(
+    stacked: Tensor,
+    scheme: WeightScheme,
+    factor: HessianFactor,
+    grid: CompensatedSearch,
+    dtype: torch.dtype,
+) -> Grid:
+    """The grid of matrices that are compensated. `obs` is the search of `imatrix` by curvature."""
+    search: Search = "imatrix" if grid == "obs" else grid
+    curved = grid in _BY_CURVATURE
+    return fit_grid(
+        stacked,
+        scheme,
+        search=search,
+        importance=factor.curvature() if curved else factor.hessian.diagonal(),
+        hessian=factor.hessian,
+        scale_dtype=dtype,
+    )
 
 
 def _fallback(factor: HessianFactor, damping: float) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compressor.formats.shards import TORCH_DTYPES
 from compressor.formats.sizes import STORED
-from compressor.model.architecture import Matrix
+from compressor.model.matrices import Matrix
 from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import HessianAccumulator
 from compressor.numerics.sensitivity import (

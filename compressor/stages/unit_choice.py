@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
 from compressor.model.load import load_model
+from compressor.model.matrices import Matrix
 from compressor.numerics.hessian import shrink
 from compressor.numerics.pruning import (
     best_columns,

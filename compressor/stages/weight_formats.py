@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from compressor.types import ACTIVATIONS, ActivationScheme, WeightScheme
 
 if TYPE_CHECKING:
-    from compressor.model.architecture import Architecture, Matrix
+    from compressor.model.architecture import Architecture
+    from compressor.model.matrices import Matrix
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.codes import CodesReader
 from compressor.formats.exporters import Source
 from compressor.formats.files import link_checkpoint
-from compressor.model.architecture import Architecture, cache_config, serving_config
+from compressor.model.architecture import Architecture
 from compressor.model.cache import Entering, enter_cache
 from compressor.model.load import load_model, load_tokenizer, read_config
+from compressor.model.serving import cache_config, serving_config
 from compressor.numerics.cache import cache_scale
 from compressor.resources import builtin_model
 from compressor.serving.ask import Answer, Question, ask_python, make_question

@@ -13,8 +13,8 @@ from compressor.formats import compressed_tensors as ct
 from compressor.formats.headers import INDEX, read_json
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.formats.support import Target, engine_problems, export_problems
-from compressor.model.architecture import SERVING, serving_config
 from compressor.model.load import load_model
+from compressor.model.serving import SERVING, serving_config
 from compressor.types import ACTIVATIONS, ActivationScheme, QTensor, WeightScheme
 
 from .helpers import logits, quantize_checkpoint, same_tensors, tiny_model

@@ -18,8 +18,8 @@ from compressor.formats.headers import read_json
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight, measure, packed_bytes
 from compressor.formats.support import Target, engine_problems, export_problems
-from compressor.model.architecture import serving_config
 from compressor.model.load import load_model
+from compressor.model.serving import serving_config
 from compressor.numerics.rtn import rtn
 from compressor.types import ACTIVATIONS, WeightScheme
 

@@ -11,8 +11,9 @@ import transformers
 from safetensors import safe_open
 
 from compressor.errors import ModelError
-from compressor.model.architecture import Architecture, Matrix
+from compressor.model.architecture import Architecture
 from compressor.model.families import FAMILIES
+from compressor.model.matrices import Matrix
 from compressor.types import WeightScheme
 from tests.model.conftest import SIZES, VARIANTS, config_of
 

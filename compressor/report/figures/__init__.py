@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compressor.report.figures import accuracy, drafts, mixture, structure
+from compressor.report.figures import accuracy, divergence, drafts, mixture, structure
 from compressor.report.figures.base import Figure
 from compressor.report.schema import Report
 
@@ -13,8 +13,8 @@ def figures(report: Report) -> list[Figure]:
         accuracy.pareto(report),
         accuracy.forest(report),
         accuracy.heatmap(report),
-        accuracy.ccdf(report),
-        accuracy.position(report),
+        divergence.ccdf(report),
+        divergence.position(report),
     ]
     inside = [structure.waterfall(report), structure.cost(report)]
     stages = [*structure.layers(report), *mixture.mixtures(report)]

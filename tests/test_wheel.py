@@ -98,7 +98,8 @@ def test_the_wheel_holds_what_it_should_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     data = {f"{DATA}/{name}" for name in tracked("recipes", "calibration", "evals")}
-    tools = {f"{DATA}/calibration/README.md", f"{DATA}/calibration/build_text.py"}
+    scripts = ("README.md", "build_text.py", "archives.py", "cleaning.py")
+    tools = {f"{DATA}/calibration/{name}" for name in scripts}
     meta = {name for name in names if ".dist-info/" in name}
     assert names - meta == tracked("compressor") | (data - tools)
     for needed in (

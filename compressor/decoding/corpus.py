@@ -33,6 +33,7 @@ from compressor.types import TokenBatch
 OWN = "own requests"
 """Domain of text that the target began itself."""
 
+_LENGTHS = 32  # rows are padded to a multiple of it
 _TOGETHER = 64  # rows written at once: a pass reads all weights whether for one row or for many
 
 
@@ -195,9 +196,11 @@ class _Writer:
 
 
 def _batched(rows: Sequence[tuple[list[int], str]], size: int) -> Iterator[TokenBatch]:
+    """Padded to few different lengths: libraries build a kernel for every new shape."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         ids = pad_sequence([torch.tensor(row) for row, _ in part], batch_first=True)
+        ids = functional.pad(ids, (0, -ids.shape[1] % _LENGTHS))
         lengths = torch.tensor([len(row) for row, _ in part])
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         yield TokenBatch(ids, mask, tuple(domain for _, domain in part))

@@ -71,23 +71,26 @@ def truncated(teacher: Tensor, top: int | None) -> Tensor:
     return part / part.sum(-1, keepdim=True)
 
 
-def teach(states: Tensor, weight: Tensor, teacher: Tensor, places: Tensor, kind: Loss) -> Tensor:
+def teach(
+    states: Tensor, weight: Tensor, teacher: Tensor, places: Tensor, mask: Tensor, kind: Loss
+) -> Tensor:
     """`divergence` of the logits states @ weightᵀ, without ever holding all of them.
 
     A few positions at a time go from states to loss while they are in the processor's cache; of
-    each, q is kept for the gradient. Products and q are in the precision of the teacher.
+    each, q is kept for the gradient. Products and q are in the precision of the teacher. Positions
+    that do not count are computed too, so that shapes do not depend on them: libraries build a
+    kernel for every new shape.
 
     Args:
         states: what the student's head reads, [N, H].
         weight: of the student's head, [V, H].
         teacher: p, [M, V].
         places: which of its rows belongs to each state, int64 [N].
+        mask: bool [N], which positions count.
         kind: as for `divergence`.
     """
-    if not len(states):
-        return states.sum() * 0.0
     inputs = states.to(teacher.dtype), weight.to(teacher.dtype)
-    found: Tensor = _Taught.apply(*inputs, teacher, places, kind)  # type: ignore[no-untyped-call]
+    found: Tensor = _Taught.apply(*inputs, teacher, places, mask, kind)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -96,19 +99,26 @@ class _Taught(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, teacher: Tensor, places: Tensor, kind: Loss
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        teacher: Tensor,
+        places: Tensor,
+        mask: Tensor,
+        kind: Loss,
     ) -> Tensor:
         kept = torch.empty(len(states), len(weight), dtype=states.dtype, device=states.device)
-        totals = torch.zeros(2, dtype=torch.float64, device=states.device)
+        totals, count = torch.zeros(2, dtype=torch.float64, device=states.device), mask.sum()
         for rows in range(0, len(states), ROWS):
             part = slice(rows, rows + ROWS)
             p, logits = _wanted(teacher[places[part]], kind), (states[part] @ weight.T).float()
             log_q = logits.log_softmax(-1)
             q = log_q.exp()
             kept[part] = q
-            kl = torch.special.xlogy(p, p).sum() - (p * log_q).sum()
-            totals += torch.stack([kl, len(p) - torch.minimum(p, q).sum()])
-        kl, variation = (totals / len(states)).tolist()
+            kl = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
+            variation = 1 - torch.minimum(p, q).sum(-1)
+            totals += torch.stack([kl, variation])[:, mask[part]].sum(-1)
+        kl, variation = (totals / count.clamp(min=1)).tolist()
         shares = {
             "kl": (1.0, 0.0),
             "ce": (1.0, 0.0),  # the divergence from one token, which has no entropy
@@ -116,15 +126,14 @@ class _Taught(torch.autograd.Function):
             "lk_hybrid": (mixed := math.exp(-HYBRID_RATE * (1 - variation)), 1 - mixed),
         }
         ctx.shares, ctx.kind = shares[kind], kind
-        ctx.save_for_backward(states, weight, teacher, places, kept)
+        ctx.save_for_backward(states, weight, teacher, places, mask / count.clamp(min=1), kept)
         return states.new_tensor(
             ctx.shares[0] * kl + ctx.shares[1] * variation, dtype=torch.float32
         )
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        states, weight, teacher, places, kept = ctx.saved_tensors
-        scale = above[0] / len(states)
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, teacher, places, shares, kept = ctx.saved_tensors
         of_logits = torch.empty_like(kept)
         for rows in range(0, len(states), ROWS):
             part = slice(rows, rows + ROWS)
@@ -133,8 +142,8 @@ class _Taught(torch.autograd.Function):
             if ctx.shares[1]:
                 below = q * (q < p)
                 found += ctx.shares[1] * (q * below.sum(-1, keepdim=True) - below)
-            of_logits[part] = found.mul_(scale)
-        return of_logits @ weight, of_logits.T @ states, None, None, None
+            of_logits[part] = found.mul_(above[0] * shares[part, None])
+        return of_logits @ weight, of_logits.T @ states, None, None, None, None
 
 
 def _wanted(teacher: Tensor, kind: Loss) -> Tensor:

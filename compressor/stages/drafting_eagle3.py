@@ -63,7 +63,7 @@ def distil_eagle3(
     half = trains_in_half(config.precision, context.device)
     whole = Head.of(target, torch.bfloat16 if half else torch.float32)
     said = likeliest(corpus, whole)
-    counts = sum((row.flatten().bincount(minlength=sizes.vocab) for row in said),
+    counts = sum((row[row >= 0].bincount(minlength=sizes.vocab) for row in said),
                  torch.zeros(sizes.vocab, dtype=torch.int64))  # fmt: skip
     ids = draft_vocabulary(counts, config.draft_vocab(sizes.vocab)).to(context.device)
     head = _begin(config, target, ids)
@@ -88,7 +88,7 @@ def distil_eagle3(
 
 
 def likeliest(corpus: Corpus, head: Head) -> list[Tensor]:
-    """The target's most likely next token at every place, by batch, int64 [B, T].
+    """The target's most likely next token at every place, by batch, int64 [B, T]; -1 on padding.
 
     A few places at a time, since this takes the whole vocabulary.
     """
@@ -97,7 +97,8 @@ def likeliest(corpus: Corpus, head: Head) -> list[Tensor]:
         hidden = corpus.hidden(number)
         parts = torch.split(hidden.flatten(0, 1), ROWS)
         said = torch.cat([head.logits(part).argmax(-1) for part in parts])
-        found.append(said.view(hidden.shape[:2]).cpu())
+        said = said.view(hidden.shape[:2]).masked_fill(~corpus.mask(number), -1)
+        found.append(said.cpu())
     return found
 
 
@@ -132,12 +133,13 @@ class Lesson:
         places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
         total = torch.zeros((), device=tokens.device)
         for place, states in enumerate(unrolled):
-            counted = counts[:, 1 + place :]
+            later = slice(1 + place, None)
             part = teach(
-                self.head.norm(states[counted]),
+                self.head.norm(states).flatten(0, 1),
                 self.head.lm_head.weight,
                 teacher,
-                places[:, 1 + place :][counted],
+                places[:, later].flatten(),
+                counts[:, later].flatten(),
                 config.loss,
             )
             total = total + config.decay**place * part

@@ -94,6 +94,12 @@ BUILTIN = (
         "structure",
     ),
     Method(
+        "prune.experts",
+        "compressor.stages.prune_experts:PruneExperts",
+        "remove whole experts of a mixture, those that the text asks least of",
+        "structure",
+    ),
+    Method(
         "prune.search",
         "compressor.stages.prune_search:PruneSearch",
         "try mixes of fewer blocks, heads and channels, and keep the best on held-out text",

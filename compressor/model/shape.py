@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from compressor.errors import ModelError
 from compressor.model.architecture import Architecture
@@ -22,6 +23,10 @@ _FIXED_HEADS = {
 }
 
 
+FreeSize = Literal["layers", "channels", "experts"]
+"""Sizes that a budget can decide."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The sizes that pruning changes; every block has the same.
@@ -31,12 +36,14 @@ class Shape:
         kv_heads: key-value heads of a block.
         heads: query heads of a block, the same number for every key-value head.
         channels: inner width of a feed-forward half, or of every expert.
+        experts: of a block that has any; 0 where no block has.
     """
 
     layers: int
     kv_heads: int
     heads: int
     channels: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ def shape_of(architecture: Architecture) -> Shape:
         architecture.kv_heads,
         architecture.heads,
         architecture.expert_intermediate if architecture.experts else architecture.intermediate,
+        architecture.experts,
     )
 
 
@@ -62,6 +70,12 @@ def channels_key(architecture: Architecture) -> str:
     """The configuration key, as Llama has it, behind `Shape.channels`."""
     own = architecture.experts and architecture.model_type == "qwen3_moe"
     return "moe_intermediate_size" if own else "intermediate_size"
+
+
+def experts_key(architecture: Architecture) -> str:
+    """The configuration key that says how many experts there are."""
+    known = "num_local_experts" in architecture.config or architecture.model_type == "mixtral"
+    return "num_local_experts" if known else "num_experts"
 
 
 def resized(architecture: Architecture, shape: Shape) -> Architecture:
@@ -83,6 +97,8 @@ def resized(architecture: Architecture, shape: Shape) -> Architecture:
         changes["head_dim"] = architecture.head_dim
     if shape.channels != now.channels:
         changes[channels_key(architecture)] = shape.channels
+    if shape.experts != now.experts:
+        changes[experts_key(architecture)] = shape.experts
     return architecture.with_config(**changes) if changes else architecture
 
 
@@ -93,15 +109,18 @@ PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 def faults(architecture: Architecture, shape: Shape) -> Iterator[Fault]:
     """Everything that forbids to shrink the model to a size."""
     now = shape_of(architecture)
-    for size in ("layers", "kv_heads", "heads", "channels"):
+    for size in ("layers", "kv_heads", "heads", "channels", "experts"):
         before, after = getattr(now, size), getattr(shape, size)
-        if not 1 <= after <= before:
+        if not min(1, before) <= after <= before:
             word = size.replace("_", "-")
             message = f"{after} {word} cannot be kept: the model has {before}"
             yield Fault(size, message, f"write a number from 1 to {before}")
             return
     if shape.layers != now.layers:
         yield from _layer_faults(architecture)
+    if shape.experts < (least := architecture.experts_per_token):
+        message = f"{shape.experts} experts are fewer than the {least} that every token is given to"
+        yield Fault("experts", f"{message} (num_experts_per_tok)", f"keep at least {least}")
     if (shape.heads, shape.kv_heads) != (now.heads, now.kv_heads):
         yield from _head_faults(architecture, shape)
 
@@ -167,7 +186,7 @@ def fitted(
     Args:
         architecture: the model as it is.
         shape: the other sizes.
-        size: `layers` or `channels`.
+        size: a `FreeSize`.
         budget: parameters, ties counted once.
         multiple: the size is a multiple of this, or stays as it is.
         at_most: stay within the budget instead of coming as near as possible.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field
 
 from compressor.errors import ModelError
-from compressor.model.shape import Fault, Shape, faults, fitted, resized, shape_of
+from compressor.model.shape import Fault, FreeSize, Shape, faults, fitted, resized, shape_of
 from compressor.stages.base import ReportProblem, StageConfig, option
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PruneConfig(StageConfig):
 
     @property
     @abstractmethod
-    def free_size(self) -> Literal["layers", "channels"]:
+    def free_size(self) -> FreeSize:
         """The size that a budget decides."""
 
     @property
@@ -138,9 +138,10 @@ class PruneConfig(StageConfig):
             return ()
         after, now = resized(before, shape), shape_of(before)
         words = {"layers": "blocks", "kv_heads": "key-value heads", "heads": "query heads"}
+        words |= {"channels": "channels", "experts": "experts"}
         goes = [
-            f"{getattr(now, size) - left} of {getattr(now, size)} {words.get(size, 'channels')}"
-            for size in ("layers", "kv_heads", "heads", "channels")
+            f"{getattr(now, size) - left} of {getattr(now, size)} {word}"
+            for size, word in words.items()
             if (left := getattr(shape, size)) != getattr(now, size)
         ]
         gone = before.parameters - after.parameters
@@ -200,7 +201,7 @@ class WidthConfig(PruneConfig):
         return {"channels": "intermediate", "heads": "heads", "kv_heads": "kv_heads"}
 
     @property
-    def free_size(self) -> Literal["layers", "channels"]:
+    def free_size(self) -> FreeSize:
         """Channels: the feed-forward half tolerates most."""
         return "channels"
 

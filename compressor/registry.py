@@ -100,6 +100,12 @@ BUILTIN = (
         "structure",
     ),
     Method(
+        "prune.hidden",
+        "compressor.stages.prune_hidden:PruneHidden",
+        "remove channels of the residual stream everywhere, and set its norms right",
+        "structure",
+    ),
+    Method(
         "prune.search",
         "compressor.stages.prune_search:PruneSearch",
         "try mixes of fewer blocks, heads and channels, and keep the best on held-out text",

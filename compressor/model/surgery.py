@@ -24,6 +24,7 @@ from compressor.model.shape import PER_LAYER, Shape, resized
 
 _UP = ("gate", "up", "fc_in")
 _DOWN = ("down", "fc_out")
+_WRITERS = ("o", *_DOWN)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,36 @@ def cut_block(
         bias = f"{matrix.name}.bias"
         if rows is not None and bias in found:
             found[bias] = _select(found[bias], 0, rows)
+    return found
+
+
+def kept_stream(
+    architecture: Architecture,
+    kept: Sequence[int],
+    factors: Mapping[str, float],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Tensors with some channels of the residual stream alone.
+
+    Args:
+        architecture: of the model on disk, whose halves read a norm of the stream.
+        kept: channels that stay, ascending.
+        factors: by name of a norm of the stream, what its weight is multiplied by.
+        tensors: some of the model's.
+    """
+    matrices = {matrix.tensor: matrix for matrix in architecture.matrices}
+    biases = {f"{m.name}.bias" for m in architecture.matrices if m.role in _WRITERS}
+    found = {}
+    for name, tensor in tensors.items():
+        if name in factors:
+            weight = _select(tensor, 0, kept)
+            found[name] = (weight.double() * factors[name]).to(tensor.dtype)
+        elif name in biases:
+            found[name] = _select(tensor, 0, kept)
+        elif name in matrices:
+            found[name] = _select(tensor, 0 if matrices[name].role in _WRITERS else 1, kept)
+        else:
+            found[name] = tensor
     return found
 
 

@@ -56,6 +56,7 @@ def distill(
     """
     tokenizer = load_tokenizer(checkpoint)
     teacher, student = pair(context.original, checkpoint, context, stage.checkpointing)
+    _require_comparable(stage, teacher, student)
     if stage.adapters:
         adapt(student, architecture_of(student), stage.adapters, stage.seed)
     spread(context, teacher, student)
@@ -74,6 +75,16 @@ def distill(
         mixture=sampler.mixture(),
         fallbacks=sampler.fallbacks(stage.method),
     )
+
+
+def _require_comparable(stage: RecoverDistill, teacher: Any, student: Any) -> None:
+    widths = [model.config.hidden_size for model in (teacher, student)]
+    if stage.hidden_states and widths[0] != widths[1]:
+        raise ModelError(
+            f"`hidden_states` compares states of one width, and the original has {widths[0]} "
+            f"channels where the model has {widths[1]}",
+            "leave it out behind prune.hidden",
+        )
 
 
 def training_rows(stage: TrainConfig, tokenizer: Any, calibration: CalibrationSet | None) -> Rows:

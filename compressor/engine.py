@@ -36,6 +36,7 @@ from compressor.evaluation.probe import Probe
 from compressor.evaluation.results import Evaluation
 from compressor.evaluation.session import BASE, Session
 from compressor.facts import Finished, build_facts
+from compressor.following import Job, require_shares
 from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_text
 from compressor.formats.codes import CodesReader
@@ -67,6 +68,7 @@ from compressor.serving.record import record_event
 from compressor.sessions import open_session
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
+from compressor.team import ALONE, Team
 from compressor.types import BlockRecord, Fallback
 from compressor.variants import Variant, block_record
 from compressor.verify import (
@@ -114,6 +116,7 @@ def run_recipe(
     *,
     observer: Observer | None = None,
     command: str = "",
+    team: Team = ALONE,
 ) -> RunOutcome:
     """Run a recipe on a model, or take up the run that `out` holds where it stopped.
 
@@ -123,14 +126,17 @@ def run_recipe(
         out: directory of the run.
         observer: told of progress.
         command: as typed, for the report.
+        team: processes that wait to run stages that train beside this one, which leads them.
 
     Raises:
         PlanError: the chain cannot work on this model.
+        UsageError: stages that train cannot be shared by so many processes.
         ResumeError: `out` holds a run of something else.
         ResourceError: the disk does not suffice.
         VerificationError: a stage or an export broke a promise.
         AccessError: the recipe publishes, and may not.
     """
+    require_shares(recipe, team)
     source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
     for export in recipe.export:  # no stage changes what is checked here, say the tokenizer
@@ -139,7 +145,7 @@ def run_recipe(
     require_publishable(recipe, source)
     told = observer or SilentObserver()
     with exclusive(out):
-        outcome = _Run(recipe, source, plan, out, told, command).execute()
+        outcome = _Run(recipe, source, plan, out, told, command, team).execute()
     _publish(recipe, outcome, told)
     return outcome
 
@@ -170,7 +176,7 @@ def _publish(recipe: Recipe, outcome: RunOutcome, observer: Observer) -> None:
         observer.event("published", repository=repository.name, revision=revision)
 
 
-def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
+def resume_run(out: Path, *, observer: Observer | None = None, team: Team = ALONE) -> RunOutcome:
     """Take up a run from its directory alone.
 
     Raises:
@@ -179,7 +185,7 @@ def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
     recipe, lock = _recorded(out)
     starts = Journal(out / "journal.jsonl").all("run_started")
     command = starts[0]["command"] if starts else ""
-    return run_recipe(recipe, lock.model, out, observer=observer, command=command)
+    return run_recipe(recipe, lock.model, out, observer=observer, command=command, team=team)
 
 
 def export_run(
@@ -231,7 +237,9 @@ class _Run:
         folder: Path,
         observer: Observer,
         command: str,
+        team: Team,
     ) -> None:
+        self.team = team
         self.recipe = recipe
         self.source = source
         self.signature = _signature(source.path)
@@ -418,6 +426,8 @@ class _Run:
             original=self.source.path,
         )
         with meter:
+            if stage.shared:
+                context = self._shared(stage, parent.checkpoint, context)
             result = stage.run(parent.checkpoint, self.calibration, context)
         event = self.journal.append(
             "stage_done",
@@ -430,6 +440,14 @@ class _Run:
             self.observer.event("fallback", **asdict(fallback))
         shutil.rmtree(context.scratch, ignore_errors=True)
         return event
+
+    def _shared(self, stage: StageConfig, checkpoint: Path, context: StageContext) -> StageContext:
+        """Tell all processes to run a stage with this one."""
+        if not self.team.alone:
+            places = (context.folder, context.scratch, context.original, context.dtype)
+            job = Job(stage, checkpoint, self.calibration, *places, self.recipe.seed)
+            self.team.hear(job)
+        return replace(context, team=self.team)
 
     def _verify(self, variant: Variant) -> dict[str, Any]:
         """Every promise about tensors, then a reload and a distance to the parent."""

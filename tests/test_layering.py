@@ -25,7 +25,7 @@ BESIDE = {
     "provenance",
     "meter",
 }
-BESIDE |= {"provenance", "meter", "stages", "order", "registry", "decoding", "training"}
+BESIDE |= {"provenance", "meter", "stages", "order", "registry", "decoding", "training", "team"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
 ENGINE |= {
     "claim",
@@ -39,6 +39,7 @@ ENGINE |= {
     "pipeline",
     "doctor",
     "drafts",
+    "following",
     "requantize",
 }
 TOP = {
@@ -72,7 +73,7 @@ LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine",
 LIGHT += ("commands/serving", "programs")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
-LIGHT += ("formats/support", "report/schema", "efforts", "paths")
+LIGHT += ("formats/support", "report/schema", "efforts", "paths", "team")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "compressed_tensors", "scipy"}
 
 

@@ -66,9 +66,27 @@ def test_an_interrupted_run_ends_in_the_same_state(tmp_path: Path, stop: int) ->
     assert after.losses == through.losses
 
 
-def test_a_time_box_ends_at_a_checkpoint(tmp_path: Path) -> None:
+def test_a_time_box_ends_after_the_step_that_passes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock finds it a second later; the state is saved, and stays that."""
+    seconds = iter(range(1000))
+    monkeypatch.setattr("compressor.training.time.monotonic", lambda: next(seconds))
+    boxed = Schedule(steps=30, learning_rate=0.05, every=7, seconds=9.5)
+    first, done = train(tmp_path, schedule=boxed)
+    assert done.steps == 9  # neither a multiple of 7 nor all
+    again, after = train(tmp_path, schedule=boxed)
+    assert after.losses == done.losses
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    whole, through = train(tmp_path / "whole")
+    resumed, rest = train(tmp_path)
+    assert rest.losses == through.losses
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_no_time_at_all_is_one_step(tmp_path: Path) -> None:
     _, done = train(tmp_path, schedule=Schedule(steps=30, learning_rate=0.05, every=7, seconds=0))
-    assert done.steps == 7
+    assert done.steps == 1
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:

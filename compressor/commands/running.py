@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import click
 
 from compressor import console
 from compressor.commands.options import FOLDER, Settings, common, finish, recipe_options, working
-from compressor.errors import UsageError, VerificationError
+from compressor.errors import CompressorError, UsageError, VerificationError
+from compressor.team import Team, assembled
 
 if TYPE_CHECKING:
     from compressor.efforts import EffortName
+    from compressor.engine import RunOutcome
+    from compressor.progress import Observer
 
 
 @click.command()
@@ -34,11 +38,14 @@ def run(
 
     loaded = load_recipe(recipe, **_reading(recipe, **reading))
     folder = out or default_out(loaded.name, model, loaded.effort)
-    with working(settings) as observer:
+
+    def job(observer: Observer, team: Team) -> RunOutcome:
         from compressor.engine import run_recipe
 
-        outcome = run_recipe(loaded, model, folder, observer=observer, command=settings.command)
-    finish(settings, outcome)
+        command = settings.command
+        return run_recipe(loaded, model, folder, observer=observer, command=command, team=team)
+
+    _together(settings, job)
 
 
 @click.command()
@@ -47,11 +54,34 @@ def run(
 @click.pass_obj
 def resume(settings: Settings, folder: Path) -> None:
     """Take up the interrupted run in FOLDER."""
-    with working(settings) as observer:
+
+    def job(observer: Observer, team: Team) -> RunOutcome:
         from compressor.engine import resume_run
 
-        outcome = resume_run(folder, observer=observer)
+        return resume_run(folder, observer=observer, team=team)
+
+    _together(settings, job)
+
+
+def _together(settings: Settings, job: Callable[[Observer, Team], RunOutcome]) -> None:
+    """Do a job on the leading process of a launch, which alone speaks; others follow it."""
+    with working(settings) as observer, assembled() as team:
+        if not team.leads:
+            _follow(team)
+            return
+        outcome = job(observer, team)
+        team.hear(None)
     finish(settings, outcome)
+
+
+def _follow(team: Team) -> None:
+    from compressor.following import follow
+
+    try:
+        follow(team)
+    except CompressorError as error:
+        click.echo(f"process {team.rank}: {error}", err=True)
+        sys.exit(error.exit_code)
 
 
 @click.command()

@@ -29,6 +29,10 @@ GradientObserver = Callable[[str, Tensor, Tensor], None]
 """Called with (name of a matrix, inputs [tokens, in], gradients of its outputs [tokens, out])."""
 
 
+ExpertObserver = Callable[[int, Tensor, Tensor], None]
+"""Called with (expert, outputs [tokens, hidden] before the router's weights, those [tokens])."""
+
+
 _STANDING_PER_TRIM = 4
 
 
@@ -252,6 +256,27 @@ class Block:
                 passage = self._standing.pop(batch, None)
                 output = passage.advance() if passage else None
                 self._outputs.append(self.run(batch) if output is None else output)
+
+    def forward_watching(self, observe: ExpertObserver) -> None:
+        """`forward` of a block with experts, all of whose answers are reported."""
+        self._outputs.delete()
+        for batch in range(len(self._walk.batches)):
+            valid, _ = self._walk.valid(self._walk.batches[batch])
+
+            def tell(
+                expert: int,
+                side: str,
+                _: Tensor,
+                tokens: Tensor,
+                output: Tensor,
+                valid: Tensor = valid,
+            ) -> None:
+                keep = valid[tokens]
+                if side == "out" and bool(keep.any()):
+                    observe(expert, output[keep], watch.gates(expert)[keep])
+
+            with torch.no_grad(), ExpertWatch(self._experts(), tell) as watch:
+                self._outputs.append(self.run(batch))
 
     @property
     def outputs(self) -> ActivationStore:

@@ -90,7 +90,15 @@ class StageConfig(BaseModel, ABC):
     beside: ClassVar[bool] = False
     """Whether the stage leaves the checkpoint as it is and makes something beside it: a draft."""
 
+    shared: ClassVar[bool] = False
+    """Whether all processes of a launch run the stage together; others are the first one's."""
+
     method: str
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows of text that processes can share between them."""
+        return 1
 
     @property
     def label(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.calibration import (
     USER_DOMAIN,
@@ -29,6 +29,8 @@ _ROW = 512  # tokens of the usual row of calibration text
 class TrainConfig(StageConfig):
     """Options common to the methods that train."""
 
+    shared: ClassVar[bool] = True
+
     tokens: int = option(
         1_000_000,
         "Tokens to train on; text is seen again where there is less of it.",
@@ -38,7 +40,7 @@ class TrainConfig(StageConfig):
     )
     minutes: float | None = option(
         None,
-        "Stop at the first checkpoint after so many minutes.",
+        "Stop after the update that ends past so many minutes.",
         effect="The result then depends on the speed of the machine.",
         gt=0,
     )
@@ -140,6 +142,11 @@ class TrainConfig(StageConfig):
             return None
         reason = f"{self.method} trains on the calibration text unless it has a `mix`"
         return Need("mix", reason)
+
+    @property
+    def windows_at_once(self) -> int:
+        """Those of one part of an update."""
+        return self.batch // self.accumulate
 
     def updates(self, mean_length: float) -> int:
         """Updates in all, at least one."""

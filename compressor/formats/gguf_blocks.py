@@ -50,7 +50,8 @@ def pack_blocks(quantized: QTensor, kind: GgufType) -> Tensor:
     if kind in _MINIMUM:
         assert quantized.zero_point is not None
         zero = quantized.zero_point.repeat_interleave(repeat, 1).float() + _OFFSET[kind]
-        parts.append(_bytes((-scale.float() * zero).to(torch.float16)))
+        minimum = -scale.float() * zero + 0.0  # no negative zero, which ggml does not write either
+        parts.append(_bytes(minimum.to(torch.float16)))
     if kind in _FIFTH:
         parts.append(_fifth_bits(unsigned))
     parts.append(_code_bytes(unsigned, kind))

@@ -5,7 +5,8 @@ Matrices with codes go into blocks bit by bit (`gguf_blocks`); other matrices ke
 llama architecture, whose rotary positions turn neighbouring pairs instead of halves of a head.
 
 A file that is meant for llama.cpp's quantizer says so under `compressor.quantizer`; the quantizer
-carries the key on, so that its blocks are told from ours when the file is read.
+carries the key on, so that its blocks are told from ours when the file is read. Matrices that the
+export itself rounds (`Source.embedding`) are named under `compressor.rounded`, for the same reason.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from torch import Tensor
 
 from compressor.errors import ModelError, VerificationError
 from compressor.formats.atomic import replacing
-from compressor.formats.exchange import GGUF_FAMILIES, GgufType, gguf_type
+from compressor.formats.exchange import GGUF_FAMILIES, gguf_type
 from compressor.formats.exporters import Source
 from compressor.formats.gguf_blocks import pack_blocks, unpack_blocks
 from compressor.formats.gguf_metadata import (
     DTYPE_KEY,
     QUANTIZER_KEY,
+    ROUNDED_KEY,
     add_metadata,
     check,
     configuration,
     rope_factors,
 )
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.headers import read_json
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.words import schemes
@@ -55,6 +58,7 @@ _INNER: Mapping[str, str] = {
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _STORED = re.compile(r"blk\.(\d+)\.(.+)")
 _FACTORS = "rope_freqs.weight"
+_ROUNDED = ("model.embed_tokens", "lm_head")
 _FILE_TYPES: Mapping[str, int] = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
 }  # fmt: skip
@@ -123,6 +127,8 @@ def write(source: Source, out: Path) -> None:
     family = GGUF_FAMILIES[config["model_type"]]
     names = [name for name in reader if name != "lm_head.weight" or not _is_tied(config, reader)]
     kinds = {name: _kind(reader, name, grids.get(name.removesuffix(".weight"))) for name in names}
+    rounded = {name: source.embedding for name in rounded_here(source) if source.embedding}
+    kinds |= rounded
     tensors = _Tensors(source, reader, kinds, _heads(family, config))
     with replacing(out / FILE) as temporary:
         writer = gguf.GGUFWriter(temporary, family)
@@ -131,6 +137,8 @@ def write(source: Source, out: Path) -> None:
         add_metadata(writer, source.checkpoint, _FILE_TYPES[common[0][0]], dtype)
         if source.container == "llama-quantize":
             writer.add_string(QUANTIZER_KEY, source.container)
+        if rounded:
+            writer.add_array(ROUNDED_KEY, [gguf_name(name) for name in rounded])
         factors = rope_factors(config)
         if factors is not None:
             writer.add_tensor_info(_FACTORS, factors.shape, np.dtype("float32"), factors.nbytes)
@@ -148,6 +156,20 @@ def write(source: Source, out: Path) -> None:
 
 def _is_tied(config: Mapping[str, Any], reader: CheckpointReader) -> bool:
     return bool(config.get("tie_word_embeddings")) and "model.embed_tokens.weight" in reader
+
+
+def rounded_here(source: Source) -> tuple[str, ...]:
+    """Weights of an embedding and a head without codes, which the export rounds if it is asked to.
+
+    A head that is tied to the embedding has no weights of its own in the file.
+    """
+    if source.embedding is None:
+        return ()
+    reader = CheckpointReader(source.checkpoint)
+    tied = _is_tied(read_json(source.checkpoint / "config.json"), reader)
+    modules = _ROUNDED[:1] if tied else _ROUNDED
+    found = [f"{module}.weight" for module in modules if module not in source.codes]
+    return tuple(name for name in found if name in reader)
 
 
 def _kind(reader: CheckpointReader, name: str, scheme: Any) -> str:
@@ -190,6 +212,9 @@ class _Tensors:
         if kind in _FLOATS.values():
             dtype = next(d for d, stored in _FLOATS.items() if stored == kind)
             return _raw(tensor.to(dtype) if order is None else tensor[order].to(dtype))
+        if name.removesuffix(".weight") not in self.source.codes:
+            blocks = gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[kind])
+            return blocks.view(np.uint8)
         quantized = self.source.codes[name.removesuffix(".weight")]
         if not torch.equal(quantized.dequantize(), tensor):
             raise VerificationError(f"{name} was changed after it was rounded to its codes")
@@ -218,7 +243,7 @@ def _raw(tensor: Tensor) -> np.ndarray[Any, Any]:
 def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every dense tensor of a checkpoint, by its name there, from its GGUF file alone.
 
-    Blocks of llama.cpp's quantizer become fp32.
+    Blocks of llama.cpp's quantizer, and of matrices that the export rounded, become fp32.
     """
     reader = gguf.GGUFReader(folder / FILE)
     fields = {key: field.contents() for key, field in reader.fields.items()}
@@ -231,11 +256,13 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
             "num_key_value_heads": fields[f"{family}.attention.head_count_kv"],
         },
     )
+    rounded = fields.get(ROUNDED_KEY, ())
     for stored in reader.tensors:
         if stored.name == _FACTORS:
             continue
         name = _hugging_face_name(stored.name)
-        value = _dense(stored, dtype, ours=QUANTIZER_KEY not in fields)
+        ours = QUANTIZER_KEY not in fields and stored.name not in rounded
+        value = _dense(stored, dtype, ours=ours)
         order = row_order(name, value.shape[0], heads)
         yield name, value if order is None else value[order.argsort()]
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import VerificationError
-from compressor.formats.exchange import GGUF_BLOCK, GGUF_BLOCK_BYTES, GgufType
+from compressor.formats.exchange import GGUF_BLOCK, GGUF_BLOCK_BYTES
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.words import half_scales
 from compressor.types import QTensor, WeightScheme
 

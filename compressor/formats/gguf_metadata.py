@@ -22,6 +22,7 @@ from compressor.formats.headers import read_json
 
 DTYPE_KEY = "compressor.dtype"
 QUANTIZER_KEY = "compressor.quantizer"
+ROUNDED_KEY = "compressor.rounded"
 _ROPE_TYPES = ("default", "linear", "llama3")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -21,13 +21,13 @@ from compressor.formats import exporters, gguf, gguf_metadata
 from compressor.formats.exchange import (
     GGUF_BLOCK_BYTES,
     GGUF_FAMILIES,
-    GgufType,
     container_problems,
     gguf_type,
     matrix_bytes,
 )
 from compressor.formats.exporters import Source
 from compressor.formats.gguf_blocks import pack_blocks, unpack_blocks
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.sizes import measure
 from compressor.formats.support import Target

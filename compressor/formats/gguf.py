@@ -59,10 +59,10 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _STORED = re.compile(r"blk\.(\d+)\.(.+)")
 _FACTORS = "rope_freqs.weight"
 _ROUNDED = ("model.embed_tokens", "lm_head")
-_FILE_TYPES: Mapping[str, int] = {
+FILE_TYPES: Mapping[str, int] = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
 }  # fmt: skip
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gguf_name(name: str) -> str:
@@ -80,7 +80,8 @@ def gguf_name(name: str) -> str:
     raise ModelError(f"llama.cpp has no name for the tensor {name}")
 
 
-def _hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
+    """Inverse of `gguf_name`."""
     module, _, leaf = name.rpartition(".")
     match = _STORED.fullmatch(module)
     table = {stored: own for own, stored in (_INNER if match else _OUTER).items()}
@@ -106,11 +107,14 @@ def row_order(name: str, rows: int, heads: Mapping[str, int]) -> Tensor | None:
     return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def _heads(family: str, config: Mapping[str, Any]) -> dict[str, int]:
-    if family != "llama":
-        return {}
+def llama_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """Heads of `q_proj` and `k_proj`, whose rows the llama architecture pairs; see `row_order`."""
     heads = int(config["num_attention_heads"])
     return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
+
+
+def _heads(family: str, config: Mapping[str, Any]) -> dict[str, int]:
+    return llama_heads(config) if family == "llama" else {}
 
 
 def write(source: Source, out: Path) -> None:
@@ -134,7 +138,7 @@ def write(source: Source, out: Path) -> None:
         writer = gguf.GGUFWriter(temporary, family)
         common = Counter(kinds[n] for n in names if len(reader.shape(n)) == 2).most_common(1)
         dtype = reader.dtype("model.embed_tokens.weight")
-        add_metadata(writer, source.checkpoint, _FILE_TYPES[common[0][0]], dtype)
+        add_metadata(writer, source.checkpoint, FILE_TYPES[common[0][0]], dtype)
         if source.container == "llama-quantize":
             writer.add_string(QUANTIZER_KEY, source.container)
         if rounded:
@@ -176,7 +180,7 @@ def _kind(reader: CheckpointReader, name: str, scheme: Any) -> str:
     if len(reader.shape(name)) == 1:
         return "F32"
     if scheme is None:
-        return _FLOATS[reader.dtype(name)]
+        return FLOATS[reader.dtype(name)]
     kind = gguf_type(scheme)
     assert kind is not None  # `schemes` has refused what no block holds
     return kind
@@ -209,8 +213,8 @@ class _Tensors:
         """The bytes."""
         tensor, kind = self.reader[name], self.kinds[name]
         order = row_order(name, tensor.shape[0], self.heads)
-        if kind in _FLOATS.values():
-            dtype = next(d for d, stored in _FLOATS.items() if stored == kind)
+        if kind in FLOATS.values():
+            dtype = next(d for d, stored in FLOATS.items() if stored == kind)
             return _raw(tensor.to(dtype) if order is None else tensor[order].to(dtype))
         if name.removesuffix(".weight") not in self.source.codes:
             blocks = gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[kind])
@@ -260,7 +264,7 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for stored in reader.tensors:
         if stored.name == _FACTORS:
             continue
-        name = _hugging_face_name(stored.name)
+        name = hugging_face_name(stored.name)
         ours = QUANTIZER_KEY not in fields and stored.name not in rounded
         value = _dense(stored, dtype, ours=ours)
         order = row_order(name, value.shape[0], heads)
@@ -272,7 +276,7 @@ def described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     reader = gguf.GGUFReader(folder / FILE)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     shapes = {
-        _hugging_face_name(stored.name): tuple(int(size) for size in stored.shape[::-1])
+        hugging_face_name(stored.name): tuple(int(size) for size in stored.shape[::-1])
         for stored in reader.tensors
         if stored.name != _FACTORS
     }
@@ -281,10 +285,10 @@ def described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
 
 def _dense(stored: Any, dtype: torch.dtype, *, ours: bool) -> Tensor:
     kind = stored.tensor_type.name
-    if kind not in _FLOATS.values() and not ours:
+    if kind not in FLOATS.values() and not ours:
         return torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
     data = torch.from_numpy(np.ascontiguousarray(stored.data).view(np.uint8).copy())
-    if kind in _FLOATS.values():
-        own = next(d for d, name in _FLOATS.items() if name == kind)
+    if kind in FLOATS.values():
+        own = next(d for d, name in FLOATS.items() if name == kind)
         return data.view(-1).view(own).view(*(int(size) for size in stored.shape[::-1]))
     return unpack_blocks(data, kind, dtype).dequantize()

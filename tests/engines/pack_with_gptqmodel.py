@@ -12,7 +12,6 @@ import sys
 from typing import Any
 
 import torch
-from gptqmodel.nn_modules.qlinear.gemm_awq import AwqGEMMLinear
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
 from gptqmodel.quantization.config import QuantizeConfig
@@ -44,14 +43,13 @@ def pack(
     """The words of one matrix, as GPTQModel would save them.
 
     Args:
-        method: `awq`, `awq-gemm`, or a packer of GPTQ and its version: `block-v1`, `original-v2`.
+        method: `awq`, or a packer of GPTQ and its version: `block-v1`, `original-v2`.
         zero: unsigned zero-points.
     """
     linear = torch.nn.Linear(*reversed(weight.shape), bias=False)
     linear.weight.data = weight
-    if method.startswith("awq"):
-        kind: Any = AwqTorchLinear if method == "awq" else AwqGEMMLinear
-        module = made(kind, bits, group_size, linear)
+    if method == "awq":
+        module = made(AwqTorchLinear, bits, group_size, linear)
         module.pack(linear, scale, zero)
         return {key: getattr(module, key) for key in ("qweight", "qzeros", "scales")}
     packer, _, version = method.partition("-")
@@ -63,7 +61,7 @@ def pack(
     return {key: getattr(module, key) for key in ("qweight", "qzeros", "scales", "g_idx")}
 
 
-def made(kind: Any, bits: int, group_size: int, linear: torch.nn.Linear) -> Any:
+def made(kind: type, bits: int, group_size: int, linear: torch.nn.Linear) -> Any:
     """A module of GPTQModel to be filled."""
     return kind(
         bits=bits,

@@ -149,7 +149,7 @@ def test_names_are_those_of_llama_cpp() -> None:
                 continue
             expected = known.get_name(f"{name}.weight", try_suffixes=(".weight",))
             assert gguf.gguf_name(f"{name}.weight") == expected
-            assert gguf._hugging_face_name(f"{expected}") == f"{name}.weight"
+            assert gguf.hugging_face_name(f"{expected}") == f"{name}.weight"
     with pytest.raises(ModelError, match=r"no name for the tensor model\.rotary"):
         gguf.gguf_name("model.rotary.weight")
 

@@ -31,7 +31,7 @@ from compressor.report.build import check_report
 from compressor.resources import builtin_model
 from compressor.types import WeightScheme
 from tests.formats.helpers import quantize_checkpoint
-from tests.test_plan import SMOL
+from tests.runs import SMOL, TINY, load
 
 RECIPE = """\
 stages: STAGES
@@ -46,9 +46,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def loaded(folder: Path, export: str, stages: str = RTN) -> Recipe:
-    path = folder / "recipe.yaml"
-    path.write_text(RECIPE.replace("EXPORT", export).replace("STAGES", stages))
-    return load_recipe(path)
+    return load(folder, RECIPE.replace("EXPORT", export).replace("STAGES", stages))
 
 
 # ---------------------------------------------------------------------- the file
@@ -170,9 +168,8 @@ def test_options_that_say_nothing_are_refused(tmp_path: Path, export: str, says:
 def test_the_plan_refuses_what_cannot_be_rounded(
     tmp_path: Path, stages: str, config: dict[str, Any], says: str
 ) -> None:
-    tiny = read_config(builtin_model("tiny")) | config
     with pytest.raises(PlanError, match=says):
-        make_plan(loaded(tmp_path, BOTH, stages), tiny, "builtin:tiny")
+        make_plan(loaded(tmp_path, BOTH, stages), TINY | config, "builtin:tiny")
 
 
 # ---------------------------------------------------------------------- a run
@@ -212,7 +209,7 @@ def _version() -> str:
 
 def test_sizes_are_those_of_the_plan(finished: RunOutcome, tmp_path: Path) -> None:
     recipe = load_recipe(finished.folder.parent / "recipe.yaml")
-    plan = make_plan(recipe, read_config(builtin_model("tiny")), "builtin:tiny")
+    plan = make_plan(recipe, TINY, "builtin:tiny")
     for export, variant in zip(plan.exports, finished.report.variants[1:], strict=True):
         found = measure(finished.folder / "deliverable" / export.format, plan.parameters)
         assert found.tensor_bytes == export.tensor_bytes

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from compressor import publish as publishing
 from compressor.calibration import build_batches
-from compressor.engine import run_recipe
 from compressor.model.load import load_tokenizer
 from compressor.publish import publish
 from compressor.recipe import load_recipe
@@ -26,6 +25,7 @@ from compressor.report.render import load_report
 from compressor.resources import builtin_model
 from compressor.text import calibration_documents
 from tests.hub_server import Hub
+from tests.runs import run as start
 from tests.test_publish import api, hub
 
 __all__ = ["api", "hub"]  # fixtures
@@ -47,9 +47,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("run")
     prose = [document.text for document in calibration_documents("prose")]
     (folder / "mine.txt").write_text("\n\n".join(prose)[:20_000])
-    (folder / "recipe.yaml").write_text(RECIPE.replace("ORIGIN", ORIGINS[request.param]))
-    run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
-    return folder / "out"
+    return start(folder, RECIPE.replace("ORIGIN", ORIGINS[request.param])).folder
 
 
 @pytest.fixture

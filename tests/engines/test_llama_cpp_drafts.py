@@ -8,9 +8,7 @@ import gguf as library
 import pytest
 import torch
 
-from compressor.engine import run_recipe
 from compressor.formats import gguf, gguf_eagle3
-from compressor.recipe import load_recipe
 from compressor.report.schema import Report
 from tests.engines.llama_cpp import (
     BUILT,
@@ -21,6 +19,7 @@ from tests.engines.llama_cpp import (
     same_tensors,
     speculate,
 )
+from tests.runs import run as start
 from tools.engines import build_llama_cpp
 
 pytestmark = pytest.mark.engines
@@ -59,8 +58,7 @@ def _built() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     folder = tmp_path_factory.mktemp("drafted")
-    (folder / "recipe.yaml").write_text(RECIPE)
-    outcome = run_recipe(load_recipe(folder / "recipe.yaml"), "builtin:tiny", folder / "out")
+    outcome = start(folder, RECIPE)
     return outcome.folder, outcome.report
 
 

@@ -14,7 +14,13 @@ from compressor import machine, resources
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
-from compressor.formats.exchange import repeated_scales, stored_bytes
+from compressor.formats.exchange import (
+    GGUF_BLOCK,
+    GGUF_BLOCK_BYTES,
+    repeated_scales,
+    stored_bytes,
+)
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.sizes import STORED, Role, bits_per_weight
 from compressor.formats.support import LAYOUTS
 from compressor.model.architecture import Architecture, held_by_forward
@@ -75,6 +81,20 @@ def role_bytes(architecture: Architecture, form: Container = "auto") -> dict[Rol
     if architecture.cache is not None and form in LAYOUTS:
         found["scales"] += 2 * architecture.layers * architecture.dtype_bytes
     return found
+
+
+def dense_outer(architecture: Architecture) -> list[Matrix]:
+    """Embedding and head without codes; one matrix where they are tied."""
+    outer = (matrix for matrix in architecture.matrices if matrix.role in _OUTER)
+    return [matrix for matrix in outer if matrix.scheme is None]
+
+
+def embedding_bytes(architecture: Architecture, kind: GgufType | None = None) -> int:
+    """Of those: as they are, or in blocks of GGUF."""
+    weights = sum(matrix.parameters for matrix in dense_outer(architecture))
+    if kind is None:
+        return weights * architecture.dtype_bytes
+    return weights // GGUF_BLOCK * GGUF_BLOCK_BYTES[kind]
 
 
 def rounding_flops(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -277,10 +277,10 @@ class _Run:
                 self._stage(index, stage)
         self._require_unchanged_model()
         for export in self.recipe.export:
-            if export.type is None:
-                self._export(export)
-            else:
+            if export.rounds:
                 self._requantize(export)
+            else:
+                self._export(export)
         report = self._report()
         self.journal.append("report_written", verdict=report.verdict)
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)
@@ -520,7 +520,7 @@ class _Run:
         if event is None or not _is_intact(out, event["sha256"]):
             self.observer.event("export", format=name)
             shutil.rmtree(out, ignore_errors=True)
-            source = replace(self._export_source(config), codes={})
+            source = self._export_source(config)
             facts = requantize.write(
                 config, source, out, scratch, self._text(config), self.observer
             )
@@ -532,12 +532,14 @@ class _Run:
             self._evaluate(Variant(name, dense))
             shutil.rmtree(dense)
         self.evaluations[name] = self.session.load(name)
-        artifact = self._artifact(config, event["sha256"], True, quantizer=event["quantizer"])
+        facts = {"quantizer": event["quantizer"], "embedding": config.blocks}
+        artifact = self._artifact(config, event["sha256"], True, **facts)
         self.requantized.append(Requantized(config, last.id, event, artifact))
 
     def _text(self, config: ExportConfig) -> requantize.Text | None:
         """For an importance matrix."""
-        if not config.imatrix or self.recipe.calibration is None or self.calibration is None:
+        wanted = config.type is not None and config.imatrix
+        if not wanted or self.recipe.calibration is None or self.calibration is None:
             return None
         return requantize.Text(self.recipe.calibration, self.calibration)
 
@@ -572,6 +574,7 @@ class _Run:
             config.container,
             final.activations,
             dict(zip(final.cached_attention, scales, strict=False)),
+            config.blocks,
         )
 
     def _read_back(

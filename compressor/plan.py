@@ -23,6 +23,8 @@ from compressor.calibration import development_tokens, load_mix, require_origin
 from compressor.cost import (
     block_memory,
     checkpoint_bytes,
+    dense_outer,
+    embedding_bytes,
     evaluation_memory,
     evaluation_tokens,
     flops_per_second,
@@ -35,7 +37,7 @@ from compressor.errors import ModelError, PlanError, ResourceError, UsageError
 from compressor.evaluation.suites import load_suite
 from compressor.formats import gguf_types, llama_quantize
 from compressor.formats.capabilities import ENVIRONMENTS, PACKAGES
-from compressor.formats.exchange import container_problems
+from compressor.formats.exchange import GGUF_BLOCK, container_problems
 from compressor.formats.sizes import Role
 from compressor.formats.support import Target, cache_problems, engine_problems
 from compressor.model.architecture import Architecture
@@ -292,6 +294,7 @@ def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
             hint = _HINTS.get(export.container, "change the stage, or export `dense`")
             found.append(recipe.problem(("export", index, "format"), message, hint))
         found += _second_quantizer(recipe, index)
+        found += _embedding_problems(recipe, index, final)
         package = PACKAGES.get(export.format)
         if package and find_spec(package) is None:
             message = f"{export.format} export needs the package {package}, which is not installed"
@@ -322,6 +325,22 @@ def _second_quantizer(recipe: Recipe, index: int) -> list[Problem]:
         return []
     message, hint = llama_quantize.missing(), llama_quantize.HINT
     return [recipe.problem(("export", index, "type"), message, hint)]
+
+
+def _embedding_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
+    """An embedding that the export is to round, and cannot."""
+    kind, dense = recipe.export[index].blocks, dense_outer(final)
+    if kind is None:
+        return []
+    message = ""
+    if not dense:
+        message = "the chain has rounded the embedding, so that nothing is left to round"
+    elif wide := [matrix for matrix in dense if matrix.shape[1] % GGUF_BLOCK]:
+        message = (
+            f"{wide[0].name} has {wide[0].shape[1]} inputs; blocks of {kind} have {GGUF_BLOCK}"
+        )
+    hint = "leave `embedding` out"
+    return [recipe.problem(("export", index, "embedding"), message, hint)] if message else []
 
 
 def _missing_environment(recipe: Recipe, index: int) -> list[Problem]:
@@ -431,8 +450,9 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         for index in range(len(recipe.stages))
     )
     exports = tuple(_export_plan(export, base, final) for export in recipe.export)
-    typed = sum(export.type is not None for export in recipe.export)
-    scored = 1 + recipe.evaluate.noise_floor + typed
+    typed = any(export.type is not None for export in recipe.export)
+    rows = sum(export.rounds for export in recipe.export)
+    scored = 1 + recipe.evaluate.noise_floor + rows
     scored += len(stages) if recipe.evaluate.every_stage else min(1, len(stages))
     spilled = sum(_hidden_states(stage, base, calibration) for stage in recipe.stages)
     spilled += 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
@@ -448,7 +468,8 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         evaluation_tokens=evaluation,
         context_length=base.max_positions,
         disk_bytes=_disk_bytes(stages, exports, base, spilled, evaluation)
-        + (final.bytes + 4 * final.parameters if typed else 0),
+        + (final.bytes if typed else 0)
+        + (4 * final.parameters if rows else 0),
         peak_bytes=max(
             [evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)]
         ),
@@ -532,12 +553,35 @@ def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
     if export.type is not None:
         return _typed_plan(export.type, export.name, base, final)
-    size = checkpoint_bytes(final, export.container)
+    size, remarks = checkpoint_bytes(final, export.container), []
     if export.format == "dense":
         size = final.bytes
     elif export.format in ENVIRONMENTS:  # graphs hold fp32
         size = 4 * final.parameters
-    return ExportPlan(format=export.format, tensor_bytes=size, ratio=base.bytes / size)
+    elif export.format == "gguf":
+        size -= embedding_bytes(final) - embedding_bytes(final, export.blocks)
+        remarks = _embedding_remarks(export, final, size)
+    return ExportPlan(
+        format=export.name, tensor_bytes=size, ratio=base.bytes / size, remarks=tuple(remarks)
+    )
+
+
+def _embedding_remarks(export: ExportConfig, final: Architecture, size: int) -> list[str]:
+    """What a GGUF file of `size` bytes holds of an embedding and a head without codes."""
+    dense, rounded = (
+        embedding_bytes(final, kind) / 1e6 for kind in (None, export.blocks or "Q8_0")
+    )
+    if export.blocks is not None:
+        return [
+            f"the embedding becomes {export.blocks}, {rounded:.1f} MB in place of {dense:.1f}: a "
+            "rounding of its own, whose KL is measured as a row of its own"
+        ]
+    if dense * 1e6 < size / 4 or not any(matrix.scheme for matrix in final.matrices):
+        return []
+    return [
+        f"{dense:.1f} MB of it are the embedding in {final.dtype}; `embedding: Q8_0` would make "
+        f"that {rounded:.1f}, and measure what it costs"
+    ]
 
 
 def _typed_plan(

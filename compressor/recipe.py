@@ -43,7 +43,7 @@ from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.formats.capabilities import Container
-from compressor.formats.gguf_types import MIXTURES, QuantType
+from compressor.formats.gguf_types import MIXTURES, GgufType, QuantType
 from compressor.paths import resolve_paths, written_paths
 from compressor.registry import registry
 from compressor.source import Location, Source, apply_overrides, read_source, read_text
@@ -103,6 +103,13 @@ class ExportConfig(Section):
         description="With `type`: weigh its errors by the mean squares of inputs on the recipe's "
         "calibration text, measured after the last stage.",
     )
+    embedding: Literal["keep", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"] = Field(
+        default="keep",
+        description="For `gguf` without a type: round the embedding, and a head of its own, which "
+        "the chain left dense, to blocks of this type, to nearest as llama.cpp does. Only this "
+        "file has it, so that it is measured as a row of its own. In a small model a dense "
+        "embedding is half of a file of 4 bits, and Q8_0 halves it. `keep` leaves it as it is.",
+    )
     engines: tuple[EngineName, ...] = Field(
         default=(),
         description="Programs that must load the result; the plan refuses what one of them cannot. "
@@ -117,14 +124,32 @@ class ExportConfig(Section):
         return self.form if self.format == "compressed-tensors" else self.format
 
     @property
+    def blocks(self) -> GgufType | None:
+        """What an embedding that the chain left dense is rounded to, if it is."""
+        return None if self.embedding == "keep" else self.embedding
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it rounds weights that the chain left alone, and has a row of its own."""
+        return self.type is not None or self.blocks is not None
+
+    @property
     def name(self) -> str:
-        """Of its folder among the deliverables: `gguf`, or `gguf-Q4_K_M` with a type."""
+        """Of its folder: `gguf`, or `gguf-Q4_K_M`, or `gguf-embedding-Q8_0`."""
+        if self.blocks is not None:
+            return f"{self.format}-embedding-{self.blocks}"
         return self.format if self.type is None else f"{self.format}-{self.type}"
 
     @model_validator(mode="after")
     def _typed(self) -> Self:
         if self.type is not None and self.format != "gguf":
             raise ValueError(f"`type` is for format gguf; {self.format} has none")
+        if self.blocks is not None and self.format != "gguf":
+            raise ValueError(f"`embedding` is for format gguf; {self.format} has none")
+        if self.blocks is not None and self.type is not None:
+            raise ValueError(
+                f"`embedding` is for our codes; {self.type} rounds the embedding itself"
+            )
         if not self.imatrix and self.type is None:
             raise ValueError("`imatrix` is for llama.cpp's quantizer: name a `type` too")
         if self.type is not None and MIXTURES[self.type].needs_importance and not self.imatrix:
@@ -472,7 +497,7 @@ def _checked(
 
 def _idle(recipe: Recipe) -> list[Problem]:
     """A recipe that changes nothing."""
-    if recipe.stages or any(export.type for export in recipe.export):
+    if recipe.stages or any(export.rounds for export in recipe.export):
         return []
     return [
         recipe.problem(

@@ -136,7 +136,8 @@ def test_a_standalone_draft_stands_beside_a_gguf_target(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     draft, eagle = report["drafts"]
     assert draft["gguf"] == "deliverable/draft/gguf/model.gguf"
-    assert (eagle["gguf"], eagle["load_snippets"]) == (None, {})
+    assert eagle["gguf"] == f"deliverable/{EAGLE}/gguf/model.gguf"
+    assert f"--spec-type draft-eagle3 -md {eagle['gguf']} " in eagle["load_snippets"]["llama.cpp"]
     most = draft["measurement"]["speeds"][0]["drafted"]
     line = (
         "llama-server -m deliverable/gguf/model.gguf --spec-type draft-simple "

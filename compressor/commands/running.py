@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,29 @@ def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path
     return Path("runs") / f"{recipe}-{name or 'model'}"
 
 
+def _wanted(
+    formats: tuple[str, ...], form: str | None, types: tuple[str, ...], embedding: str | None
+) -> Iterator[dict[str, str]]:
+    """Deliverables as a recipe would name them."""
+    for option, value, example in (
+        ("--type", types, "Q4_K_M"),
+        ("--embedding", embedding, "Q8_0"),
+    ):
+        if value and "gguf" not in formats:
+            raise UsageError(
+                f"{option} is for --as gguf", f"compress export RUN --as gguf {option} {example}"
+            )
+    rounded = {"embedding": embedding} if embedding else {}
+    extra = {"form": form} if form else {}
+    for name in formats:
+        if name != "gguf":
+            yield {"format": name, **extra}
+        elif types:
+            yield from ({"format": name, "type": kind, **rounded} for kind in types)
+        else:
+            yield {"format": name, **extra, **rounded}
+
+
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option(
@@ -154,6 +177,11 @@ def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path
     help="With --as gguf: a type that llama.cpp's quantizer rounds to, such as Q4_K_M; one "
     "deliverable each.",
 )
+@click.option(
+    "--embedding",
+    metavar="TYPE",
+    help="With --as gguf: round an embedding that the chain left dense, such as Q8_0.",
+)
 @common
 @click.pass_obj
 def export(
@@ -162,21 +190,17 @@ def export(
     formats: tuple[str, ...],
     form: str | None,
     types: tuple[str, ...],
+    embedding: str | None,
 ) -> None:
     """Add deliverables to the finished run in FOLDER; nothing is computed again."""
     from pydantic import ValidationError
 
     from compressor.recipe import ExportConfig
 
-    extra = {"form": form} if form else {}
     try:
-        if types and "gguf" not in formats:
-            raise UsageError(
-                "--type is for --as gguf", "compress export RUN --as gguf --type Q4_K_M"
-            )
-        typed = [{"format": "gguf", "type": name} for name in types]
-        plain = [{"format": name, **extra} for name in formats if not (types and name == "gguf")]
-        added = [ExportConfig.model_validate(one) for one in [*plain, *typed]]
+        added = [
+            ExportConfig.model_validate(one) for one in _wanted(formats, form, types, embedding)
+        ]
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UsageError(f"{wrong['input']!r}: {wrong['msg']}", "compress ls formats") from None

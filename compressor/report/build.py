@@ -284,6 +284,16 @@ def _gate_claims(report: Report, document: Document) -> Iterator[Statement]:
         )
 
 
+_QUANTIZER = (
+    "{label} is the work of a second quantizer, {quantizer}: it rounded the weights of {parent} "
+    "itself, and none of our codes are in its file."
+)
+_EMBEDDING = (
+    "{label} holds the codes of {parent} as they are; its embedding, and a head that was dense, "
+    "are rounded by {quantizer}, which this row measures."
+)
+
+
 def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
     for place, variant in enumerate(report.variants):
         if variant.artifact is None or not variant.artifact.reload_ok:
@@ -293,8 +303,7 @@ def _artifact_claims(report: Report, document: Document) -> Iterator[Statement]:
             yield state(
                 document,
                 f"quantizer-{variant.id}",
-                "{label} is the work of a second quantizer, {quantizer}: it rounded the weights of "
-                "{parent} itself, and none of our codes are in its file.",
+                _EMBEDDING if variant.artifact.embedding else _QUANTIZER,
                 label=(pointer("variants", place, "label"), "text"),
                 quantizer=(pointer(*artifact, "quantizer"), "text"),
                 parent=(pointer("variants", place, "parent"), "text"),

@@ -29,6 +29,7 @@ from compressor.cost import (
     evaluation_tokens,
     flops_per_second,
     linear_bits,
+    parked_bytes,
     role_bytes,
     rounding_flops,
 )
@@ -468,6 +469,7 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         evaluation_tokens=evaluation,
         context_length=base.max_positions,
         disk_bytes=_disk_bytes(stages, exports, base, spilled, evaluation)
+        + max((_parked(stage, base, calibration) for stage in recipe.stages), default=0)
         + (final.bytes if typed else 0)
         + (4 * final.parameters if rows else 0),
         peak_bytes=max(
@@ -548,6 +550,18 @@ def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
     """Vectors that a stage which walks back keeps on disk beyond those of one block."""
     counted = getattr(stage, "hidden_states", None)
     return int(counted(base, tokens)) if counted else 0
+
+
+def _parked(stage: StageConfig, base: Architecture, tokens: int) -> int:
+    """Bytes of forwards that stand still, while the stage runs."""
+    if getattr(stage, "sequential", "") != "sublayer":
+        return 0
+    return parked_bytes(
+        base,
+        tokens,
+        reference=_runs_parent(stage),
+        activation_bytes=_activation_bytes(stage, base),
+    )
 
 
 def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:

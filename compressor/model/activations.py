@@ -40,7 +40,13 @@ class ActivationStore:
     def __getitem__(self, index: int) -> Tensor:
         """The tensor appended as number `index`; do not write into it."""
         held = self._held[index]
-        return load_file(self._path(index))[_KEY] if held is None else held
+        # What is read lies in a view of the file, which nobody could give back: hence the copy.
+        return load_file(self._path(index))[_KEY].clone() if held is None else held
+
+    def held(self, index: int) -> tuple[Tensor, ...]:
+        """The tensor appended as number `index`, if it is in memory: it is the store's own."""
+        held = self._held[index]
+        return () if held is None else (held,)
 
     def append(self, tensor: Tensor) -> None:
         """Add a tensor of any shape and dtype; its bytes are kept exactly."""

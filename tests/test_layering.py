@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
 GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
-GROUND |= {"efforts", "paths", "programs"}
+GROUND |= {"efforts", "paths", "programs", "disk"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.

@@ -7,18 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.model.load import load_tokenizer
-from compressor.progress import SilentObserver
 from compressor.stages import distilling, masking
-from compressor.stages.context import StageContext
 from compressor.stages.prune_dro import PruneDro
 from compressor.stages.recover_distill import RecoverDistill
 from compressor.stages.train_base import TrainConfig
 from compressor.team import Team, assembled
 from compressor.types import TokenBatch
+from tests.helpers import stage_context
 
 DOMAINS = ("code", "prose")
 ROWS = {"tokens": 4 * 24 * 3, "batch": 4}
@@ -55,18 +52,7 @@ def text(tokenizer: Path) -> CalibrationSet:
 
 def run(case: str, parents: Path, folder: Path, words: CalibrationSet, team: Team) -> None:
     """Train; what stands in the result goes to `result.json` beside the folder."""
-    context = StageContext(
-        folder=folder / case,
-        scratch=folder / f"{case}-scratch",
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-        activation_budget=1 << 26,
-        finished=(),
-        block_done=lambda _: None,
-        observer=SilentObserver(),
-        original=parents / "whole",
-        team=team,
-    )
+    context = stage_context(folder / case, original=parents / "whole", team=team)
     result = CASES[case].run(parents / "pruned", words, context)
     if team.leads:
         (folder / f"{case}.json").write_text(json.dumps(dict(result.notes)))

@@ -22,8 +22,8 @@ from compressor.stages import distilling, masking
 from compressor.stages.prune_width import PruneWidth
 from compressor.team import ALONE, Team
 from tests import team_worker
+from tests.helpers import stage_context
 from tests.model.conftest import build
-from tests.test_recover import context
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("recover", "adapters", "masks")
@@ -51,7 +51,7 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in builtin_model("tiny").glob("*token*"):
         shutil.copy(path, folder / "whole")
     stage = PruneWidth(score="random", intermediate=32, heads=2)
-    stage.run(folder / "whole", None, context(folder / "pruned"))
+    stage.run(folder / "whole", None, stage_context(folder / "pruned"))
     return folder
 
 

@@ -9,6 +9,7 @@ every token, and the mean of m' / m over the text takes its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -50,7 +51,7 @@ class StreamSums:
     def factor(self, kept: Sequence[int]) -> float:
         """√E[m' / m] for these channels, what the norm's weight is multiplied by."""
         share = float(self.shares[list(kept)].sum()) / self.tokens
-        return (share * len(self.shares) / len(kept)) ** 0.5
+        return math.sqrt(share * len(self.shares) / len(kept))
 
 
 def activation_worth(norms: Iterable[StreamSums]) -> Tensor:

@@ -66,7 +66,7 @@ class PruneExperts(PruneConfig):
     def fixed(self, architecture: Architecture) -> Shape:
         """With the experts that `experts` leaves."""
         now = shape_of(architecture)
-        return replace(now, experts=now.experts if self.experts is None else self.experts)
+        return replace(now, experts=self.experts or now.experts) if now.experts else now
 
     def unsuited(self, architecture: Architecture) -> Iterator[Fault]:
         """A model without experts."""

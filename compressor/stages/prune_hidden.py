@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from compressor.errors import ModelError
 from compressor.model.shape import WHOLE_HEADS, Fault, FreeSize, Shape, fitted, shape_of
 from compressor.stages.base import Need, option
 from compressor.stages.prune_base import MultipleConfig
@@ -68,7 +69,7 @@ class PruneHidden(MultipleConfig):
         """As budgets are met; some families need a number of channels that their heads divide.
 
         Raises:
-            ModelError: the budget cannot be met.
+            ModelError: the budget cannot be met, or no width that works is nearer than the present.
         """
         shape, budget = self.fixed(architecture), self.budget(architecture)
         if budget is None:
@@ -76,7 +77,14 @@ class PruneHidden(MultipleConfig):
         whole = architecture.model_type in WHOLE_HEADS
         multiple = math.lcm(self.width_multiple, architecture.heads if whole else 1)
         at_most = self.ratio is None
-        return fitted(architecture, shape, "hidden", budget, multiple=multiple, at_most=at_most)
+        found = fitted(architecture, shape, "hidden", budget, multiple=multiple, at_most=at_most)
+        if found.hidden == architecture.hidden and budget < architecture.parameters:
+            raise ModelError(
+                f"the width of the stream must be a multiple of {multiple}, for heads and for what "
+                f"follows, so that none is nearer to {budget:,} parameters than {found.hidden}",
+                "ask for more, or let rounders take smaller groups",
+            )
+        return found
 
     def unsuited(self, architecture: Architecture) -> Iterator[Fault]:
         """Channels that are no multiple."""

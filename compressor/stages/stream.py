@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compressor.formats.atomic import replacing
@@ -154,4 +154,5 @@ def _watch(walk: BlockWalk, name: str, sums: StreamSums) -> RemovableHandle:
         for valid, row, out in zip(next(masks), inputs[0], outputs, strict=True):
             sums.add(row[valid], out[valid])
 
-    return walk.skeleton.model.get_submodule(path).register_forward_hook(count)
+    module: nn.Module = walk.skeleton.model.get_submodule(path)
+    return module.register_forward_hook(count)

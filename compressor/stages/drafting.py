@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 
 PROBES = "probes.json"
+_HELD = 2**30  # bytes of hidden states that stay in memory; the others wait in files
 
 
 def distil_standalone(
@@ -238,7 +239,8 @@ def read_corpus(
         context.scratch,
         context.observer,
     )
-    budget = context.activation_budget
+    # An update reads one batch: more in memory than this saves no time.
+    budget = min(context.activation_budget, _HELD)
     return Corpus(target, batches, layers, context.scratch, budget, context.observer)
 
 

@@ -57,12 +57,13 @@ from compressor.plan import Plan, make_plan
 from compressor.progress import Observer, SilentObserver
 from compressor.provenance import combined_sha256, hash_files, packages
 from compressor.publish import Publication, publish, require_access
-from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
+from compressor.recipe import Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
 from compressor.report.snippets import load_snippets
 from compressor.requantize import Requantized
+from compressor.sections import ExportConfig, Lock
 from compressor.serving.check import prove
 from compressor.serving.record import record_event
 from compressor.sessions import open_session

@@ -35,8 +35,8 @@ from compressor.importance import dataset_name, measure_importance
 from compressor.machine import cores
 from compressor.meter import Meter
 from compressor.progress import Observer
-from compressor.recipe import ExportConfig
 from compressor.report.schema import Artifact, StageFacts, StageFallback, Variant
+from compressor.sections import ExportConfig
 from compressor.types import Fallback
 from compressor.variants import size_of
 from compressor.verify import value_problems, verify_weights

@@ -41,6 +41,9 @@ ENGINE |= {
     "drafts",
     "following",
     "requantize",
+    "export_checks",
+    "pricing",
+    "sections",
 }
 TOP = {
     "console",
@@ -70,7 +73,8 @@ LIGHT += (
     "source",
 )
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
-LIGHT += ("commands/serving", "programs")
+LIGHT += ("commands/serving", "programs", "export_checks", "pricing", "sections")
+LIGHT += ("model/matrices", "model/serving", "model/configuration")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
 LIGHT += ("formats/support", "report/schema", "efforts", "paths", "team")

@@ -195,7 +195,7 @@ def export(
     """Add deliverables to the finished run in FOLDER; nothing is computed again."""
     from pydantic import ValidationError
 
-    from compressor.recipe import ExportConfig
+    from compressor.sections import ExportConfig
 
     try:
         added = [

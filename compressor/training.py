@@ -58,9 +58,10 @@ class Schedule:
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.learning_rate * (step + 1) / rise
-        done = (step - rise) / max(1, self.steps - rise)
-        if self.seconds:
-            done = min(1.0, max(done, seconds / self.seconds))
+        place = float(step)
+        if self.seconds:  # as far as the time is, where that is ahead of the steps
+            place = max(place, self.steps * min(1.0, seconds / self.seconds))
+        done = (place - rise) / max(1, self.steps - rise)
         return self.learning_rate * (_FLOOR + (1 - _FLOOR) * (1 + math.cos(math.pi * done)) / 2)
 
 

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
 """Train a draft for SmolLM2-135M-Instruct within some minutes and say what it is worth here.
 
-    python benchmarks/drafts_smollm2.py --minutes 90 [--kind eagle3] [--model DIR]
-        [--prompts 8] [-o out/drafts-smollm2] [--results FILE.md]
+    python benchmarks/drafts_smollm2.py --minutes 60 --steps 1500 [--kind eagle3] [--model DIR]
+        [--precision bf16] [--decode float32 bfloat16] [--prompts 8] [-o out/drafts-smollm2]
+        [--results FILE.md]
 
-Half of the time goes into text (the target writes half of it) and a third into training; how many
-tokens that is follows from the speed of the first minute. Then τ at γ = 5 on held-out chat and code
-prompts, and wall-clock speed-up over plain decoding beside prompt lookup, the untrained draft and
-transformers' assisted generation with the same draft. transformers has no EAGLE-3; for its loop
-take `--kind standalone`. Killed, the same command goes on: options are kept in OUT.
+A quarter of the time goes into text that the target writes, requests and answers, and a bit more
+than half into training in bf16; the rest is for reading the text. Then τ at γ = 5 on held-out chat
+and code prompts, and wall-clock speed-up over plain decoding beside prompt lookup, the untrained
+draft and transformers' assisted generation with the same draft. transformers has no EAGLE-3; for
+its loop take `--kind standalone`. Killed, the same command goes on: options are kept in OUT.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,17 @@ from drafting import finished
 from compressor.calibration import CalibrationConfig, build_batches
 from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
-from compressor.decoding.decode import Limits, decode
 from compressor.decoding.load import load_draft
 from compressor.decoding.measure import Protocol, measure_draft
 from compressor.decoding.results import WORTHWHILE, DraftMeasurement
 from compressor.model.load import load_model, load_tokenizer, resolve
 from compressor.numerics.speculative import limiting_term
-from compressor.progress import observer
+from compressor.progress import Observer, observer
 
 DRAFTED = 5
-ROW = 128  # tokens of a row of text
+ROW = 256  # tokens of a row of text
+WRITING, TRAINING = 0.27, 0.55  # shares of the time
+MOST = 15_000  # tokens a minute; more are never written
 CHAT = (
     "What is the difference between weather and climate?",
     "Write a short letter to a neighbour whose dog barks at night.",
@@ -61,6 +62,12 @@ CODE = (
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--steps", type=int, required=True, help="if the time suffices")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument(
+        "--decode", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--kind", choices=("eagle3", "standalone"), default="eagle3")
     parser.add_argument("--model", default="cache/SmolLM2-135M-Instruct")
     parser.add_argument("--prompts", type=int, default=8, help="of each kind, at most 8")
@@ -70,30 +77,16 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def tokens_in(model: Any, seconds: float, batch: int) -> int:
-    """Tokens of text that the model writes half of and reads all of in this time."""
-    target, prompts = CachedModel(model), [[1 + row, 2, 3, 4] for row in range(batch)]
-    began = time.perf_counter()
-    decode(target, prompts, Limits(8))
-    written = (time.perf_counter() - began) / (8 * batch)
-    began = time.perf_counter()
-    with torch.inference_mode():
-        model(torch.ones(batch, ROW, dtype=torch.int64), use_cache=False, logits_to_keep=1)
-    read = (time.perf_counter() - began) / (ROW * batch)
-    return max(2 * batch * ROW, int(seconds / (0.5 * written + read)))
-
-
-def chosen(options: argparse.Namespace, base: Path) -> dict[str, Any]:
+def chosen(options: argparse.Namespace) -> dict[str, Any]:
     """Options of the stage; those of an earlier attempt if there was one."""
     path: Path = options.out / "stage.json"
     if not path.is_file():
-        batch = 8 if options.minutes >= 5 else 2
-        model = load_model(base, torch.device("cpu"), torch.float32)
-        tokens = tokens_in(model, 60 * options.minutes / 2, batch)
         settings = {
-            "method": f"draft.{options.kind}", "tokens": tokens, "length": ROW,
-            "batch_size": batch, "steps": max(50, 6 * tokens // (ROW * batch)),
-            "minutes": options.minutes / 3, "drafted": DRAFTED, "seed": 0,
+            "method": f"draft.{options.kind}", "length": ROW, "batch_size": 8,
+            "tokens": int(options.minutes * MOST), "generated": 0.75, "requests": "own",
+            "writing_minutes": options.minutes * WRITING, "steps": options.steps,
+            "minutes": options.minutes * TRAINING, "precision": options.precision,
+            "drafted": DRAFTED, "seed": 0,
         }  # fmt: skip
         path.write_text(json.dumps(settings, indent=1))
     return dict(json.loads(path.read_text()))
@@ -122,42 +115,62 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     base = resolve(options.model).path
     tokenizer = load_tokenizer(base)
-    drafter = stage(chosen(options, base))
-    samples = max(16, min(512, drafter.tokens // 256))  # type: ignore[attr-defined]
+    drafter = stage(chosen(options))
+    samples = max(16, min(768, drafter.tokens // 512))  # type: ignore[attr-defined]
     with observer(quiet=False) as watcher:
         calibration = build_batches(CalibrationConfig(samples=samples, length=256), tokenizer)
         folder = finished(drafter, base, calibration, options.out / "draft", watcher)
-        path = options.out / "measurement.json"
-        if not path.is_file():
-            model = load_model(base, torch.device("cpu"), torch.float32)
-            draft = load_draft(folder, model, tokenizer_sha256(base))
-            found = measure_draft(
-                CachedModel(model, draft.layers),
-                draft,
-                drafter.untrained(model, folder),  # type: ignore[attr-defined]
-                chat_prompts(tokenizer, options.prompts),
-                Protocol(DRAFTED, options.new_tokens, None, 2 * options.prompts, 0, (1,)),
-                watcher,
-            )
-            path.write_text(found.model_dump_json(indent=1))
-    text = "\n".join(
-        report(options, folder, DraftMeasurement.model_validate_json(path.read_text()))
-    )
+        prompts = chat_prompts(tokenizer, options.prompts)
+        lines = []
+        for name in options.decode:
+            found = measured(options, base, drafter, folder, prompts, name, watcher)
+            lines += [*report(options, folder, found, name), ""]
+    text = "\n".join(lines)
     print(text)
     if options.results:
-        options.results.write_text(text + "\n")
+        options.results.write_text(text)
 
 
-def report(options: argparse.Namespace, folder: Path, found: DraftMeasurement) -> list[str]:
+def measured(
+    options: argparse.Namespace,
+    base: Path,
+    drafter: Any,
+    folder: Path,
+    prompts: dict[str, list[list[int]]],
+    precision: str,
+    watcher: Observer,
+) -> DraftMeasurement:
+    """Target and draft decode in this precision; what OUT holds is not measured again."""
+    path: Path = options.out / f"measurement-{precision}.json"
+    if not path.is_file():
+        model = load_model(base, torch.device("cpu"), getattr(torch, precision))
+        draft = load_draft(folder, model, tokenizer_sha256(base))
+        timed = sum(map(len, prompts.values()))
+        found = measure_draft(
+            CachedModel(model, draft.layers),
+            draft,
+            drafter.untrained(model, folder),
+            prompts,
+            Protocol(DRAFTED, options.new_tokens, None, timed, 0, options.batches),
+            watcher,
+        )
+        path.write_text(found.model_dump_json(indent=1))
+    return DraftMeasurement.model_validate_json(path.read_text())
+
+
+def report(
+    options: argparse.Namespace, folder: Path, found: DraftMeasurement, precision: str
+) -> list[str]:
     """Acceptance by kind of prompt, then speed."""
-    binding, (speed,) = read_binding(folder), found.speeds
+    binding, speed = read_binding(folder), found.speeds[0]
     limit = limiting_term(found.greedy.by_position, speed.draft_cost, speed.verify_costs)
     verdict = "pays" if found.worthwhile else f"no speed-up, do not deploy: {limit.term}"
     lines = [
-        f"`python benchmarks/drafts_smollm2.py --minutes {options.minutes:g} "
-        f"--kind {options.kind}`: {binding.trained_tokens} training tokens, fp32, "
-        f"{torch.get_num_threads()} threads, {speed.plain_tokens_per_second:.1f} plain tokens a "
-        f"second; same text in {found.identical} of {found.prompts}",
+        f"`python benchmarks/drafts_smollm2.py --minutes {options.minutes:g} --steps "
+        f"{options.steps} --kind {options.kind}`: {binding.trained_tokens} training tokens in "
+        f"{options.precision}; decoded in {precision} by {torch.get_num_threads()} threads, "
+        f"{speed.plain_tokens_per_second:.1f} plain tokens a second; same text in "
+        f"{found.identical} of {found.prompts}, largest margin {found.largest_margin:.2g}",
         "",
         f"| prompts | τ at γ = {DRAFTED}, greedy | sampled | predicted at γ = {speed.drafted} "
         "| measured |",
@@ -182,7 +195,13 @@ def report(options: argparse.Namespace, folder: Path, found: DraftMeasurement) -
         f"| transformers' assisted generation, same draft | {assisted} |",
         "",
         f"c = {speed.draft_cost:.3f}, v = {', '.join(f'{v:.2f}' for v in speed.verify_costs)}; "
-        f"wanted is {WORTHWHILE}: {verdict}.",
+        f"wanted is {WORTHWHILE}: {verdict}. Accepted by position: "
+        f"{', '.join(f'{share:.2f}' for share in found.greedy.by_position)}.",
+    ]
+    lines += [
+        f"Batch {more.batch}: {more.measured:.2f} at γ = {more.drafted} (predicted "
+        f"{more.predicted:.2f}), prompt lookup {more.lookup:.2f}."
+        for more in found.speeds[1:]
     ]
     if binding.curve is not None and binding.curve.fit is not None:
         points = ", ".join(f"{p.tokens}: {p.length:.2f}" for p in binding.curve.points)

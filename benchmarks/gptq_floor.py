@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from compressor.calibration import build_batches
-from compressor.machine import activation_budget
+from compressor.machine import activation_budget, prefer_huge_pages
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_tokenizer, read_config, resolve
 from compressor.model.quiet import quiet
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="only so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    prefer_huge_pages()
     torch.set_num_threads(options.threads)
     path = resolve(options.model).path
     recipe = load_recipe(options.recipe, overrides=options.set)

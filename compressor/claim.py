@@ -11,7 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compressor.errors import ResourceError, ResumeError
-from compressor.recipe import UNDECISIVE, Lock, Recipe
+from compressor.recipe import UNDECISIVE, Recipe
+from compressor.sections import Lock
 
 
 def require_disk(out: Path, needed: int) -> None:

@@ -34,6 +34,7 @@ from compressor.errors import (
     UsageError,
 )
 from compressor.interrupts import Interruptible
+from compressor.machine import prefer_huge_pages
 
 INTERRUPTED = 130
 _YAML = (".yaml", ".yml")
@@ -103,6 +104,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `compress`; leaves with one of the documented exit codes."""
     argv = list(sys.argv[1:] if args is None else args)
     settings = Settings(argv=argv)
+    prefer_huge_pages()
     sys.excepthook = _crash_hook(settings)
     try:
         with Interruptible():

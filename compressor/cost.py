@@ -14,10 +14,16 @@ from compressor import machine, resources
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
 from compressor.formats.capabilities import Container
-from compressor.formats.exchange import repeated_scales, stored_bytes
+from compressor.formats.exchange import (
+    GGUF_BLOCK,
+    GGUF_BLOCK_BYTES,
+    repeated_scales,
+    stored_bytes,
+)
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.sizes import STORED, Role, bits_per_weight
 from compressor.formats.support import LAYOUTS
-from compressor.model.architecture import Architecture, held_by_forward
+from compressor.model.architecture import ROOM_BESIDE_PARKED, Architecture, held_by_forward
 from compressor.model.matrices import Matrix
 from compressor.stages.packing import target_of
 from compressor.text import shards
@@ -77,6 +83,20 @@ def role_bytes(architecture: Architecture, form: Container = "auto") -> dict[Rol
     return found
 
 
+def dense_outer(architecture: Architecture) -> list[Matrix]:
+    """Embedding and head without codes; one matrix where they are tied."""
+    outer = (matrix for matrix in architecture.matrices if matrix.role in _OUTER)
+    return [matrix for matrix in outer if matrix.scheme is None]
+
+
+def embedding_bytes(architecture: Architecture, kind: GgufType | None = None) -> int:
+    """Of those: as they are, or in blocks of GGUF."""
+    weights = sum(matrix.parameters for matrix in dense_outer(architecture))
+    if kind is None:
+        return weights * architecture.dtype_bytes
+    return weights // GGUF_BLOCK * GGUF_BLOCK_BYTES[kind]
+
+
 def rounding_flops(
     changed: Sequence[Matrix],
     after: Architecture,
@@ -126,8 +146,8 @@ def block_memory(
     factored; the residual stream of all calibration tokens before and after the block. With the
     parent run beside: its block, its residual stream and a second matrix per input group. Where
     forwards stand still in front of each matrix: what they hold, in the parent only where a part
-    of the block begins. Where the moments of domains are kept apart, their matrices once for
-    every domain and once mixed.
+    of the block begins, as far as it is not parked in a file. Where the moments of domains are
+    kept apart, their matrices once for every domain and once mixed.
 
     Args:
         architecture: of the model.
@@ -148,11 +168,32 @@ def block_memory(
             widths = [matrices[0].shape[1] for matrices in groups.values()]
             need += 4 * streams * parts * sum(width**2 for width in widths) + 24 * max(widths) ** 2
         if standing:
-            held = held_by_forward(architecture, index)
-            held += 3 * architecture.hidden if reference else 0
-            need += tokens * held * activation_bytes
+            held = _standing_bytes(architecture, index, tokens, activation_bytes)[:streams]
+            need += sum(min(size, ROOM_BESIDE_PARKED) for size in held)
         most = max(most, need)
     return most + 2 * activation_bytes * streams * tokens * architecture.hidden
+
+
+def parked_bytes(
+    architecture: Architecture, tokens: int, *, reference: bool, activation_bytes: int
+) -> int:
+    """Most that forwards which stand still keep in a file; see `block_memory`."""
+    streams = 2 if reference else 1
+    return max(
+        sum(
+            max(size - ROOM_BESIDE_PARKED, 0)
+            for size in _standing_bytes(architecture, index, tokens, activation_bytes)[:streams]
+        )
+        for index in range(architecture.layers)
+    )
+
+
+def _standing_bytes(
+    architecture: Architecture, index: int, tokens: int, activation_bytes: int
+) -> tuple[int, int]:
+    """Of the model that is rounded, and of its parent beside it."""
+    held = held_by_forward(architecture, index), 3 * architecture.hidden
+    return held[0] * tokens * activation_bytes, held[1] * tokens * activation_bytes
 
 
 def evaluation_memory(config: EvaluateConfig, base: Architecture) -> int:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from compressor.decoding.assisted import settings
 from compressor.decoding.binding import read_binding, tokenizer_sha256
@@ -18,6 +22,7 @@ from compressor.decoding.results import WORTHWHILE, DraftMeasurement, Outlook
 from compressor.evaluation.session import Session
 from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_bytes, atomic_write_json
+from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model
@@ -126,26 +131,41 @@ def _propose_in_speculators(path: Path, drafted: int) -> None:
 
 
 def deliver_gguf(variant: Variant, out: Path) -> Path | None:
-    """Write a standalone draft as a GGUF file too, read it back and compare every weight.
+    """Write a draft as a GGUF file too, read it back and compare every weight.
 
     Args:
         variant: the draft stage.
         out: folder of the delivered draft; the file goes into `gguf` below it.
 
     Returns:
-        The file; None for drafts that are no model of their own.
+        The file; None for drafts that llama.cpp does not know.
 
     Raises:
         VerificationError: the file does not hold the draft's weights.
     """
-    if read_binding(out).kind != "standalone":
+    kind, written = read_binding(out).kind, out / "gguf"
+    if kind == "standalone":
+        gguf = exporters.exporter("gguf")
+        assert gguf.read is not None
+        gguf.write(exporters.Source(variant.checkpoint, {}, 0, "gguf"), written)
+        stored = gguf.read(written)
+    elif kind == "eagle3":
+        stored = _write_eagle3(variant, written)
+    else:
         return None
-    written, gguf = out / "gguf", exporters.exporter("gguf")
-    assert gguf.read is not None
-    gguf.write(exporters.Source(variant.checkpoint, {}, 0, "gguf"), written)
-    verify_weights(gguf.read(written), variant.checkpoint, (), written.name)
+    verify_weights(stored, variant.checkpoint, (), written.name)
     (file,) = written.glob("*.gguf")
     return file
+
+
+def _write_eagle3(variant: Variant, out: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the file; the one that it does not hold is what the draft has."""
+    from compressor.formats import gguf_eagle3
+
+    assert variant.parent is not None
+    gguf_eagle3.write(variant.checkpoint, variant.parent.checkpoint, out)
+    left = "t2d", CheckpointReader(variant.checkpoint)["t2d"]
+    return chain(gguf_eagle3.read(out), [left])
 
 
 def facts(
@@ -180,7 +200,9 @@ def facts(
         stage=done,
         path=out.relative_to(folder).as_posix(),
         gguf=own,
-        load_snippets=draft_snippets(target, own, measurement.speeds[0].drafted) if own else {},
+        load_snippets=draft_snippets(target, own, measurement.speeds[0].drafted, binding.kind)
+        if own
+        else {},
         bytes_on_disk=sum(path.stat().st_size for path in out.glob("*") if path.is_file()),
         target_sha256=binding.target_sha256,
         trained_tokens=binding.trained_tokens,

@@ -36,6 +36,7 @@ from compressor.evaluation.probe import Probe
 from compressor.evaluation.results import Evaluation
 from compressor.evaluation.session import BASE, Session
 from compressor.facts import Finished, build_facts
+from compressor.following import Job, require_shares
 from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_text
 from compressor.formats.codes import CodesReader
@@ -56,17 +57,19 @@ from compressor.plan import Plan, make_plan
 from compressor.progress import Observer, SilentObserver
 from compressor.provenance import combined_sha256, hash_files, packages
 from compressor.publish import Publication, publish, require_access
-from compressor.recipe import ExportConfig, Lock, Recipe, dump_lock, load_recipe
+from compressor.recipe import Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
 from compressor.report.snippets import load_snippets
 from compressor.requantize import Requantized
+from compressor.sections import ExportConfig, Lock
 from compressor.serving.check import prove
 from compressor.serving.record import record_event
 from compressor.sessions import open_session
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
+from compressor.team import ALONE, Team
 from compressor.types import BlockRecord, Fallback
 from compressor.variants import Variant, block_record
 from compressor.verify import (
@@ -114,6 +117,7 @@ def run_recipe(
     *,
     observer: Observer | None = None,
     command: str = "",
+    team: Team = ALONE,
 ) -> RunOutcome:
     """Run a recipe on a model, or take up the run that `out` holds where it stopped.
 
@@ -123,14 +127,17 @@ def run_recipe(
         out: directory of the run.
         observer: told of progress.
         command: as typed, for the report.
+        team: processes that wait to run stages that train beside this one, which leads them.
 
     Raises:
         PlanError: the chain cannot work on this model.
+        UsageError: stages that train cannot be shared by so many processes.
         ResumeError: `out` holds a run of something else.
         ResourceError: the disk does not suffice.
         VerificationError: a stage or an export broke a promise.
         AccessError: the recipe publishes, and may not.
     """
+    require_shares(recipe, team)
     source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
     for export in recipe.export:  # no stage changes what is checked here, say the tokenizer
@@ -139,7 +146,7 @@ def run_recipe(
     require_publishable(recipe, source)
     told = observer or SilentObserver()
     with exclusive(out):
-        outcome = _Run(recipe, source, plan, out, told, command).execute()
+        outcome = _Run(recipe, source, plan, out, told, command, team).execute()
     _publish(recipe, outcome, told)
     return outcome
 
@@ -170,7 +177,7 @@ def _publish(recipe: Recipe, outcome: RunOutcome, observer: Observer) -> None:
         observer.event("published", repository=repository.name, revision=revision)
 
 
-def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
+def resume_run(out: Path, *, observer: Observer | None = None, team: Team = ALONE) -> RunOutcome:
     """Take up a run from its directory alone.
 
     Raises:
@@ -179,7 +186,7 @@ def resume_run(out: Path, *, observer: Observer | None = None) -> RunOutcome:
     recipe, lock = _recorded(out)
     starts = Journal(out / "journal.jsonl").all("run_started")
     command = starts[0]["command"] if starts else ""
-    return run_recipe(recipe, lock.model, out, observer=observer, command=command)
+    return run_recipe(recipe, lock.model, out, observer=observer, command=command, team=team)
 
 
 def export_run(
@@ -231,7 +238,9 @@ class _Run:
         folder: Path,
         observer: Observer,
         command: str,
+        team: Team,
     ) -> None:
+        self.team = team
         self.recipe = recipe
         self.source = source
         self.signature = _signature(source.path)
@@ -269,10 +278,10 @@ class _Run:
                 self._stage(index, stage)
         self._require_unchanged_model()
         for export in self.recipe.export:
-            if export.type is None:
-                self._export(export)
-            else:
+            if export.rounds:
                 self._requantize(export)
+            else:
+                self._export(export)
         report = self._report()
         self.journal.append("report_written", verdict=report.verdict)
         shutil.rmtree(self.folder / "scratch", ignore_errors=True)
@@ -418,6 +427,8 @@ class _Run:
             original=self.source.path,
         )
         with meter:
+            if stage.shared:
+                context = self._shared(stage, parent.checkpoint, context)
             result = stage.run(parent.checkpoint, self.calibration, context)
         event = self.journal.append(
             "stage_done",
@@ -430,6 +441,14 @@ class _Run:
             self.observer.event("fallback", **asdict(fallback))
         shutil.rmtree(context.scratch, ignore_errors=True)
         return event
+
+    def _shared(self, stage: StageConfig, checkpoint: Path, context: StageContext) -> StageContext:
+        """Tell all processes to run a stage with this one."""
+        if not self.team.alone:
+            places = (context.folder, context.scratch, context.original, context.dtype)
+            job = Job(stage, checkpoint, self.calibration, *places, self.recipe.seed)
+            self.team.hear(job)
+        return replace(context, team=self.team)
 
     def _verify(self, variant: Variant) -> dict[str, Any]:
         """Every promise about tensors, then a reload and a distance to the parent."""
@@ -502,7 +521,7 @@ class _Run:
         if event is None or not _is_intact(out, event["sha256"]):
             self.observer.event("export", format=name)
             shutil.rmtree(out, ignore_errors=True)
-            source = replace(self._export_source(config), codes={})
+            source = self._export_source(config)
             facts = requantize.write(
                 config, source, out, scratch, self._text(config), self.observer
             )
@@ -514,12 +533,14 @@ class _Run:
             self._evaluate(Variant(name, dense))
             shutil.rmtree(dense)
         self.evaluations[name] = self.session.load(name)
-        artifact = self._artifact(config, event["sha256"], True, quantizer=event["quantizer"])
+        facts = {"quantizer": event["quantizer"], "embedding": config.blocks}
+        artifact = self._artifact(config, event["sha256"], True, **facts)
         self.requantized.append(Requantized(config, last.id, event, artifact))
 
     def _text(self, config: ExportConfig) -> requantize.Text | None:
         """For an importance matrix."""
-        if not config.imatrix or self.recipe.calibration is None or self.calibration is None:
+        wanted = config.type is not None and config.imatrix
+        if not wanted or self.recipe.calibration is None or self.calibration is None:
             return None
         return requantize.Text(self.recipe.calibration, self.calibration)
 
@@ -554,6 +575,7 @@ class _Run:
             config.container,
             final.activations,
             dict(zip(final.cached_attention, scales, strict=False)),
+            config.blocks,
         )
 
     def _read_back(

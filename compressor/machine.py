@@ -49,3 +49,12 @@ def activation_budget() -> int:
     The rest is for blocks, Hessians and everybody else.
     """
     return free_memory() // 4
+
+
+def prefer_huge_pages() -> None:
+    """Let torch ask Linux for huge pages behind tensors of 2 MB and more; the user's word stays.
+
+    Fewer page faults, and what is freed goes back: holes that fit no second tensor took 70 MB of
+    a walk over 135 million weights. To be called before torch first allocates as much.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

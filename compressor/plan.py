@@ -3,108 +3,42 @@
 Every stage maps the architecture to the next one, so that whatever can be refused without
 weights is refused here, at the line of the recipe that causes it. What is accepted is priced:
 parameters, bits, bytes on disk, memory, time. Bytes are exact by formula; memory, operations and
-time are estimates, with their formulas in the docstrings below.
+time are estimates, with their formulas in `compressor.pricing` and `compressor.cost`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from compressor import machine
-from compressor.calibration import development_tokens, load_mix, require_origin
-from compressor.cost import (
-    block_memory,
-    checkpoint_bytes,
-    evaluation_memory,
-    evaluation_tokens,
-    flops_per_second,
-    linear_bits,
-    role_bytes,
-    rounding_flops,
-)
+from compressor.calibration import require_origin
+from compressor.cost import evaluation_memory, evaluation_tokens, flops_per_second
 from compressor.efforts import DEFAULT, EffortName
-from compressor.errors import ModelError, PlanError, ResourceError, UsageError
+from compressor.errors import ModelError, PlanError, UsageError
 from compressor.evaluation.suites import load_suite
-from compressor.formats import gguf_types, llama_quantize
-from compressor.formats.capabilities import ENVIRONMENTS, PACKAGES
-from compressor.formats.exchange import container_problems
-from compressor.formats.sizes import Role
-from compressor.formats.support import Target, cache_problems, engine_problems
+from compressor.export_checks import export_problems
 from compressor.model.architecture import Architecture
-from compressor.order import cautions, order_problems
-from compressor.programs import PROGRAMS
-from compressor.recipe import ExportConfig, ExportFormat, Recipe
+from compressor.order import order_problems
+from compressor.pricing import (
+    ExportPlan,
+    Priced,
+    StagePlan,
+    calibration_tokens,
+    disk_bytes,
+    export_plan,
+    hidden_states,
+    parked,
+    runs_parent,
+    stage_plan,
+)
+from compressor.recipe import Recipe
 from compressor.source import Location
-from compressor.stages.base import ReportProblem, StageConfig
-from compressor.stages.packing import target_of
+from compressor.stages.base import ReportProblem
 from compressor.types import Problem
-
-# Formats for quantized weights only.
-_PACKED = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
-# Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: one
-# that stands still in front of each matrix until it has been rounded. The parent, which nobody
-# changes, needs one.
-_PASSES = {"block": 2.0, "sublayer": 1.0}
-_PARENT_PASSES = 1.0
-
-
-class Priced(BaseModel):
-    """A frozen row of the plan."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StagePlan(Priced):
-    """One stage as it will run.
-
-    Attributes:
-        index: place in the recipe, from 0.
-        method: `family.name`.
-        parameters: of the model it leaves, ties counted once.
-        matrices: how many matrices it changes.
-        bits_nominal: mean code width over the weights of linear layers in blocks.
-        bits_linear: the same with scales and zero-points.
-        bits_checkpoint: 8 · packed bytes / parameters of the base, the headline.
-        packed_bytes: of all tensors in a packed export.
-        by_role: the same by what they hold.
-        disk_bytes: what the stage itself writes: a dense checkpoint and the codes.
-        peak_bytes: memory, estimated.
-        flops: floating-point operations, estimated.
-        seconds: estimated.
-        remarks: what a user should know about the stage on this model.
-    """
-
-    index: int
-    method: str
-    parameters: int
-    matrices: int
-    bits_nominal: float
-    bits_linear: float
-    bits_checkpoint: float
-    packed_bytes: int
-    by_role: dict[Role, int]
-    disk_bytes: int
-    peak_bytes: int
-    flops: float
-    seconds: float
-    remarks: tuple[str, ...] = ()
-
-
-class ExportPlan(Priced):
-    """One deliverable: bytes of its tensors."""
-
-    format: str
-    tensor_bytes: int
-    ratio: float  # base bytes / these bytes
-    remarks: tuple[str, ...] = ()
 
 
 class Plan(Priced):
@@ -144,7 +78,7 @@ class Plan(Priced):
     seconds: float
     rate: tuple[float, str]
     effort: EffortName = DEFAULT
-    efforts: dict[EffortName, float | None] = {}
+    efforts: dict[EffortName, float | None] = Field(default_factory=dict)
 
     def beside(self, recipes: Mapping[EffortName, Recipe], config: Mapping[str, object]) -> Plan:
         """The same with the time that each effort of the recipe takes, where it has several.
@@ -197,7 +131,7 @@ def make_plan(
     chain = _chain(recipe, base, problems, settled)
     problems += _unspent(recipe, chain[-1])
     if not problems:  # else the exports would repeat what is wrong with the stages
-        problems += _exports(recipe, chain[-1])
+        problems += export_problems(recipe, chain[-1])
     problems += _texts(recipe)
     if problems:
         raise PlanError(problems)
@@ -248,13 +182,6 @@ def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:
     ]
 
 
-def _possible(recipe: Recipe, final: Architecture) -> Iterator[Architecture]:
-    """What the run may come to: the plan's example, and every grid that a stage may choose."""
-    yield final
-    for stage in recipe.stages:
-        yield from stage.alternatives(final)
-
-
 def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProblem:
     """Turn a stage's (option, message, hint) into a problem at the option's place."""
 
@@ -266,129 +193,6 @@ def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProb
         )
 
     return report
-
-
-def _exports(recipe: Recipe, final: Architecture) -> list[Problem]:
-    """Deliverables that a format cannot hold or an engine would not load."""
-    found = []
-    for index, export in enumerate(recipe.export):
-        if export.format not in _serving(final):
-            found.append(_forgotten_inputs(recipe, index, final))
-            continue
-        targets = _targets(final)
-        found += _cache_problems(recipe, index, final)
-        possible = [_targets(one) for one in _possible(recipe, final)]
-        bare = all(target.scheme is None for target in targets) and final.cache is None
-        if export.format in _PACKED and bare:
-            message = f"nothing is quantized, so there is nothing to pack as {export.format}"
-            hint = "add a quantize stage, or export `dense`"
-            found.append(recipe.problem(("export", index, "format"), message, hint))
-        sentences = [
-            sentence
-            for one in possible
-            for sentence in container_problems(one, export.container, final.model_type)
-        ]
-        for message in _summary(list(dict.fromkeys(sentences))):
-            hint = _HINTS.get(export.container, "change the stage, or export `dense`")
-            found.append(recipe.problem(("export", index, "format"), message, hint))
-        found += _second_quantizer(recipe, index)
-        package = PACKAGES.get(export.format)
-        if package and find_spec(package) is None:
-            message = f"{export.format} export needs the package {package}, which is not installed"
-            hint = f"pip install {package}"
-            found.append(recipe.problem(("export", index, "format"), message, hint))
-        found += _missing_environment(recipe, index)
-        for engine in export.engines:
-            sentences = [
-                sentence
-                for one in possible
-                for sentence in engine_problems(engine, one, export.container)
-            ]
-            for message in _summary(list(dict.fromkeys(sentences))):
-                hint = f"change the stage, or take {engine} out of `engines`"
-                found.append(recipe.problem(("export", index, "engines"), message, hint))
-    return found
-
-
-_HINTS: Mapping[str, str] = {
-    "llama-quantize": "leave `type` out and the codes go into the file as they are, or leave the "
-    "rounding to the quantizer",
-}
-
-
-def _second_quantizer(recipe: Recipe, index: int) -> list[Problem]:
-    """An export that llama.cpp's quantizer writes, where there is none."""
-    if recipe.export[index].type is None or llama_quantize.find_program() is not None:
-        return []
-    message, hint = llama_quantize.missing(), llama_quantize.HINT
-    return [recipe.problem(("export", index, "type"), message, hint)]
-
-
-def _missing_environment(recipe: Recipe, index: int) -> list[Problem]:
-    """A program that has to write the format, and is not there."""
-    form = recipe.export[index].format
-    if form not in ENVIRONMENTS:
-        return []
-    try:
-        PROGRAMS[ENVIRONMENTS[form]].find()
-    except ResourceError as error:
-        message = f"{form} export needs another program: {error.message}"
-        return [recipe.problem(("export", index, "format"), message, error.hint)]
-    return []
-
-
-def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
-    """A rounded cache that a format or an engine does not take."""
-    if final.cache is None:
-        return []
-    export = recipe.export[index]
-    found = dict.fromkeys(
-        message
-        for one in _possible(recipe, final)
-        for message in cache_problems(_targets(one), export.container, final.cache, export.engines)
-    )
-    return [
-        recipe.problem(
-            ("export", index, "format"), message, "leave quantize.kv out, or change this"
-        )
-        for message in found
-    ]
-
-
-def _serving(final: Architecture) -> Sequence[str]:
-    """The formats that can say how the model's inputs are rounded."""
-    numbers = {scheme.number for scheme in final.activations.values()}
-    if not numbers:
-        return get_args(ExportFormat)
-    return ("bitsandbytes",) if numbers == {"absmax"} else ("compressed-tensors",)
-
-
-def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Problem:
-    """A format that holds weights only would be served otherwise than it was measured."""
-    name, scheme = next(iter(final.activations.items()))
-    message = (
-        f"{recipe.export[index].format} cannot say that inputs are rounded ({name}, to "
-        f"{scheme.name}), so that it would not give what is measured"
-    )
-    (right,) = _serving(final)
-    hint = f"export {right}, or do not round inputs"
-    return recipe.problem(("export", index, "format"), message, hint)
-
-
-def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
-    """The first few of many sentences of one kind; a model has hundreds of matrices."""
-    kept = list(sentences[:most])
-    if len(sentences) > most:
-        kept[-1] += f" (and {len(sentences) - most} more problems like these)"
-    return kept
-
-
-def _targets(architecture: Architecture) -> list[Target]:
-    return [
-        target_of(matrix, architecture)
-        for matrix in architecture.matrices
-        if matrix.role != "position"
-    ]
 
 
 def _texts(recipe: Recipe) -> list[Problem]:
@@ -424,18 +228,19 @@ def _reported(recipe: Recipe, place: Location, found: list[Problem]) -> Iterator
 def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
     base, final = chain[0], chain[-1]
     rate = flops_per_second()
-    calibration = _calibration_tokens(recipe)
+    calibration = calibration_tokens(recipe)
     evaluation = evaluation_tokens(recipe.evaluate)
     stages = tuple(
-        _stage_plan(recipe, index, chain, calibration, rate[0])
+        stage_plan(recipe, index, chain, calibration, rate[0])
         for index in range(len(recipe.stages))
     )
-    exports = tuple(_export_plan(export, base, final) for export in recipe.export)
-    typed = sum(export.type is not None for export in recipe.export)
-    scored = 1 + recipe.evaluate.noise_floor + typed
+    exports = tuple(export_plan(export, base, final) for export in recipe.export)
+    typed = any(export.type is not None for export in recipe.export)
+    rows = sum(export.rounds for export in recipe.export)
+    scored = 1 + recipe.evaluate.noise_floor + rows
     scored += len(stages) if recipe.evaluate.every_stage else min(1, len(stages))
-    spilled = sum(_hidden_states(stage, base, calibration) for stage in recipe.stages)
-    spilled += 2 * calibration * (1 + any(_runs_parent(stage) for stage in recipe.stages))
+    spilled = sum(hidden_states(stage, base, calibration) for stage in recipe.stages)
+    spilled += 2 * calibration * (1 + any(runs_parent(stage) for stage in recipe.stages))
     scoring = scored * evaluation * 2 * base.parameters
     return Plan(
         model=model,
@@ -447,8 +252,10 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         calibration_tokens=calibration,
         evaluation_tokens=evaluation,
         context_length=base.max_positions,
-        disk_bytes=_disk_bytes(stages, exports, base, spilled, evaluation)
-        + (final.bytes + 4 * final.parameters if typed else 0),
+        disk_bytes=disk_bytes(stages, exports, base, spilled, evaluation)
+        + max((parked(stage, base, calibration) for stage in recipe.stages), default=0)
+        + (final.bytes if typed else 0)
+        + (4 * final.parameters if rows else 0),
         peak_bytes=max(
             [evaluation_memory(recipe.evaluate, base), *(stage.peak_bytes for stage in stages)]
         ),
@@ -458,122 +265,3 @@ def _price(recipe: Recipe, chain: Sequence[Architecture], model: str) -> Plan:
         rate=rate,
         effort=recipe.effort,
     )
-
-
-def _stage_plan(
-    recipe: Recipe, index: int, chain: Sequence[Architecture], tokens: int, rate: float
-) -> StagePlan:
-    stage, base, before, after = recipe.stages[index], chain[0], chain[index], chain[index + 1]
-    reads_text = stage.calibration_need() is not None
-    changed = stage.changed(before, after)
-    reference = _runs_parent(stage)
-    sequential = getattr(stage, "sequential", "block")
-    passes = _PASSES[sequential] + (_PARENT_PASSES if reference else 0.0)
-    tokens = tokens if reads_text else 0
-    plain = rounding_flops(changed, after, tokens, passes, reference=reference)
-    flops = stage.flops(before) or stage.operations(after, tokens, plain)
-    held_out, domains = 0, 1
-    if getattr(stage, "robust", False):
-        held_out, domains = development_tokens(), _domains(recipe)
-    nominal, linear = linear_bits(after)
-    earlier = [one.method for one in recipe.stages[:index]]
-    packed = checkpoint_bytes(after)
-    return StagePlan(
-        index=index,
-        method=stage.method,
-        parameters=after.parameters,
-        matrices=len(changed),
-        bits_nominal=nominal,
-        bits_linear=linear,
-        bits_checkpoint=8 * packed / base.parameters,
-        packed_bytes=packed,
-        by_role=role_bytes(after),
-        disk_bytes=after.bytes + sum(matrix.parameters for matrix in changed),
-        peak_bytes=stage.memory(before)
-        or block_memory(
-            after,
-            tokens + held_out,
-            reference=reference,
-            domains=domains,
-            standing=sequential == "sublayer",
-            activation_bytes=_activation_bytes(stage, before),
-        )
-        + stage.working_memory(after, tokens),
-        flops=flops,
-        seconds=flops / rate,
-        remarks=(*stage.remarks(before), *cautions(earlier, stage)),
-    )
-
-
-def _activation_bytes(stage: StageConfig, before: Architecture) -> int:
-    """Size of a number while calibration text runs, on the CPU."""
-    own = getattr(stage, "precision", "float32") == "auto" and before.dtype == "bfloat16"
-    return 2 if own and machine.multiplies_bf16() else 4
-
-
-def _runs_parent(stage: StageConfig) -> bool:
-    """Whether the stage runs its parent beside the model it changes."""
-    asks = ("propagate", "robust", "runs_parent")
-    return any(getattr(stage, name, False) for name in asks)
-
-
-def _domains(recipe: Recipe) -> int:
-    """Domains of the calibration text; text of the user's own is one."""
-    config = recipe.calibration
-    return 1 if config is None or config.source is not None else len(load_mix(config.mix).domains)
-
-
-def _hidden_states(stage: StageConfig, base: Architecture, tokens: int) -> int:
-    """Vectors that a stage which walks back keeps on disk beyond those of one block."""
-    counted = getattr(stage, "hidden_states", None)
-    return int(counted(base, tokens)) if counted else 0
-
-
-def _export_plan(export: ExportConfig, base: Architecture, final: Architecture) -> ExportPlan:
-    if export.type is not None:
-        return _typed_plan(export.type, export.name, base, final)
-    size = checkpoint_bytes(final, export.container)
-    if export.format == "dense":
-        size = final.bytes
-    elif export.format in ENVIRONMENTS:  # graphs hold fp32
-        size = 4 * final.parameters
-    return ExportPlan(format=export.format, tensor_bytes=size, ratio=base.bytes / size)
-
-
-def _typed_plan(
-    kind: gguf_types.QuantType, name: str, base: Architecture, final: Architecture
-) -> ExportPlan:
-    """Bytes by the mean bits of a mixture, since its quantizer chooses for each matrix."""
-    matrices = [(matrix.shape, matrix.block is None) for matrix in final.matrices]
-    size = gguf_types.estimated_bytes(kind, matrices)
-    size += 4 * sum(math.prod(shape) for _, shape in final.others)
-    remarks = [f"rounded to {kind} by llama.cpp's own quantizer, measured after; size estimated"]
-    wider = gguf_types.undivided(kind, [shape for shape, _ in matrices])
-    if wider:
-        remarks.append(
-            f"{wider} of {len(matrices)} matrices have widths that {gguf_types.SUPER_BLOCK} does "
-            f"not divide; in the decoder they become {gguf_types.instead(kind)}"
-        )
-    return ExportPlan(
-        format=name, tensor_bytes=size, ratio=base.bytes / size, remarks=tuple(remarks)
-    )
-
-
-def _disk_bytes(
-    stages: Sequence[StagePlan],
-    exports: Sequence[ExportPlan],
-    base: Architecture,
-    spilled: int,
-    evaluation: int,
-) -> int:
-    """Checkpoints of all stages, deliverables, hidden states of tokens for stages and the KL."""
-    written = sum(stage.disk_bytes for stage in stages)
-    written += sum(export.tensor_bytes for export in exports)
-    return written + (spilled + evaluation) * base.hidden * 4
-
-
-def _calibration_tokens(recipe: Recipe) -> int:
-    if recipe.calibration is None:
-        return 0
-    samples: int = recipe.calibration.samples
-    return samples * recipe.calibration.length

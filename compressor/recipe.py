@@ -19,11 +19,10 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union
+from typing import Annotated, Any, Union
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     PrivateAttr,
     SerializeAsAny,
@@ -31,7 +30,6 @@ from pydantic import (
     ValidationError,
     create_model,
     field_validator,
-    model_validator,
 )
 from ruamel.yaml import YAML
 
@@ -42,155 +40,15 @@ from compressor.efforts import DEFAULT, KEY, EffortName, apart
 from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
-from compressor.formats.capabilities import Container
-from compressor.formats.gguf_types import MIXTURES, QuantType
 from compressor.paths import resolve_paths, written_paths
 from compressor.registry import registry
+from compressor.sections import Effort, Efforts, ExportConfig, Lock, PublishConfig, Section
 from compressor.source import Location, Source, apply_overrides, read_source, read_text
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-ExportFormat = Literal[
-    "compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf", "dense", "onnx", "openvino"
-]
-EngineName = Literal[
-    "transformers",
-    "vllm",
-    "vllm-cpu",
-    "sglang",
-    "llama.cpp",
-    "gptqmodel",
-    "onnxruntime",
-    "openvino",
-]
-
-
 UNDECISIVE = {"name", "description", "publish", "lock"}
 """Parts of a recipe that decide nothing about its result."""
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and strict about keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ExportConfig(Section):
-    """A deliverable that the run writes at the end."""
-
-    format: ExportFormat = Field(
-        description="`compressed-tensors` packs the integer codes for vLLM, SGLang and "
-        "Transformers; `gptq` and `awq` pack them for engines that read those layouts; `gguf` is "
-        "one file for llama.cpp; `bitsandbytes` is for what quantize.bnb rounded; `dense` is the "
-        "same model with ordinary weights, for any program; `onnx` and `openvino` are graphs of it "
-        "with weights in fp32, written by optimum in an environment of its own.",
-    )
-    form: Literal["auto", "pack-quantized", "int-quantized"] = Field(
-        default="auto",
-        description="Layout of compressed-tensors: codes packed into words, or one byte a code "
-        "(8 bits by channel, or any width beside rounded inputs). `auto` packs, except for 8-bit "
-        "weights beside rounded inputs, which kernels read as bytes.",
-    )
-    type: QuantType | None = Field(
-        default=None,
-        description="For `gguf`: let llama.cpp's own quantizer (llama-quantize) round the weights "
-        "to one of its types, such as Q4_K_M or IQ4_XS. It is a second quantizer: the chain must "
-        "not have rounded the weights before, and what it makes is measured like a stage. Without "
-        "a type, the codes of the chain go into the file as they are.",
-    )
-    imatrix: bool = Field(
-        default=True,
-        description="With `type`: weigh its errors by the mean squares of inputs on the recipe's "
-        "calibration text, measured after the last stage.",
-    )
-    engines: tuple[EngineName, ...] = Field(
-        default=(),
-        description="Programs that must load the result; the plan refuses what one of them cannot. "
-        "See compress ls engines.",
-    )
-
-    @property
-    def container(self) -> Container:
-        """What lies on disk: the layout, for formats with several."""
-        if self.type is not None:
-            return "llama-quantize"
-        return self.form if self.format == "compressed-tensors" else self.format
-
-    @property
-    def name(self) -> str:
-        """Of its folder among the deliverables: `gguf`, or `gguf-Q4_K_M` with a type."""
-        return self.format if self.type is None else f"{self.format}-{self.type}"
-
-    @model_validator(mode="after")
-    def _typed(self) -> Self:
-        if self.type is not None and self.format != "gguf":
-            raise ValueError(f"`type` is for format gguf; {self.format} has none")
-        if not self.imatrix and self.type is None:
-            raise ValueError("`imatrix` is for llama.cpp's quantizer: name a `type` too")
-        if self.type is not None and MIXTURES[self.type].needs_importance and not self.imatrix:
-            raise ValueError(f"{self.type} needs an importance matrix: leave `imatrix` true")
-        return self
-
-
-class PublishConfig(Section):
-    """Where the deliverables of a finished run go on the Hub."""
-
-    repo: str = Field(
-        description="`org/name`; further deliverables go to `org/name-FORMAT`. Access and licence "
-        "are checked before any work.",
-        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
-    )
-    public: bool = Field(
-        default=False, description="Show it to everyone, once it was read back from the Hub."
-    )
-    pr: bool = Field(default=False, description="Propose the files as a pull request.")
-
-
-class Lock(Section):
-    """What a finished run was made of; the engine refuses to reproduce it from anything else."""
-
-    model: str = Field(description="Hub id, directory or builtin name, as typed.")
-    revision: str | None = Field(default=None, description="Commit of the model on the Hub.")
-    config_sha256: str = Field(description="SHA-256 of the model's config.json.")
-    weights: dict[str, str] = Field(description="SHA-256 of every weight file, by name.")
-    calibration_sha256: str | None = Field(
-        default=None, description="SHA-256 of the calibration tokens."
-    )
-    packages: dict[str, str] = Field(description="Versions that decide the bytes, by package.")
-    effort: EffortName = Field(default=DEFAULT, description="The effort that was chosen.")
-
-
-class Effort(Section):
-    """Keys of a recipe that an effort changes; `compressor.efforts` says how they are merged.
-
-    They are judged where they are merged, not here, where a section may be a part of one.
-    """
-
-    seed: SkipValidation[int | None] = Field(default=None, description="Replaces the seed.")
-    calibration: SkipValidation[CalibrationConfig | None] = Field(
-        default=None, description="Keys that differ, such as `samples`."
-    )
-    stages: SkipValidation[tuple[StageConfig, ...] | None] = Field(
-        default=None, description="All stages, in place of the recipe's."
-    )
-    evaluate: SkipValidation[EvaluateConfig | None] = Field(
-        default=None, description="Keys that differ."
-    )
-    gates: SkipValidation[Gates | None] = Field(default=None, description="Limits that differ.")
-    export: SkipValidation[tuple[ExportConfig, ...] | None] = Field(
-        default=None, description="All deliverables, in place of the recipe's."
-    )
-
-
-class Efforts(Section):
-    """Other efforts than the recipe's own, chosen with `--effort`."""
-
-    light: Effort | None = Field(
-        default=None, description="For a first try: what saves time, at some accuracy."
-    )
-    best: Effort | None = Field(
-        default=None, description="For the final model: what gains accuracy, at some time."
-    )
 
 
 class Recipe(Section):
@@ -472,7 +330,7 @@ def _checked(
 
 def _idle(recipe: Recipe) -> list[Problem]:
     """A recipe that changes nothing."""
-    if recipe.stages or any(export.type for export in recipe.export):
+    if recipe.stages or any(export.rounds for export in recipe.export):
         return []
     return [
         recipe.problem(

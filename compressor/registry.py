@@ -94,6 +94,18 @@ BUILTIN = (
         "structure",
     ),
     Method(
+        "prune.experts",
+        "compressor.stages.prune_experts:PruneExperts",
+        "remove whole experts of a mixture, those that the text asks least of",
+        "structure",
+    ),
+    Method(
+        "prune.hidden",
+        "compressor.stages.prune_hidden:PruneHidden",
+        "remove channels of the residual stream everywhere, and set its norms right",
+        "structure",
+    ),
+    Method(
         "prune.search",
         "compressor.stages.prune_search:PruneSearch",
         "try mixes of fewer blocks, heads and channels, and keep the best on held-out text",

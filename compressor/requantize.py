@@ -1,17 +1,22 @@
-"""Exports that llama.cpp's own quantizer rounds: K- and I-quants, with our importance matrix.
+"""Exports that round what the chain left alone: llama.cpp's quantizer, or an embedding for GGUF.
 
 The quantizer is a program of its own (`formats.llama_quantize`). It gets the dense weights that the
 last stage left and the mean squares of their inputs; nothing of what it makes comes from our codes.
 So its file is read back, unpacked, and measured against the original like what a stage leaves, and
 the report gives it a row and says whose work it is.
+
+An embedding that the chain left dense can be rounded for a GGUF file alone (`export.embedding`), to
+nearest, by the package gguf. The rest of such a file are our codes, which is checked; but it is not
+the model that the last stage left, so that it has its own row as well.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +35,11 @@ from compressor.importance import dataset_name, measure_importance
 from compressor.machine import cores
 from compressor.meter import Meter
 from compressor.progress import Observer
-from compressor.recipe import ExportConfig
 from compressor.report.schema import Artifact, StageFacts, StageFallback, Variant
+from compressor.sections import ExportConfig
 from compressor.types import Fallback
 from compressor.variants import size_of
-from compressor.verify import value_problems
+from compressor.verify import value_problems, verify_weights
 
 METHOD = "export.gguf"
 _DENSE, _IMPORTANCE = "dense.gguf", "imatrix.gguf"
@@ -71,7 +76,10 @@ class Requantized:
 
     def row(self, size: SizeReport, base_bytes: int, kv_bytes_per_token: int) -> Variant:
         """Its row of the report."""
-        params = {"type": self.config.type, "imatrix": self.config.imatrix}
+        config = self.config
+        params: dict[str, Any] = {"type": config.type, "imatrix": config.imatrix}
+        if config.blocks is not None:
+            params = {"embedding": config.blocks}
         stage = StageFacts(
             method=METHOD,
             params={**params, "quantizer": self.facts["quantizer"]},
@@ -82,7 +90,7 @@ class Requantized:
         )
         return Variant(
             id=self.id,
-            label=f"{self.config.type}, llama.cpp",
+            label=f"embedding {config.blocks}" if config.blocks else f"{config.type}, llama.cpp",
             parent=self.parent,
             stage=stage,
             size=size_of(size, base_bytes, kv_bytes_per_token),
@@ -99,11 +107,11 @@ def write(
     text: Text | None,
     observer: Observer,
 ) -> dict[str, Any]:
-    """Round the weights of a checkpoint with llama.cpp's quantizer, and look at what it made.
+    """Round what the chain left dense, and look at what was made.
 
     Args:
-        config: has a type.
-        source: dense weights.
+        config: has a type, or blocks for the embedding.
+        source: weights, and codes that go in as they are unless there is a type.
         out: folder of the deliverable.
         scratch: for the dense GGUF file and the importance matrix, which later types use again.
         text: for the importance matrix; None without one.
@@ -116,36 +124,67 @@ def write(
         ResourceError: the program is missing or failed.
         VerificationError: what it wrote is not the model.
     """
-    assert config.type is not None
-    program, gguf = llama_quantize.require_program(), exporters.exporter("gguf")
-    dense, importance = scratch / _DENSE, scratch / _IMPORTANCE
     with Meter() as meter:
-        if not dense.is_file():
-            gguf.write(source, scratch)
-            (scratch / "model.gguf").replace(dense)
-        if text is not None and not importance.is_file():
-            found = measure_importance(source.checkpoint, text.tokens.batches, observer)
-            name, chunk = dataset_name(text.config), text.config.length
-            write_imatrix(importance, found, dataset=name, chunk=chunk)
-        version = llama_quantize.quantize(
-            program,
-            dense,
-            out / "model.gguf",
-            config.type,
-            importance=None if text is None else importance,
-            threads=cores(),
-        )
+        if config.type is None:
+            quantizer = _round_embedding(source, out)
+        else:
+            quantizer = _round_all(config.type, source, out, scratch, text, observer)
         error = relative_error(out, source.checkpoint)
-    fallbacks = [asdict(fallback) for fallback in narrow_matrices(out, config.type)]
+    narrow = [] if config.type is None else narrow_matrices(out, config.type)
+    fallbacks = [asdict(fallback) for fallback in narrow]
     for fallback in fallbacks:
         observer.event("fallback", **fallback)
     return {
-        "quantizer": f"{llama_quantize.PROGRAM} {version}",
+        "quantizer": quantizer,
         "seconds": meter.seconds,
         "peak_bytes": meter.peak_bytes,
         "relative_error": error,
         "fallbacks": fallbacks,
     }
+
+
+def _round_all(
+    kind: QuantType,
+    source: exporters.Source,
+    out: Path,
+    scratch: Path,
+    text: Text | None,
+    observer: Observer,
+) -> str:
+    """Let llama.cpp's quantizer round all matrices; its name and version."""
+    program, gguf = llama_quantize.require_program(), exporters.exporter("gguf")
+    dense, importance = scratch / _DENSE, scratch / _IMPORTANCE
+    if not dense.is_file():
+        gguf.write(replace(source, codes={}), scratch)
+        (scratch / "model.gguf").replace(dense)
+    if text is not None and not importance.is_file():
+        found = measure_importance(source.checkpoint, text.tokens.batches, observer)
+        name, chunk = dataset_name(text.config), text.config.length
+        write_imatrix(importance, found, dataset=name, chunk=chunk)
+    version = llama_quantize.quantize(
+        program,
+        dense,
+        out / "model.gguf",
+        kind,
+        importance=None if text is None else importance,
+        threads=cores(),
+    )
+    return f"{llama_quantize.PROGRAM} {version}"
+
+
+def _round_embedding(source: exporters.Source, out: Path) -> str:
+    """Write our codes with a rounded embedding; the name and version of what rounded it.
+
+    Raises:
+        VerificationError: anything else is not what is in memory.
+    """
+    from compressor.formats.gguf import rounded_here
+
+    exporters.exporter("gguf").write(source, out)
+    own, rounded = CheckpointReader(source.checkpoint), rounded_here(source)
+    others = ((name, own[name] if name in rounded else value) for name, value in _stored(out))
+    verify_weights(others, source.checkpoint, source.codes, out.name)
+    return f"gguf {importlib.metadata.version('gguf')}"
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,22 @@ Symmetry = Literal["symmetric", "full_range", "asymmetric"]
 Number = Literal["int", "float", "nf4", "absmax"]
 Scales = Literal["dense", "e8m0", "e4m3"]
 
+TORCH_NAMES: Mapping[str, str] = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""Dtypes as the header of a safetensors file names them -> as torch does."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -1,7 +1,8 @@
 """A server on loopback that speaks as much of the Hub's HTTP protocol as an upload needs.
 
 Repositories live in memory: commits on branches, LFS objects by hash, pull requests, settings,
-collections. `fail` makes the next matching requests answer with an error, or cuts the line.
+collections. `fail` makes the next matching requests answer with an error, or cuts the line. `wire`
+holds every request as it came: first line, headers, body.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
+        self.wire: list[bytes] = []
         self.failures: list[tuple[str, int]] = []
         self.corrupt = ""
         self.identity: dict[str, Any] = {"name": "me", "type": "user", "orgs": [], "auth": {}}
@@ -106,6 +108,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path)
             request = f"{self.command} {path}"
             hub.requests.append(request)
+            hub.wire.append(f"{unquote(self.requestline)}\n{self.headers}\n".encode() + body)
             status = hub.failure(request)
             if status == _CUT:
                 self.close_connection = True

@@ -12,8 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compressor import plan as plan_module
-from compressor import resources
+from compressor import export_checks, resources
 from compressor.errors import ModelError
 from compressor.formats.codes import CodesReader
 from compressor.formats.headers import read_folder
@@ -304,7 +303,7 @@ def test_experts_and_odd_widths_are_refused(tmp_path: Path) -> None:
 def test_a_missing_package_is_said_by_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan_module, "find_spec", lambda _: None)
+    monkeypatch.setattr(export_checks, "find_spec", lambda _: None)
     said = refused(tmp_path, NF4 + EXPORT)
     assert "bitsandbytes export needs the package bitsandbytes, which is not installed" in said
     assert "pip install bitsandbytes" in said

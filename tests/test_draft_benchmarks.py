@@ -85,4 +85,4 @@ def test_options_of_an_earlier_attempt_are_kept(tmp_path: Path) -> None:
 
     (tmp_path / "stage.json").write_text('{"method": "draft.eagle3", "tokens": 77}')
     options = argparse.Namespace(out=tmp_path, minutes=90.0, kind="standalone")
-    assert chosen(options, Path("nowhere")) == {"method": "draft.eagle3", "tokens": 77}
+    assert chosen(options) == {"method": "draft.eagle3", "tokens": 77}

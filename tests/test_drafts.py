@@ -34,7 +34,7 @@ from compressor.plan import make_plan
 from compressor.progress import SilentObserver
 from compressor.stages.draft_eagle3 import DraftEagle3
 from compressor.stages.draft_standalone import DraftStandalone
-from compressor.stages.drafting import _cut_short
+from compressor.stages.drafting import _cut_short, _without_template
 from compressor.training import Fit
 from compressor.types import TokenBatch
 from tests import runs
@@ -70,7 +70,7 @@ stages:
     prompts: 1
     new_tokens: 8
     tree_nodes: 6
-    minutes: 0.0001
+    minutes: 60
 evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
 export: [{format: compressed-tensors}, {format: gguf}]
 """
@@ -136,7 +136,8 @@ def test_a_standalone_draft_stands_beside_a_gguf_target(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     draft, eagle = report["drafts"]
     assert draft["gguf"] == "deliverable/draft/gguf/model.gguf"
-    assert (eagle["gguf"], eagle["load_snippets"]) == (None, {})
+    assert eagle["gguf"] == f"deliverable/{EAGLE}/gguf/model.gguf"
+    assert f"--spec-type draft-eagle3 -md {eagle['gguf']} " in eagle["load_snippets"]["llama.cpp"]
     most = draft["measurement"]["speeds"][0]["drafted"]
     line = (
         "llama-server -m deliverable/gguf/model.gguf --spec-type draft-simple "
@@ -156,13 +157,23 @@ def test_a_standalone_draft_stands_beside_a_gguf_target(run: Path) -> None:
 
 
 def test_a_time_box_is_told(run: Path) -> None:
-    """Twelve steps have no checkpoint before their end, so that the box ends nothing here."""
+    """One that is not reached ends nothing."""
     report = json.loads((run / "report.json").read_text())
     assert report["drafts"][1]["stage"]["notes"]["training_steps"] == 12
     assert not report["fallbacks"]
-    fallback = _cut_short(DraftEagle3(steps=100, minutes=2.0), Fit(50, 121.0, (1.0,) * 50))
-    assert fallback[0].reason == "2 minutes were over after 50 of 100 steps"
-    assert not _cut_short(DraftEagle3(steps=50), Fit(50, 121.0, (1.0,) * 50))
+    box, done = DraftEagle3(steps=100, minutes=2.0), Fit(50, 121.0, (1.0,) * 50)
+    (fallback,) = _cut_short(box, box.rows, done)
+    assert fallback.reason == "2 minutes were over after 50 of 100 steps"
+    assert not _cut_short(DraftEagle3(steps=50), DraftEagle3().rows, done)
+    (fallback,) = _cut_short(DraftEagle3(steps=50, writing_minutes=3.0), 64, done)
+    assert fallback.reason == "3 minutes were over after 64 of 312 rows"
+
+
+def test_requests_without_a_chat_template_are_told(tmp_path: Path) -> None:
+    base = resources.builtin_model("tiny")
+    assert not _without_template(DraftEagle3(), base)
+    (fallback,) = _without_template(DraftEagle3(requests="own"), base)
+    assert "chat template" in fallback.reason
 
 
 def test_the_draft_is_a_plain_checkpoint_with_the_best_number_of_tokens(run: Path) -> None:

@@ -17,8 +17,9 @@ from compressor.formats.atomic import atomic_write_bytes
 from compressor.journal import Journal
 from compressor.plan import make_plan
 from compressor.recheck import form_of, verify_folder
-from compressor.recipe import ExportConfig, load_recipe
+from compressor.recipe import load_recipe
 from compressor.resources import builtin_model
+from compressor.sections import ExportConfig
 from tests import runs
 
 RECIPE = """\

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
 GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
-GROUND |= {"efforts", "paths", "programs"}
+GROUND |= {"efforts", "paths", "programs", "disk"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
@@ -25,7 +25,7 @@ BESIDE = {
     "provenance",
     "meter",
 }
-BESIDE |= {"provenance", "meter", "stages", "order", "registry", "decoding", "training"}
+BESIDE |= {"provenance", "meter", "stages", "order", "registry", "decoding", "training", "team"}
 ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
 ENGINE |= {
     "claim",
@@ -39,7 +39,11 @@ ENGINE |= {
     "pipeline",
     "doctor",
     "drafts",
+    "following",
     "requantize",
+    "export_checks",
+    "pricing",
+    "sections",
 }
 TOP = {
     "console",
@@ -69,10 +73,11 @@ LIGHT += (
     "source",
 )
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
-LIGHT += ("commands/serving", "programs")
+LIGHT += ("commands/serving", "programs", "export_checks", "pricing", "sections")
+LIGHT += ("model/matrices", "model/serving", "model/configuration")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
-LIGHT += ("formats/support", "report/schema", "efforts", "paths")
+LIGHT += ("formats/support", "report/schema", "efforts", "paths", "team")
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "compressed_tensors", "scipy"}
 
 

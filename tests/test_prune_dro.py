@@ -24,8 +24,10 @@ from compressor.progress import PlainObserver, RichObserver, SilentObserver
 from compressor.resources import builtin_model
 from compressor.stages import distilling, masking
 from compressor.stages.context import StageContext
+from compressor.stages.distilling import learned
 from compressor.stages.masking import Gates, write_pruned
 from compressor.stages.prune_dro import PruneDro
+from compressor.team import ALONE
 from compressor.types import StageResult
 from tests.helpers import Killed, Killer, checked_run, kept_promises, stage_context
 from tests.model.conftest import build
@@ -101,7 +103,7 @@ def test_what_fixed_gates_compute_is_what_is_exported(
         for parameter in student.parameters():  # as if it had learned
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.01)
     gates.fix()
-    result = write_pruned(parent, architecture, gates, student, tmp_path / "out")
+    result = write_pruned(parent, architecture, gates, learned(student, ALONE), tmp_path / "out")
     assert result.checkpoint == tmp_path / "out"
     assert not result.added
     kept_promises(parent, result)

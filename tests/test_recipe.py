@@ -13,15 +13,8 @@ from ruamel.yaml import YAML
 from compressor import resources
 from compressor.errors import RecipeError
 from compressor.formats.support import ENGINES
-from compressor.recipe import (
-    EngineName,
-    Lock,
-    Recipe,
-    dump_lock,
-    load_recipe,
-    recipe_json_schema,
-    shipped_recipes,
-)
+from compressor.recipe import Recipe, dump_lock, load_recipe, recipe_json_schema, shipped_recipes
+from compressor.sections import EngineName, Lock
 from compressor.stages.quantize_gptq import QuantizeGptq
 
 GOOD = """\

@@ -66,9 +66,27 @@ def test_an_interrupted_run_ends_in_the_same_state(tmp_path: Path, stop: int) ->
     assert after.losses == through.losses
 
 
-def test_a_time_box_ends_at_a_checkpoint(tmp_path: Path) -> None:
+def test_a_time_box_ends_after_the_step_that_passes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still and then jumps; the state is saved, and stays that."""
+    seconds = iter([0.0] * 10 + [100.0] * 1000)
+    monkeypatch.setattr("compressor.training.time.monotonic", lambda: next(seconds))
+    boxed = Schedule(steps=30, learning_rate=0.05, every=7, seconds=9.5)
+    first, done = train(tmp_path, schedule=boxed)
+    assert done.steps == 9  # neither a multiple of 7 nor all
+    again, after = train(tmp_path, schedule=boxed)
+    assert after.losses == done.losses
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    whole, through = train(tmp_path / "whole")
+    resumed, rest = train(tmp_path)
+    assert rest.losses == through.losses
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_no_time_at_all_is_one_step(tmp_path: Path) -> None:
     _, done = train(tmp_path, schedule=Schedule(steps=30, learning_rate=0.05, every=7, seconds=0))
-    assert done.steps == 7
+    assert done.steps == 1
 
 
 def test_the_rate_rises_and_falls_as_a_cosine() -> None:
@@ -91,3 +109,14 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     other = {"c": torch.zeros(1, requires_grad=True)}
     with pytest.raises(ResumeError, match="other parameters"):
         fit(other, lambda _: other["c"].sum(), SCHEDULE, tmp_path, SilentObserver())
+
+
+def test_rates_fall_with_the_time_if_that_ends_first() -> None:
+    free = Schedule(steps=100, learning_rate=1.0)
+    boxed = Schedule(steps=100, learning_rate=1.0, seconds=10.0)
+    assert boxed.rate(50, 2.0) == free.rate(50)
+    assert boxed.rate(2, 5.0) == free.rate(2)  # the rise counts steps
+    assert boxed.rate(5, 0.1) == free.rate(5)  # the clock does not matter while it is behind
+    assert boxed.rate(20, 5.0) == free.rate(50) < free.rate(20)
+    assert boxed.rate(20, 10.0) == boxed.rate(20, 11.0) == pytest.approx(0.1)
+    assert free.rate(20, 10.0) == free.rate(20)

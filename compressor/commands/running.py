@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,13 @@ import click
 
 from compressor import console
 from compressor.commands.options import FOLDER, Settings, common, finish, recipe_options, working
-from compressor.errors import UsageError, VerificationError
+from compressor.errors import CompressorError, UsageError, VerificationError
+from compressor.team import Team, assembled
 
 if TYPE_CHECKING:
     from compressor.efforts import EffortName
+    from compressor.engine import RunOutcome
+    from compressor.progress import Observer
 
 
 @click.command()
@@ -34,11 +38,14 @@ def run(
 
     loaded = load_recipe(recipe, **_reading(recipe, **reading))
     folder = out or default_out(loaded.name, model, loaded.effort)
-    with working(settings) as observer:
+
+    def job(observer: Observer, team: Team) -> RunOutcome:
         from compressor.engine import run_recipe
 
-        outcome = run_recipe(loaded, model, folder, observer=observer, command=settings.command)
-    finish(settings, outcome)
+        command = settings.command
+        return run_recipe(loaded, model, folder, observer=observer, command=command, team=team)
+
+    _together(settings, job)
 
 
 @click.command()
@@ -47,11 +54,34 @@ def run(
 @click.pass_obj
 def resume(settings: Settings, folder: Path) -> None:
     """Take up the interrupted run in FOLDER."""
-    with working(settings) as observer:
+
+    def job(observer: Observer, team: Team) -> RunOutcome:
         from compressor.engine import resume_run
 
-        outcome = resume_run(folder, observer=observer)
+        return resume_run(folder, observer=observer, team=team)
+
+    _together(settings, job)
+
+
+def _together(settings: Settings, job: Callable[[Observer, Team], RunOutcome]) -> None:
+    """Do a job on the leading process of a launch, which alone speaks; others follow it."""
+    with working(settings) as observer, assembled() as team:
+        if not team.leads:
+            _follow(team)
+            return
+        outcome = job(observer, team)
+        team.hear(None)
     finish(settings, outcome)
+
+
+def _follow(team: Team) -> None:
+    from compressor.following import follow
+
+    try:
+        follow(team)
+    except CompressorError as error:
+        click.echo(f"process {team.rank}: {error}", err=True)
+        sys.exit(error.exit_code)
 
 
 @click.command()
@@ -105,6 +135,29 @@ def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path
     return Path("runs") / f"{recipe}-{name or 'model'}"
 
 
+def _wanted(
+    formats: tuple[str, ...], form: str | None, types: tuple[str, ...], embedding: str | None
+) -> Iterator[dict[str, str]]:
+    """Deliverables as a recipe would name them."""
+    for option, value, example in (
+        ("--type", types, "Q4_K_M"),
+        ("--embedding", embedding, "Q8_0"),
+    ):
+        if value and "gguf" not in formats:
+            raise UsageError(
+                f"{option} is for --as gguf", f"compress export RUN --as gguf {option} {example}"
+            )
+    rounded = {"embedding": embedding} if embedding else {}
+    extra = {"form": form} if form else {}
+    for name in formats:
+        if name != "gguf":
+            yield {"format": name, **extra}
+        elif types:
+            yield from ({"format": name, "type": kind, **rounded} for kind in types)
+        else:
+            yield {"format": name, **extra, **rounded}
+
+
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option(
@@ -124,6 +177,11 @@ def default_out(recipe: str, model: str, effort: EffortName = "default") -> Path
     help="With --as gguf: a type that llama.cpp's quantizer rounds to, such as Q4_K_M; one "
     "deliverable each.",
 )
+@click.option(
+    "--embedding",
+    metavar="TYPE",
+    help="With --as gguf: round an embedding that the chain left dense, such as Q8_0.",
+)
 @common
 @click.pass_obj
 def export(
@@ -132,21 +190,17 @@ def export(
     formats: tuple[str, ...],
     form: str | None,
     types: tuple[str, ...],
+    embedding: str | None,
 ) -> None:
     """Add deliverables to the finished run in FOLDER; nothing is computed again."""
     from pydantic import ValidationError
 
-    from compressor.recipe import ExportConfig
+    from compressor.sections import ExportConfig
 
-    extra = {"form": form} if form else {}
     try:
-        if types and "gguf" not in formats:
-            raise UsageError(
-                "--type is for --as gguf", "compress export RUN --as gguf --type Q4_K_M"
-            )
-        typed = [{"format": "gguf", "type": name} for name in types]
-        plain = [{"format": name, **extra} for name in formats if not (types and name == "gguf")]
-        added = [ExportConfig.model_validate(one) for one in [*plain, *typed]]
+        added = [
+            ExportConfig.model_validate(one) for one in _wanted(formats, form, types, embedding)
+        ]
     except ValidationError as error:
         wrong = error.errors()[0]
         raise UsageError(f"{wrong['input']!r}: {wrong['msg']}", "compress ls formats") from None

@@ -1,8 +1,9 @@
 """A model with a key-value cache from which entries can be taken back, row by row.
 
-Rows of a batch commit different numbers of tokens. The cache therefore keeps every row flush left
-with a length of its own; what was computed since the last commit stands behind the longest row as
-provisional entries, of which a commit keeps some and drops the others.
+Rows of a batch commit different numbers of tokens. What was computed since the last commit stands
+at the end of the cache as provisional entries, of which a commit keeps some and drops the others.
+Those that only some rows keep stay as gaps in the others, hidden by the mask; when there are many,
+all rows are moved together.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from compressor.decoding.partial import going_on_from, leaving_after
 from compressor.errors import ModelError
 from compressor.model.architecture import Architecture
 
+_SLACK, _GAPS = 1.125, 16  # a cache may be so much wider than its longest row
+
 
 @dataclass(frozen=True)
 class Pass:
     """What one forward pass gives.
 
     Attributes:
-        logits: [B, n, V], or [B, 1, V] of each row's last token when only that was asked for.
+        logits: [B, n, V], or [B, m, V] of the places that were asked for.
         features: [B, n, k·H], the hidden states of the layers asked for side by side, or None.
     """
 
@@ -83,7 +86,7 @@ class CachedModel:
     def start(self, rows: int) -> None:
         """Forget everything; the next batch has so many rows."""
         self.cache = DynamicCache()
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        self._filled = torch.zeros(rows, 0, dtype=torch.bool, device=self.device)
         self.provisional = 0
         self._ahead: _Ahead | None = None
 
@@ -93,6 +96,11 @@ class CachedModel:
         architecture = Architecture.from_config(self.model.config.get_text_config().to_dict())
         found: Sequence[nn.Module] = self.model.get_submodule(architecture.blocks_path)
         return found
+
+    @property
+    def lengths(self) -> Tensor:
+        """Committed tokens of every row, int64 [B]."""
+        return self._filled.sum(-1)
 
     @property
     def room(self) -> int:
@@ -106,6 +114,7 @@ class CachedModel:
         *,
         visible: Tensor | None = None,
         depth: Tensor | None = None,
+        places: Tensor | None = None,
         **inputs: Tensor,
     ) -> Pass:
         """Compute tokens behind what is there; they stay provisional until `commit`.
@@ -115,9 +124,12 @@ class CachedModel:
             visible: bool [B, n, provisional + n], which provisional tokens each new one sees;
                 all up to itself by default.
             depth: int64 [B, n], places behind the committed tokens; in order by default.
+            places: int64 [m], indices of the tokens whose logits are wanted; all by default.
             inputs: whatever else the model reads.
         """
         ids = ids.to(self.device)
+        if places is not None:
+            inputs["logits_to_keep"] = places.to(self.device)
         known = self._outputs_ahead(ids, usable=visible is None and depth is None)
         with going_on_from(self.blocks, known) if known else nullcontext():
             output = self.model(
@@ -210,12 +222,9 @@ class CachedModel:
 
     def _mask(self, new: int, before: int, visible: Tensor | None) -> Tensor | None:
         """Additive mask [B, 1, n, keys]; None where every new token sees all there is."""
-        committed = int(self.lengths.max())
-        level = bool((self.lengths == committed).all())
-        if level and visible is None and new == 1:
+        if visible is None and new == 1 and bool(self._filled.all()):
             return None
-        rows = len(self.lengths)
-        past = torch.arange(committed, device=self.device) < self.lengths[:, None]
+        rows, past = len(self._filled), self._filled
         if visible is None:
             seen = torch.ones(new, before + new, dtype=torch.bool).tril(before)
             visible = seen.expand(rows, new, -1)
@@ -225,49 +234,42 @@ class CachedModel:
         return mask.masked_fill_(~both, closed)[:, None]
 
     def commit(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep some of the provisional tokens of every row, in this order, and drop the rest.
+        """Keep some of the provisional tokens of every row, in their order, and drop the rest.
 
         Args:
-            kept: by row, indices into what was computed since the last commit.
+            kept: by row, ascending indices into what was computed since the last commit.
         """
         self.forget()
-        committed = int(self.lengths.max())
-        counts = torch.tensor([len(row) for row in kept], device=self.device)
-        lengths = self.lengths + counts
-        prefix = all(list(row) == list(range(len(row))) for row in kept)
-        if prefix and bool((self.lengths == committed).all()):
-            drop = committed + self.provisional - int(lengths.max())
-            self.cache.crop(-drop)
-        else:
-            self._gather(self._places(kept, lengths, committed))
-        self.lengths, self.provisional = lengths, 0
-
-    def _places(self, kept: Sequence[Sequence[int]], lengths: Tensor, committed: int) -> Tensor:
-        """Where each entry of the new cache stands in the old one, [B, longest]."""
-        places = torch.zeros(len(kept), int(lengths.max()), dtype=torch.int64)
+        before, width = self._filled, max((1 + max(row, default=-1) for row in kept), default=0)
+        self.cache.crop(width - self.provisional)
+        self.provisional = 0
+        assert all(list(row) == sorted(row) for row in kept), "entries stay in their order"
+        added = torch.zeros(len(kept), width, dtype=torch.bool)
         for row, chosen in enumerate(kept):
-            old = int(self.lengths[row])
-            places[row, :old] = torch.arange(old)
-            places[row, old : old + len(chosen)] = committed + torch.tensor(
-                list(chosen), dtype=torch.int64
-            )
-        return places.to(self.device)
+            added[row, list(chosen)] = True
+        self._filled = torch.cat([before, added.to(self.device)], 1)
+        if self._filled.shape[1] > _SLACK * int(self.lengths.max()) + _GAPS:
+            self._close_gaps()
 
-    def _gather(self, places: Tensor) -> None:
+    def _close_gaps(self) -> None:
+        """Move the entries of every row together, to the left."""
+        longest = int(self.lengths.max())
+        # A stable sort puts filled places first, in their order.
+        places = self._filled.sort(dim=-1, descending=True, stable=True).indices[:, :longest]
         for layer in self.cache.layers:
-            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            index = places[:, None, :, None].expand(shape)
-            layer.keys = layer.keys.gather(2, index)
-            shape = (-1, layer.values.shape[1], -1, layer.values.shape[3])
-            layer.values = layer.values.gather(2, places[:, None, :, None].expand(shape))
+            layer.keys, layer.values = (
+                part.gather(
+                    2, places[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+                )
+                for part in (layer.keys, layer.values)
+            )
+        self._filled = torch.arange(longest, device=self.device) < self.lengths[:, None]
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows. Nothing may be provisional."""
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         self.cache.batch_select_indices(index)
-        self.lengths = self.lengths[index]
-        drop = self.cache.get_seq_length() - int(self.lengths.max())
-        self.cache.crop(-drop)
+        self._filled = self._filled[index]
 
 
 def _longest(config: Any) -> int:

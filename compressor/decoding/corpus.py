@@ -6,20 +6,22 @@ when they are needed, on as many rows of the vocabulary as are needed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.decode import Limits, decode
-from compressor.decoding.prompts import as_prompt
+from compressor.decoding.prompts import as_prompt, asking
 from compressor.errors import TextError
 from compressor.formats.atomic import replacing
 from compressor.model.activations import ActivationStore
@@ -28,28 +30,38 @@ from compressor.numerics.speculative import Sampling
 from compressor.progress import Observer
 from compressor.types import TokenBatch
 
+OWN = "own requests"
+"""Domain of text that the target began itself."""
+
+_LENGTHS = 32  # rows are padded to a multiple of it
+_TOGETHER = 64  # rows written at once: a pass reads all weights whether for one row or for many
+
 
 @dataclass(frozen=True)
 class TextOptions:
     """How much text, and of which kind.
 
     Attributes:
-        tokens: in all, as near as whole rows come.
+        rows: in all.
         length: tokens of a row.
         generated: share of rows that the target continues itself.
         prompt: tokens of such a row that are given.
         temperatures: taken in turn, batch by batch.
         batch: rows that go through a model together.
         seed: of rows and sampling.
+        own_requests: let a model with a chat template write the requests, too, that it answers.
+        seconds: end writing after the first batch that is over later; None never does.
     """
 
-    tokens: int
+    rows: int
     length: int
     generated: float
     prompt: int
     temperatures: tuple[float, ...]
     batch: int
     seed: int
+    own_requests: bool = False
+    seconds: float | None = None
 
 
 def cut_rows(batches: Sequence[TokenBatch], length: int) -> list[tuple[list[int], str]]:
@@ -90,63 +102,105 @@ def draft_text(
             f"no calibration window holds the {options.length} tokens of a row",
             "raise calibration.length or lower the stage's `length`",
         )
-    count = max(1, round(options.tokens / options.length))
+    count = options.rows
     generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(rows), generator=generator).tolist()
     chosen = [rows[order[place % len(order)]] for place in range(count)]
     own = round(options.generated * count)
-    written = _written(target, chosen[:own], tokenizer, options, folder, observer)
-    # Text of the corpus comes from the other end, so that as little as possible appears twice.
-    given = [rows[order[-1 - place % len(order)]] for place in range(count - own)]
+    writer = _Writer(target, tokenizer, options, folder)
+    written = writer.run(chosen[:own], observer)
+    # Where writing was cut short, so is the rest: the shares stay as they were asked for. Text of
+    # the corpus comes from the other end, so that as little as possible appears twice.
+    others = round((count - own) * (len(written) / own if own else 1))
+    given = [rows[order[-1 - place % len(order)]] for place in range(others)]
     mixed = [*written, *given]
     places = torch.randperm(len(mixed), generator=generator).tolist()
-    return tuple(_batched([mixed[place] for place in places], options.batch))
+    # Rows of like length together, for less padding; the longest first, so that what is needed for
+    # shorter ones finds room where that of longer ones was.
+    ordered = sorted((mixed[place] for place in places), key=lambda row: -len(row[0]))
+    return tuple(_batched(ordered, options.batch))
 
 
-def _written(
-    target: CachedModel,
-    rows: Sequence[tuple[list[int], str]],
-    tokenizer: Any,
-    options: TextOptions,
-    folder: Path,
-    observer: Observer,
-) -> list[tuple[list[int], str]]:
-    """The beginnings of rows with the target's continuations."""
-    kept = folder / "written.safetensors"
-    end = tokenizer.eos_token_id
-    stop: frozenset[int] = frozenset() if end is None else frozenset({end})
-    if not kept.is_file():
-        found: dict[str, Tensor] = {}
-        starts = range(0, len(rows), options.batch)
+class _Writer:
+    """The target writes its share of the text; every batch is kept as soon as it is there."""
+
+    def __init__(
+        self, target: CachedModel, tokenizer: Any, options: TextOptions, folder: Path
+    ) -> None:
+        self.target, self.tokenizer, self.options = target, tokenizer, options
+        self.folder = folder / "written"
+        end = tokenizer.eos_token_id
+        self.stop: frozenset[int] = frozenset() if end is None else frozenset({end})
+        self.around = asking(tokenizer) if options.own_requests else None
+
+    def run(
+        self, rows: Sequence[tuple[list[int], str]], observer: Observer
+    ) -> list[tuple[list[int], str]]:
+        """Continuations with what they continue, and the domains of what they began with."""
+        found: list[tuple[list[int], str]] = []
+        spent, starts = 0.0, range(0, len(rows), _TOGETHER)
         with observer.task("write text", len(starts)) as task:
             for number, start in enumerate(starts):
-                prompts = [
-                    as_prompt(tokenizer, row[: options.prompt])
-                    for row, _ in rows[start : start + options.batch]
-                ]
-                temperature = options.temperatures[number % len(options.temperatures)]
-                decoded = decode(
-                    target,
-                    prompts,
-                    Limits(max(1, options.length - max(map(len, prompts))), stop),
-                    sampling=Sampling(temperature),
-                    seed=options.seed + number,
-                )
-                for place, tokens in enumerate(decoded.tokens):
-                    whole = torch.tensor([*prompts[place], *tokens])
-                    found[f"{start + place:06d}"] = whole
+                part = rows[start : start + _TOGETHER]
+                texts, seconds = self._batch(number, [row for row, _ in part])
+                domains = [OWN if self.around else domain for _, domain in part]
+                found += zip(texts, domains, strict=True)
+                spent += seconds
                 task.advance()
-        with replacing(kept) as temporary:
-            save_file(found, temporary)
-    texts = load_file(kept)
-    names = sorted(texts)
-    return [(texts[name].tolist(), row[1]) for name, row in zip(names, rows, strict=True)]
+                if self.options.seconds is not None and spent > self.options.seconds:
+                    break
+        return found
+
+    def _batch(self, number: int, rows: Sequence[list[int]]) -> tuple[list[list[int]], float]:
+        """The texts of a batch and the seconds they took, from disk if they are there."""
+        path = self.folder / f"{number:06d}.safetensors"
+        if not path.is_file():
+            began = time.monotonic()
+            temperatures = self.options.temperatures
+            texts = self._write(rows, temperatures[number % len(temperatures)], number)
+            tensors = {f"{place:06d}": torch.tensor(text) for place, text in enumerate(texts)}
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, {"seconds": str(time.monotonic() - began)})
+        with safe_open(path, "pt") as file:
+            kept = [file.get_tensor(name).tolist() for name in sorted(file.keys())]
+            return kept, float(file.metadata()["seconds"])
+
+    def _write(self, rows: Sequence[list[int]], temperature: float, number: int) -> list[list[int]]:
+        options = self.options
+        prompts = self._requests(len(rows), number) or [
+            as_prompt(self.tokenizer, row[: options.prompt]) for row in rows
+        ]
+        decoded = decode(
+            self.target,
+            prompts,
+            Limits(max(1, options.length - max(map(len, prompts))), self.stop),
+            sampling=Sampling(temperature),
+            seed=options.seed + number,
+        )
+        return [[*prompt, *tokens] for prompt, tokens in zip(prompts, decoded.tokens, strict=True)]
+
+    def _requests(self, count: int, number: int) -> list[list[int]]:
+        """What a user might ask, drawn from the model; nothing without a chat template."""
+        if self.around is None:
+            return []
+        before, after = self.around
+        limits = Limits(self.options.length // 4, self.stop | {after[0]})
+        asked = decode(
+            self.target, [before] * count, limits, sampling=Sampling(1.0),
+            seed=self.options.seed + number,
+        )  # fmt: skip
+        return [
+            [*before, *(token for token in tokens if token not in limits.stop), *after]
+            for tokens in asked.tokens
+        ]
 
 
 def _batched(rows: Sequence[tuple[list[int], str]], size: int) -> Iterator[TokenBatch]:
+    """Padded to few different lengths: libraries build a kernel for every new shape."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         ids = pad_sequence([torch.tensor(row) for row, _ in part], batch_first=True)
+        ids = functional.pad(ids, (0, -ids.shape[1] % _LENGTHS))
         lengths = torch.tensor([len(row) for row, _ in part])
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         yield TokenBatch(ids, mask, tuple(domain for _, domain in part))
@@ -238,8 +292,8 @@ class Head:
     """The target's last step, on all of its vocabulary or on some rows.
 
     Attributes:
-        weight: fp32 [rows, H].
-        bias: fp32 [rows] or None.
+        weight: [rows, H], in the precision of the product.
+        bias: [rows] in the same, or None.
         divisor: logits are divided by it.
         softcap: and squashed into ± this, if any.
     """
@@ -250,14 +304,14 @@ class Head:
     softcap: float | None
 
     @classmethod
-    def of(cls, model: Any) -> Head:
-        """The head of a model with all rows."""
+    def of(cls, model: Any, dtype: torch.dtype = torch.float32) -> Head:
+        """The head of a model with all rows, in a precision of its own."""
         architecture = Architecture.from_config(model.config.get_text_config().to_dict())
         layer = model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
         return cls(
-            layer.weight.detach().float(),
-            None if bias is None else bias.detach().float(),
+            layer.weight.detach().to(dtype),
+            None if bias is None else bias.detach().to(dtype),
             architecture.logits_divisor,
             architecture.logits_softcap,
         )
@@ -269,7 +323,8 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., rows] of what the head reads, [..., H]."""
-        logits = functional.linear(hidden, self.weight, self.bias) / self.divisor
+        logits = functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = logits / self.divisor
         if self.softcap is None:
             return logits
         return torch.tanh(logits / self.softcap) * self.softcap

@@ -173,11 +173,12 @@ class _Decoding:
         if self.draft is not None:
             self.draft.start(len(prompts))
         ids = pad_sequence([torch.tensor(list(prompt)) for prompt in prompts], batch_first=True)
-        result = self.target.forward(ids)
+        last = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        ends, place = torch.unique(last, return_inverse=True)
+        result = self.target.forward(ids, places=ends)
         self.target.commit([range(len(prompt)) for prompt in prompts])
-        ends = torch.tensor([len(prompt) - 1 for prompt in prompts])
-        last = warp(result.logits[torch.arange(len(prompts)), ends].cpu(), self.sampling)
-        first = [follow_tree(row[None], (), (), self.generator)[1] for row in last]
+        chances = warp(result.logits[torch.arange(len(prompts)), place].cpu(), self.sampling)
+        first = [follow_tree(row[None], (), (), self.generator)[1] for row in chances]
         for row, token in zip(self.rows, first, strict=True):
             row.emit([token], self.limits)
         self._tell([tuple(prompt) for prompt in prompts], result, first)

@@ -153,7 +153,7 @@ class Eagle3(nn.Module):
         return out
 
     def logits(self, outputs: Tensor) -> Tensor:
-        """Over the draft's vocabulary, [..., V_d]."""
+        """Of outputs o [..., H], over the draft's vocabulary, [..., V_d]."""
         found: Tensor = self.lm_head(self.norm(outputs))
         return found
 
@@ -177,7 +177,7 @@ class Eagle3(nn.Module):
 
 
 def unroll(head: Eagle3, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
-    """Training-time test: logits of every step, each fed with the head's own outputs.
+    """Training-time test: outputs o of every step, each fed with the head's own ones.
 
     Step 0 at index t reads g_t and x_{t+1} and attends to step 0 up to t; step j reads its own
     output of step j - 1 and x_{t+1+j}, and attends to step 0 up to t and to its own steps at t, as
@@ -190,7 +190,7 @@ def unroll(head: Eagle3, features: Tensor, tokens: Tensor, steps: int) -> list[T
         steps: J.
 
     Returns:
-        For step j, logits [B, T - 1 - j, V_d] of x_{t+2+j}.
+        For step j, o [B, T - 1 - j, H], whose logits are those of x_{t+2+j}.
     """
     length = tokens.shape[1]
     states = head.fc(features[:, : length - 1])
@@ -203,7 +203,7 @@ def unroll(head: Eagle3, features: Tensor, tokens: Tensor, steps: int) -> list[T
         queries, kept = head.read(tokens[:, 1 + step :], states, positions)
         own.append(kept)
         states = head.finish(states, _mixed(queries, own))
-        found.append(head.logits(states))
+        found.append(states)
     return found
 
 
@@ -214,22 +214,13 @@ def _mixed(queries: Tensor, own: Sequence[Kept]) -> Tensor:
         queries: [B, heads, T_j, size].
         own: keys and values of steps 0 … j; earlier ones may be longer.
     """
-    heads, count, size = queries.shape[1:]
-    keys, values = (
-        [part[index][:, :, :count].repeat_interleave(heads // part[index].shape[1], 1)
-         for part in own]
-        for index in (0, 1)
-    )  # fmt: skip
-    scale = size**-0.5
-    first = queries @ keys[0].transpose(-1, -2) * scale
-    above = torch.ones(count, count, dtype=torch.bool, device=queries.device).triu(1)
-    scores = [first.masked_fill(above, -torch.inf)]
-    scores += [(queries * key).sum(-1, keepdim=True) * scale for key in keys[1:]]
-    weights = torch.cat(scores, -1).softmax(-1)
-    mixed = weights[..., :count] @ values[0]
-    for place, value in enumerate(values[1:]):
-        mixed = mixed + weights[..., count + place, None] * value
-    return mixed
+    count = queries.shape[2]
+    keys, values = (torch.cat([kept[i][:, :, :count] for kept in own], 2) for i in (0, 1))
+    itself = torch.eye(count, dtype=torch.bool, device=queries.device)
+    seen = torch.cat([torch.ones_like(itself).tril(), *[itself] * (len(own) - 1)], 1)
+    return functional.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=seen, enable_gqa=True
+    )
 
 
 def start_from_target(head: Eagle3, target: Any, rows: Head, highest: int = 2) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compressor.disk import flush
 from compressor.errors import ResourceError
 
 _SUFFIX = ".partial"
@@ -46,15 +47,6 @@ def replacing(path: Path) -> Iterator[Path]:
         flush(path.parent)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def flush(path: Path) -> None:
-    """Force a file or a folder's entries out of the page cache."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -141,6 +141,7 @@ _BOTH_DRAFTS: Mapping[str, Literal["run", "documents"]] = {
     "standalone": "documents",
     "eagle3": "documents",
 }
+_RUN_DRAFTS: Mapping[str, Literal["run", "documents"]] = {"standalone": "run", "eagle3": "run"}
 _FP8_CACHE = frozenset(("fp8",))
 _GPTQMODEL = "gptqmodel and optimum"
 _BNB = "bitsandbytes"
@@ -199,8 +200,8 @@ ENGINES: Mapping[str, Engine] = {
             "gptq": Limits(_FOUR, multiple=32, evidence="run"),
             "awq": Limits(_FOUR, multiple=32, evidence="run"),
         },
-        # EAGLE-3 too, where its three features differ: else it fails to load (LOG.md).
-        drafts={"standalone": "run"},
+        # EAGLE-3 where its three features differ: with two alike it fails to load (LOG.md).
+        drafts=_RUN_DRAFTS,
         cache_fault="its CPU kernels cut keys and values down to the next fp8 number, where others "
         "round to the nearest; that is three times as far from the original as what is measured",
     ),
@@ -209,7 +210,7 @@ ENGINES: Mapping[str, Engine] = {
         "7.7 on CPU",
         {
             "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, evidence="run"),
-            "awq": Limits(_FOUR, multiple=8, mixed_fused=True),
+            "awq": Limits(_FOUR, multiple=8, mixed_fused=True, evidence="run"),
         },
     ),
     "sglang": Engine(
@@ -232,7 +233,7 @@ ENGINES: Mapping[str, Engine] = {
             "gguf": Limits(group_multiple=32, embeddings=True, mixed_fused=True, evidence="run"),
             "llama-quantize": Limits(embeddings=True, mixed_fused=True, evidence="run"),
         },
-        drafts={"standalone": "run"},
+        drafts=_RUN_DRAFTS,
     ),
     "onnxruntime": Engine("ONNX Runtime", "1.31 on CPU", {"onnx": _GRAPH}),
     "openvino": Engine("OpenVINO", "2026.4 on CPU", {"openvino": _GRAPH}),

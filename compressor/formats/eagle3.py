@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.errors import ModelError
 
-_FLAT, _SPECULATORS = "midlayer.", "layers.0."
+FLAT, _SPECULATORS = "midlayer.", "layers.0."
 _OUTSIDE = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"}
 
 
@@ -37,10 +37,10 @@ def speculators_tensors(flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in flat.items():
-        if name not in _OUTSIDE and not name.startswith(_FLAT):
+        if name not in _OUTSIDE and not name.startswith(FLAT):
             raise ModelError(f"{name} is no tensor of an EAGLE-3 head")
-        inside = name.startswith(_FLAT)
-        found[_SPECULATORS + name.removeprefix(_FLAT) if inside else name] = tensor
+        inside = name.startswith(FLAT)
+        found[_SPECULATORS + name.removeprefix(FLAT) if inside else name] = tensor
     return found
 
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
 
 from compressor.formats.capabilities import ENVIRONMENTS, Container
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.sizes import PackedSize, packed_bytes
 from compressor.formats.support import (
     ABSMAX,
@@ -40,7 +40,6 @@ GGUF_FAMILIES: Mapping[str, str] = {
 }  # fmt: skip
 """`model_type` -> llama.cpp's architecture, of the families whose tensors we can name."""
 
-GgufType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 GGUF_BLOCK_BYTES: Mapping[GgufType, int] = {
     "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q8_0": 34,
 }  # fmt: skip

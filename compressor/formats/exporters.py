@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compressor.errors import ResourceError
 from compressor.formats.capabilities import PACKAGES, Container
+from compressor.formats.gguf_types import GgufType
 from compressor.types import ActivationScheme, QTensor
 
 
@@ -31,6 +32,8 @@ class Source:
         container: what to write; the layout, for formats with several.
         activations: how the inputs of matrices are rounded while the model runs, by module name.
         cache: scales of keys and of values, by attention module, where the cache is rounded.
+        embedding: type of block to which GGUF rounds an embedding and a head that have no codes;
+            None keeps them as they are.
     """
 
     checkpoint: Path
@@ -39,6 +42,7 @@ class Source:
     container: Container
     activations: Mapping[str, ActivationScheme] = field(default_factory=dict)
     cache: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    embedding: GgufType | None = None
 
 
 Writer = Callable[[Source, Path], None]

@@ -5,7 +5,8 @@ Matrices with codes go into blocks bit by bit (`gguf_blocks`); other matrices ke
 llama architecture, whose rotary positions turn neighbouring pairs instead of halves of a head.
 
 A file that is meant for llama.cpp's quantizer says so under `compressor.quantizer`; the quantizer
-carries the key on, so that its blocks are told from ours when the file is read.
+carries the key on, so that its blocks are told from ours when the file is read. Matrices that the
+export itself rounds (`Source.embedding`) are named under `compressor.rounded`, for the same reason.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ from torch import Tensor
 
 from compressor.errors import ModelError, VerificationError
 from compressor.formats.atomic import replacing
-from compressor.formats.exchange import GGUF_FAMILIES, GgufType, gguf_type
+from compressor.formats.exchange import GGUF_FAMILIES, gguf_type
 from compressor.formats.exporters import Source
 from compressor.formats.gguf_blocks import pack_blocks, unpack_blocks
 from compressor.formats.gguf_metadata import (
     DTYPE_KEY,
     QUANTIZER_KEY,
+    ROUNDED_KEY,
     add_metadata,
     check,
     configuration,
     rope_factors,
 )
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.headers import read_json
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.words import schemes
@@ -55,10 +58,11 @@ _INNER: Mapping[str, str] = {
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _STORED = re.compile(r"blk\.(\d+)\.(.+)")
 _FACTORS = "rope_freqs.weight"
-_FILE_TYPES: Mapping[str, int] = {
+_ROUNDED = ("model.embed_tokens", "lm_head")
+FILE_TYPES: Mapping[str, int] = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32,
 }  # fmt: skip
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def gguf_name(name: str) -> str:
@@ -76,7 +80,8 @@ def gguf_name(name: str) -> str:
     raise ModelError(f"llama.cpp has no name for the tensor {name}")
 
 
-def _hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
+    """Inverse of `gguf_name`."""
     module, _, leaf = name.rpartition(".")
     match = _STORED.fullmatch(module)
     table = {stored: own for own, stored in (_INNER if match else _OUTER).items()}
@@ -102,11 +107,14 @@ def row_order(name: str, rows: int, heads: Mapping[str, int]) -> Tensor | None:
     return torch.arange(rows).view(count, 2, -1).transpose(1, 2).reshape(-1)
 
 
-def _heads(family: str, config: Mapping[str, Any]) -> dict[str, int]:
-    if family != "llama":
-        return {}
+def llama_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """Heads of `q_proj` and `k_proj`, whose rows the llama architecture pairs; see `row_order`."""
     heads = int(config["num_attention_heads"])
     return {"q_proj": heads, "k_proj": int(config.get("num_key_value_heads") or heads)}
+
+
+def _heads(family: str, config: Mapping[str, Any]) -> dict[str, int]:
+    return llama_heads(config) if family == "llama" else {}
 
 
 def write(source: Source, out: Path) -> None:
@@ -123,14 +131,18 @@ def write(source: Source, out: Path) -> None:
     family = GGUF_FAMILIES[config["model_type"]]
     names = [name for name in reader if name != "lm_head.weight" or not _is_tied(config, reader)]
     kinds = {name: _kind(reader, name, grids.get(name.removesuffix(".weight"))) for name in names}
+    rounded = {name: source.embedding for name in rounded_here(source) if source.embedding}
+    kinds |= rounded
     tensors = _Tensors(source, reader, kinds, _heads(family, config))
     with replacing(out / FILE) as temporary:
         writer = gguf.GGUFWriter(temporary, family)
         common = Counter(kinds[n] for n in names if len(reader.shape(n)) == 2).most_common(1)
         dtype = reader.dtype("model.embed_tokens.weight")
-        add_metadata(writer, source.checkpoint, _FILE_TYPES[common[0][0]], dtype)
+        add_metadata(writer, source.checkpoint, FILE_TYPES[common[0][0]], dtype)
         if source.container == "llama-quantize":
             writer.add_string(QUANTIZER_KEY, source.container)
+        if rounded:
+            writer.add_array(ROUNDED_KEY, [gguf_name(name) for name in rounded])
         factors = rope_factors(config)
         if factors is not None:
             writer.add_tensor_info(_FACTORS, factors.shape, np.dtype("float32"), factors.nbytes)
@@ -150,11 +162,25 @@ def _is_tied(config: Mapping[str, Any], reader: CheckpointReader) -> bool:
     return bool(config.get("tie_word_embeddings")) and "model.embed_tokens.weight" in reader
 
 
+def rounded_here(source: Source) -> tuple[str, ...]:
+    """Weights of an embedding and a head without codes, which the export rounds if it is asked to.
+
+    A head that is tied to the embedding has no weights of its own in the file.
+    """
+    if source.embedding is None:
+        return ()
+    reader = CheckpointReader(source.checkpoint)
+    tied = _is_tied(read_json(source.checkpoint / "config.json"), reader)
+    modules = _ROUNDED[:1] if tied else _ROUNDED
+    found = [f"{module}.weight" for module in modules if module not in source.codes]
+    return tuple(name for name in found if name in reader)
+
+
 def _kind(reader: CheckpointReader, name: str, scheme: Any) -> str:
     if len(reader.shape(name)) == 1:
         return "F32"
     if scheme is None:
-        return _FLOATS[reader.dtype(name)]
+        return FLOATS[reader.dtype(name)]
     kind = gguf_type(scheme)
     assert kind is not None  # `schemes` has refused what no block holds
     return kind
@@ -187,9 +213,12 @@ class _Tensors:
         """The bytes."""
         tensor, kind = self.reader[name], self.kinds[name]
         order = row_order(name, tensor.shape[0], self.heads)
-        if kind in _FLOATS.values():
-            dtype = next(d for d, stored in _FLOATS.items() if stored == kind)
+        if kind in FLOATS.values():
+            dtype = next(d for d, stored in FLOATS.items() if stored == kind)
             return _raw(tensor.to(dtype) if order is None else tensor[order].to(dtype))
+        if name.removesuffix(".weight") not in self.source.codes:
+            blocks = gguf.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType[kind])
+            return blocks.view(np.uint8)
         quantized = self.source.codes[name.removesuffix(".weight")]
         if not torch.equal(quantized.dequantize(), tensor):
             raise VerificationError(f"{name} was changed after it was rounded to its codes")
@@ -218,7 +247,7 @@ def _raw(tensor: Tensor) -> np.ndarray[Any, Any]:
 def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every dense tensor of a checkpoint, by its name there, from its GGUF file alone.
 
-    Blocks of llama.cpp's quantizer become fp32.
+    Blocks of llama.cpp's quantizer, and of matrices that the export rounded, become fp32.
     """
     reader = gguf.GGUFReader(folder / FILE)
     fields = {key: field.contents() for key, field in reader.fields.items()}
@@ -231,11 +260,13 @@ def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
             "num_key_value_heads": fields[f"{family}.attention.head_count_kv"],
         },
     )
+    rounded = fields.get(ROUNDED_KEY, ())
     for stored in reader.tensors:
         if stored.name == _FACTORS:
             continue
-        name = _hugging_face_name(stored.name)
-        value = _dense(stored, dtype, ours=QUANTIZER_KEY not in fields)
+        name = hugging_face_name(stored.name)
+        ours = QUANTIZER_KEY not in fields and stored.name not in rounded
+        value = _dense(stored, dtype, ours=ours)
         order = row_order(name, value.shape[0], heads)
         yield name, value if order is None else value[order.argsort()]
 
@@ -245,7 +276,7 @@ def described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
     reader = gguf.GGUFReader(folder / FILE)
     fields = {key: field.contents() for key, field in reader.fields.items()}
     shapes = {
-        _hugging_face_name(stored.name): tuple(int(size) for size in stored.shape[::-1])
+        hugging_face_name(stored.name): tuple(int(size) for size in stored.shape[::-1])
         for stored in reader.tensors
         if stored.name != _FACTORS
     }
@@ -254,10 +285,10 @@ def described(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
 
 def _dense(stored: Any, dtype: torch.dtype, *, ours: bool) -> Tensor:
     kind = stored.tensor_type.name
-    if kind not in _FLOATS.values() and not ours:
+    if kind not in FLOATS.values() and not ours:
         return torch.from_numpy(gguf.dequantize(stored.data, stored.tensor_type))
     data = torch.from_numpy(np.ascontiguousarray(stored.data).view(np.uint8).copy())
-    if kind in _FLOATS.values():
-        own = next(d for d, name in _FLOATS.items() if name == kind)
+    if kind in FLOATS.values():
+        own = next(d for d, name in FLOATS.items() if name == kind)
         return data.view(-1).view(own).view(*(int(size) for size in stored.shape[::-1]))
     return unpack_blocks(data, kind, dtype).dequantize()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from compressor.errors import VerificationError
-from compressor.formats.exchange import GGUF_BLOCK, GGUF_BLOCK_BYTES, GgufType
+from compressor.formats.exchange import GGUF_BLOCK, GGUF_BLOCK_BYTES
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.words import half_scales
 from compressor.types import QTensor, WeightScheme
 
@@ -50,7 +51,8 @@ def pack_blocks(quantized: QTensor, kind: GgufType) -> Tensor:
     if kind in _MINIMUM:
         assert quantized.zero_point is not None
         zero = quantized.zero_point.repeat_interleave(repeat, 1).float() + _OFFSET[kind]
-        parts.append(_bytes((-scale.float() * zero).to(torch.float16)))
+        minimum = -scale.float() * zero + 0.0  # no negative zero, which ggml does not write either
+        parts.append(_bytes(minimum.to(torch.float16)))
     if kind in _FIFTH:
         parts.append(_fifth_bits(unsigned))
     parts.append(_code_bytes(unsigned, kind))

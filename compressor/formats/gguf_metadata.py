@@ -22,6 +22,7 @@ from compressor.formats.headers import read_json
 
 DTYPE_KEY = "compressor.dtype"
 QUANTIZER_KEY = "compressor.quantizer"
+ROUNDED_KEY = "compressor.rounded"
 _ROPE_TYPES = ("default", "linear", "llama3")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -96,7 +97,12 @@ def head_dim(config: Mapping[str, Any]) -> int:
 
 
 def add_metadata(
-    writer: gguf.GGUFWriter, checkpoint: Path, file_type: int, dtype: torch.dtype
+    writer: gguf.GGUFWriter,
+    checkpoint: Path,
+    file_type: int,
+    dtype: torch.dtype,
+    *,
+    tokenizer: Path | None = None,
 ) -> None:
     """Everything but tensors.
 
@@ -105,6 +111,7 @@ def add_metadata(
         checkpoint: has passed `check`.
         file_type: llama.cpp's number for the commonest type of block.
         dtype: of the checkpoint's scales and dense weights, to read the file back.
+        tokenizer: checkpoint that has it, for a draft without one.
     """
     config = read_json(checkpoint / "config.json")
     writer.add_type(gguf.GGUFType.MODEL)
@@ -114,7 +121,7 @@ def add_metadata(
     writer.add_string("compressor.version", compressor.__version__)
     writer.add_string(DTYPE_KEY, str(dtype).removeprefix("torch."))
     _add_shape(writer, config)
-    _add_tokenizer(writer, checkpoint, int(config["vocab_size"]))
+    _add_tokenizer(writer, tokenizer or checkpoint, int(config["vocab_size"]))
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:

@@ -19,6 +19,9 @@ QuantType = Literal[
     "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
 
+GgufType = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+"""Blocks of 32 inputs, which hold our codes and which the package gguf rounds to."""
+
 SUPER_BLOCK = 256  # inputs
 _BITS = {
     "Q4_0": 4.5, "Q4_1": 5.0, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q6_K": 6.5625,

@@ -26,23 +26,13 @@ from compressor.formats.atomic import (
 )
 from compressor.formats.files import copy_parent_files
 from compressor.formats.headers import INDEX, TensorInfo, read_folder, read_header
+from compressor.types import TORCH_NAMES
 
 SHARD_BYTES = 2 << 30  # of dense weights; bounds memory whatever the source's shards are
 _CHUNK = 1 << 20
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    name: getattr(torch, dtype) for name, dtype in TORCH_NAMES.items()
 }
 
 

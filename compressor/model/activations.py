@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressor.disk import flush
 from compressor.errors import ResumeError
 
 _MANIFEST = "activations.json"
@@ -40,7 +40,13 @@ class ActivationStore:
     def __getitem__(self, index: int) -> Tensor:
         """The tensor appended as number `index`; do not write into it."""
         held = self._held[index]
-        return load_file(self._path(index))[_KEY] if held is None else held
+        # What is read lies in a view of the file, which nobody could give back: hence the copy.
+        return load_file(self._path(index))[_KEY].clone() if held is None else held
+
+    def held(self, index: int) -> tuple[Tensor, ...]:
+        """The tensor appended as number `index`, if it is in memory: it is the store's own."""
+        held = self._held[index]
+        return () if held is None else (held,)
 
     def append(self, tensor: Tensor) -> None:
         """Add a tensor of any shape and dtype; its bytes are kept exactly."""
@@ -67,13 +73,13 @@ class ActivationStore:
         for index, held in enumerate(self._held):
             if held is not None:
                 self._write(index, held)
-            _flush(self._path(index))
+            flush(self._path(index))
             sizes.append(self._path(index).stat().st_size)
         manifest, temporary = self.folder / _MANIFEST, self.folder / f"{_MANIFEST}.tmp"
         temporary.write_text(json.dumps({"label": label, "sizes": sizes}))
-        _flush(temporary)
+        flush(temporary)
         temporary.replace(manifest)
-        _flush(self.folder)
+        flush(self.folder)
         self._held = [None] * len(sizes)
         self.bytes_in_memory = 0
 
@@ -123,12 +129,3 @@ class ActivationStore:
         # Whatever an earlier run saved here stops being complete with the first new file.
         (self.folder / _MANIFEST).unlink(missing_ok=True)
         save_file({_KEY: tensor}, self._path(index))
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the medium."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

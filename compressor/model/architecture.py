@@ -286,6 +286,10 @@ class Architecture:
         return select(self.matrices, patterns, self.tied)
 
 
+ROOM_BESIDE_PARKED = 64 << 20
+"""Bytes that forwards of one model hold in memory while they stand still; the rest is parked."""
+
+
 def held_by_forward(architecture: Architecture, index: int) -> int:
     """Numbers that a forward in front of a matrix of block `index` holds of one token, at most.
 

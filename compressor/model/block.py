@@ -16,7 +16,7 @@ from compressor.model.activations import ActivationStore
 from compressor.model.experts import ExpertWatch, Place, fused, place
 from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
-from compressor.model.passage import Passage
+from compressor.model.passage import Passage, introduced
 
 if TYPE_CHECKING:
     from compressor.model.walk import BlockWalk
@@ -27,6 +27,10 @@ Observer = Callable[[str, Tensor, Tensor], None]
 
 GradientObserver = Callable[[str, Tensor, Tensor], None]
 """Called with (name of a matrix, inputs [tokens, in], gradients of its outputs [tokens, out])."""
+
+
+ExpertObserver = Callable[[int, Tensor, Tensor], None]
+"""Called with (expert, outputs [tokens, hidden] before the router's weights, those [tokens])."""
 
 
 _STANDING_PER_TRIM = 4
@@ -253,6 +257,27 @@ class Block:
                 output = passage.advance() if passage else None
                 self._outputs.append(self.run(batch) if output is None else output)
 
+    def forward_watching(self, observe: ExpertObserver) -> None:
+        """`forward` of a block with experts, all of whose answers are reported."""
+        self._outputs.delete()
+        for batch in range(len(self._walk.batches)):
+            valid, _ = self._walk.valid(self._walk.batches[batch])
+
+            def tell(
+                expert: int,
+                side: str,
+                _: Tensor,
+                tokens: Tensor,
+                output: Tensor,
+                valid: Tensor = valid,
+            ) -> None:
+                keep = valid[tokens]
+                if side == "out" and bool(keep.any()):
+                    observe(expert, output[keep], watch.gates(expert)[keep])
+
+            with torch.no_grad(), ExpertWatch(self._experts(), tell) as watch:
+                self._outputs.append(self.run(batch))
+
     @property
     def outputs(self) -> ActivationStore:
         """What left it, [batch, length, hidden] per batch, as far as batches were run."""
@@ -355,6 +380,8 @@ class Block:
                     stack.enter_context(self._telling(matrix.info, passage))
             if routed:
                 stack.enter_context(ExpertWatch(self._experts(), routed_to))
+            if self._walk.lot:
+                stack.enter_context(introduced(self.module, valid.numel(), passage))
             output = passage.advance(visit)
         if output is None and wanted != set(self._groups):
             self._keep(batch, passage)
@@ -372,15 +399,31 @@ class Block:
         return Passage(lambda: self.run(batch))
 
     def _keep(self, batch: int, passage: Passage) -> None:
-        """Let a forward wait for the matrices ahead of it, as far as memory allows."""
-        standing = [*self._standing, batch]
-        tokens = sum(self._walk.batches[place].mask.numel() for place in standing)
-        if tokens * self._walk.bytes_standing(self.index) > self._walk.memory_budget // 2:
-            passage.abandon()
-            return
+        """Let a forward wait for the matrices ahead of it, in memory as far as there is room.
+
+        What it has just reported may be in use, so that its own tensors stay where they are.
+        """
+        lot = self._walk.lot if passage.passed else None  # else running anew costs nothing
+        waiting = [other for other, held in self._standing.items() if not held.is_parked]
         self._standing[batch] = passage
-        if len(standing) % _STANDING_PER_TRIM == 0:
+        while lot and waiting and self._crowded():
+            other = waiting.pop(0)
+            self._standing[other].park(lot, self._owned(other))
+        if self._crowded() and not lot:
+            self._standing.pop(batch).abandon()
+        elif len(self._standing) % _STANDING_PER_TRIM == 0:
             return_memory()  # what a forward has freed lies between what it holds
+
+    def _crowded(self) -> bool:
+        """Whether forwards that stand still hold more than their share of memory."""
+        held = [batch for batch, passage in self._standing.items() if not passage.is_parked]
+        tokens = sum(self._walk.batches[batch].mask.numel() for batch in held)
+        return tokens * self._walk.bytes_standing(self.index) > self._walk.room_to_stand
+
+    def _owned(self, batch: int) -> set[int]:
+        """Addresses of storages that a forward of a batch may meet and that are not its own."""
+        tensors = [*self.module.parameters(), *self.module.buffers(), *self.inputs.held(batch)]
+        return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
     def _telling(self, matrix: Matrix, passage: Passage) -> RemovableHandle:
         """Let a forward tell its passage what a matrix is about to multiply."""

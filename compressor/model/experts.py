@@ -105,6 +105,7 @@ class ExpertWatch(TorchFunctionMode):
         self._report = report
         self._hidden = torch.empty(0)
         self._chosen = torch.empty(0)
+        self._gates = torch.empty(0)
         self._handle = experts.register_forward_pre_hook(self._enter_experts, with_kwargs=True)
 
     def __exit__(self, *exception: Any) -> None:
@@ -112,9 +113,13 @@ class ExpertWatch(TorchFunctionMode):
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def _enter_experts(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the tokens [tokens, hidden] and the experts chosen for each [tokens, top k]."""
+        """Note the tokens [tokens, hidden], and experts and gates of each [tokens, top k]."""
         values = (*args, *kwargs.values())
-        self._hidden, self._chosen = values[0], values[1]
+        self._hidden, self._chosen, self._gates = values[:3]
+
+    def gates(self, expert: int) -> Tensor:
+        """What the outputs of an expert are multiplied by, one number a token, in their order."""
+        return self._gates.T[(self._chosen == expert).T]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -37,3 +37,8 @@ def has_units(device: torch.device, dtype: torch.dtype) -> bool:
             return bool(torch.cuda.is_bf16_supported(including_emulation=False))
         return device.type == "cpu" and machine.multiplies_bf16()
     return dtype == torch.float16 and device.type == "cuda"
+
+
+def trains_in_half(precision: str, device: torch.device) -> bool:
+    """Whether products in training are in bf16, behind `auto`, `fp32` or `bf16`."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")

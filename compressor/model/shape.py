@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from compressor.errors import ModelError
 from compressor.model.architecture import Architecture
 
-_WHOLE_HEADS = ("llama", "gemma2", "gemma3_text")
+WHOLE_HEADS = ("llama", "gemma2", "gemma3_text")
 """Their configuration classes demand that heads divide the hidden size, even with `head_dim`."""
 
 _FIXED_HEADS = {
@@ -20,6 +21,10 @@ _FIXED_HEADS = {
     "gpt_neox": "its head size is the hidden size over the number of heads, so heads cannot go",
     "olmo2": "it normalises queries over all heads together, so none can go alone",
 }
+
+
+FreeSize = Literal["layers", "channels", "experts", "hidden"]
+"""Sizes that a budget can decide."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +36,16 @@ class Shape:
         kv_heads: key-value heads of a block.
         heads: query heads of a block, the same number for every key-value head.
         channels: inner width of a feed-forward half, or of every expert.
+        experts: of a block that has any; 0 where no block has.
+        hidden: channels of the residual stream.
     """
 
     layers: int
     kv_heads: int
     heads: int
     channels: int
+    experts: int = 0
+    hidden: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ def shape_of(architecture: Architecture) -> Shape:
         architecture.kv_heads,
         architecture.heads,
         architecture.expert_intermediate if architecture.experts else architecture.intermediate,
+        architecture.experts,
+        architecture.hidden,
     )
 
 
@@ -64,11 +75,17 @@ def channels_key(architecture: Architecture) -> str:
     return "moe_intermediate_size" if own else "intermediate_size"
 
 
+def experts_key(architecture: Architecture) -> str:
+    """The configuration key that says how many experts there are."""
+    known = "num_local_experts" in architecture.config or architecture.model_type == "mixtral"
+    return "num_local_experts" if known else "num_experts"
+
+
 def resized(architecture: Architecture, shape: Shape) -> Architecture:
     """The model at another size; lists with an entry per block are cut to the first ones.
 
-    Only keys that change are written, and `head_dim` becomes explicit where heads go, because
-    its default would change with their number.
+    Only keys that change are written, and `head_dim` becomes explicit where heads or channels of
+    the stream go, because its default would change with them.
     """
     now = shape_of(architecture)
     changes: dict[str, object] = {}
@@ -83,6 +100,11 @@ def resized(architecture: Architecture, shape: Shape) -> Architecture:
         changes["head_dim"] = architecture.head_dim
     if shape.channels != now.channels:
         changes[channels_key(architecture)] = shape.channels
+    if shape.experts != now.experts:
+        changes[experts_key(architecture)] = shape.experts
+    if shape.hidden != now.hidden:
+        changes["hidden_size"] = shape.hidden
+        changes["head_dim"] = architecture.head_dim
     return architecture.with_config(**changes) if changes else architecture
 
 
@@ -93,17 +115,39 @@ PER_LAYER = ("layer_types", "no_rope_layers", "mlp_layer_types")
 def faults(architecture: Architecture, shape: Shape) -> Iterator[Fault]:
     """Everything that forbids to shrink the model to a size."""
     now = shape_of(architecture)
-    for size in ("layers", "kv_heads", "heads", "channels"):
+    for size in ("layers", "kv_heads", "heads", "channels", "experts", "hidden"):
         before, after = getattr(now, size), getattr(shape, size)
-        if not 1 <= after <= before:
+        if not min(1, before) <= after <= before:
             word = size.replace("_", "-")
             message = f"{after} {word} cannot be kept: the model has {before}"
             yield Fault(size, message, f"write a number from 1 to {before}")
             return
     if shape.layers != now.layers:
         yield from _layer_faults(architecture)
+    if shape.hidden != now.hidden:
+        yield from _hidden_faults(architecture, shape)
+    if shape.experts < (least := architecture.experts_per_token):
+        message = f"{shape.experts} experts are fewer than the {least} that every token is given to"
+        yield Fault("experts", f"{message} (num_experts_per_tok)", f"keep at least {least}")
     if (shape.heads, shape.kv_heads) != (now.heads, now.kv_heads):
         yield from _head_faults(architecture, shape)
+
+
+def _hidden_faults(architecture: Architecture, shape: Shape) -> Iterator[Fault]:
+    family, model_type = architecture.family, architecture.model_type
+    if not (architecture.prenorm and architecture.norm == "rms"):
+        message = (
+            f"channels of the stream of {family} cannot be pruned: its norms are not RMSNorms "
+        )
+        yield Fault("hidden", f"{message}before each half of a block", "prune.obs works on it")
+    elif model_type in WHOLE_HEADS and shape.hidden % shape.heads:
+        near = shape.hidden // shape.heads * shape.heads
+        yield Fault(
+            "hidden",
+            f"{family} needs a hidden size that its heads ({shape.heads}) divide, and "
+            f"{shape.hidden} is none",
+            f"write {near or shape.heads} or {near + shape.heads}",
+        )
 
 
 def _layer_faults(architecture: Architecture) -> Iterator[Fault]:
@@ -137,7 +181,7 @@ def _head_faults(architecture: Architecture, shape: Shape) -> Iterator[Fault]:
             f"{shape.heads // shape.kv_heads} each, and the model has {share}",
             f"keep at most {share * shape.kv_heads} query heads",
         )
-    elif architecture.model_type in _WHOLE_HEADS and architecture.hidden % shape.heads:
+    elif architecture.model_type in WHOLE_HEADS and architecture.hidden % shape.heads:
         works = [
             str(heads)
             for heads in range(shape.kv_heads, architecture.heads + 1, shape.kv_heads)
@@ -167,7 +211,7 @@ def fitted(
     Args:
         architecture: the model as it is.
         shape: the other sizes.
-        size: `layers` or `channels`.
+        size: a `FreeSize`.
         budget: parameters, ties counted once.
         multiple: the size is a multiple of this, or stays as it is.
         at_most: stay within the budget instead of coming as near as possible.

@@ -3,7 +3,7 @@
 A unit of the feed-forward half is a channel: a row of what computes it and a column of what reads
 it. A unit of attention is a query head (rows of q, columns of o), and with its last query head a
 key-value head goes too. Kept units stay in order, so that heads stay beside the key-value head
-that they share.
+that they share. An expert is all of its matrices and a row of the router.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from compressor.model.shape import PER_LAYER, Shape, resized
 
 _UP = ("gate", "up", "fc_in")
 _DOWN = ("down", "fc_out")
+_WRITERS = ("o", *_DOWN)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,72 @@ def cut_block(
         bias = f"{matrix.name}.bias"
         if rows is not None and bias in found:
             found[bias] = _select(found[bias], 0, rows)
+    return found
+
+
+def kept_stream(
+    architecture: Architecture,
+    kept: Sequence[int],
+    factors: Mapping[str, float],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Tensors with some channels of the residual stream alone.
+
+    Args:
+        architecture: of the model on disk, whose halves read a norm of the stream.
+        kept: channels that stay, ascending.
+        factors: by name of a norm of the stream, what its weight is multiplied by.
+        tensors: some of the model's.
+    """
+    matrices = {matrix.tensor: matrix for matrix in architecture.matrices}
+    biases = {f"{m.name}.bias" for m in architecture.matrices if m.role in _WRITERS}
+    found = {}
+    for name, tensor in tensors.items():
+        if name in factors:
+            weight = _select(tensor, 0, kept)
+            found[name] = (weight.double() * factors[name]).to(tensor.dtype)
+        elif name in biases:
+            found[name] = _select(tensor, 0, kept)
+        elif name in matrices:
+            found[name] = _select(tensor, 0 if matrices[name].role in _WRITERS else 1, kept)
+        else:
+            found[name] = tensor
+    return found
+
+
+def expert_names(architecture: Architecture, index: int, experts: Sequence[int]) -> dict[str, str]:
+    """Names of the tensors of a block's experts that stay, with the names that they get.
+
+    Args:
+        architecture: of the model on disk.
+        index: of the block.
+        experts: that stay, ascending; they are numbered anew from 0.
+    """
+    place = {old: new for new, old in enumerate(experts)}
+    return {
+        matrix.tensor: matrix.tensor.replace(
+            f".experts.{matrix.expert}.", f".experts.{place[matrix.expert]}."
+        )
+        for matrix in architecture.block(index)
+        if matrix.expert in place
+    }
+
+
+def kept_experts(
+    architecture: Architecture, index: int, experts: Sequence[int], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of a block with these experts alone; their rows are all that the router keeps."""
+    names = expert_names(architecture, index, experts)
+    matrices = {matrix.tensor: matrix for matrix in architecture.block(index)}
+    found = {}
+    for name, tensor in tensors.items():
+        matrix = matrices.get(name)
+        if matrix is not None and matrix.role == "router":
+            found[name] = _select(tensor, 0, experts)
+        elif matrix is None or matrix.expert is None:
+            found[name] = tensor
+        elif name in names:
+            found[names[name]] = tensor
     return found
 
 

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from compressor.errors import ModelError, ResumeError
 from compressor.model.activations import ActivationStore
-from compressor.model.architecture import Architecture, held_by_forward
+from compressor.model.architecture import ROOM_BESIDE_PARKED, Architecture, held_by_forward
 from compressor.model.block import Block, GradientObserver
 from compressor.model.files import read_config
 from compressor.model.lookups import LookUps
 from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
+from compressor.model.parking import ParkingLot
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
 from compressor.types import ActivationScheme, TokenBatch
@@ -50,6 +51,8 @@ class BlockWalk:
         scratch: folder for activations beyond the budget and for those saved to resume.
         memory_budget: bytes of activations held in memory.
         activations: by matrix, how inputs are rounded beyond what the checkpoint asks for.
+        parks: forwards that stand still without room in memory wait in a file of `scratch` instead
+            of running anew. Observers then may keep what they are shown only until the next batch.
 
     Raises:
         ModelError: unknown family, compressed weights, or tensors that do not fit config.json.
@@ -65,6 +68,7 @@ class BlockWalk:
         scratch: Path,
         memory_budget: int = 1 << 30,
         activations: Mapping[str, ActivationScheme] | None = None,
+        parks: bool = False,
     ) -> None:
         architecture = Architecture.from_config(read_config(checkpoint))
         self.architecture = architecture.with_activations(activations or {})
@@ -75,6 +79,7 @@ class BlockWalk:
         self.batches = tuple(batches)
         self.device, self.dtype = torch.device(device), dtype
         self.scratch, self.memory_budget = scratch, memory_budget
+        self.lot = ParkingLot(scratch) if parks and self.device.type == "cpu" else None
         self.domains = tuple(sorted({name for batch in batches for name in batch.domains}))
         self._changed: dict[str, Tensor] = {}
         self.skeleton = Skeleton(checkpoint, self.architecture, self.device, dtype)
@@ -311,8 +316,21 @@ class BlockWalk:
         return self.scratch / f"inputs-{index:05d}"
 
     def _new_store(self, index: int) -> ActivationStore:
-        """Half the budget is for forwards that stand still; inputs and outputs share the rest."""
-        return ActivationStore(self.folder(index), self.memory_budget // 4)
+        """Half the budget is for forwards that stand still; inputs and outputs share the rest.
+
+        A walk that parks keeps nothing: its outputs are about to be saved, and read once.
+        """
+        return ActivationStore(self.folder(index), 0 if self.lot else self.memory_budget // 4)
+
+    @property
+    def room_to_stand(self) -> int:
+        """Bytes that forwards may hold in memory while they stand still, over all batches.
+
+        To park them costs a copy to and from memory of the operating system, a few percent of
+        the walk's time, and makes its peak independent of how much text there is.
+        """
+        half = self.memory_budget // 2
+        return min(half, ROOM_BESIDE_PARKED) if self.lot else half
 
     def bytes_standing(self, index: int) -> int:
         """What a forward in front of a matrix holds of one token, at most."""
@@ -342,6 +360,7 @@ class BlockWalk:
             for batch in self.batches:
                 store.append(self.skeleton.embed(batch.input_ids, batch.mask))
         self.skeleton.release(embedding)
+        return_memory()
         return store
 
     def _require_rows(self, rows: int) -> None:

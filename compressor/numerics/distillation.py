@@ -5,7 +5,8 @@ Every function takes the student's logits z (q = softmax z) and gives one number
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import functional
 Loss = Literal["kl", "tv", "ce", "lk_hybrid"]
 
 HYBRID_RATE = 3.0  # η of LK-λ; its authors take 10 for weak heads
+ROWS = 64  # positions at once: a few MB, which stay in the cache while they are worked on
 
 
 def divergence(
@@ -34,8 +36,7 @@ def divergence(
             2024, arXiv:2408.15766); None keeps all.
     """
     logits, teacher = logits[mask], teacher[mask]
-    if top is not None:
-        teacher = likeliest(teacher, top)
+    teacher = truncated(teacher, top)
     if not len(logits):
         return logits.sum() * 0.0
     if kind == "kl":
@@ -61,8 +62,93 @@ def total_variation(logits: Tensor, teacher: Tensor) -> Tensor:
     return 1 - torch.minimum(logits.float().softmax(-1), teacher.float()).sum(-1)
 
 
-def likeliest(teacher: Tensor, top: int) -> Tensor:
-    """The `top` likeliest tokens of p [..., V], renormalised; all if there are no more."""
+def truncated(teacher: Tensor, top: int | None) -> Tensor:
+    """The `top` likeliest tokens of p [..., V], renormalised; all of them without `top`."""
+    if top is None:
+        return teacher
     kept = teacher.topk(min(top, teacher.shape[-1]), -1)
     part = torch.zeros_like(teacher).scatter_(-1, kept.indices, kept.values)
     return part / part.sum(-1, keepdim=True)
+
+
+def teach(
+    states: Tensor, weight: Tensor, teacher: Tensor, places: Tensor, mask: Tensor, kind: Loss
+) -> Tensor:
+    """`divergence` of the logits states @ weightᵀ, without ever holding all of them.
+
+    A few positions at a time go from states to loss while they are in the processor's cache; of
+    each, q is kept for the gradient. Products and q are in the precision of the teacher. Positions
+    that do not count are computed too, so that shapes do not depend on them: libraries build a
+    kernel for every new shape.
+
+    Args:
+        states: what the student's head reads, [N, H].
+        weight: of the student's head, [V, H].
+        teacher: p, [M, V].
+        places: which of its rows belongs to each state, int64 [N].
+        mask: bool [N], which positions count.
+        kind: as for `divergence`.
+    """
+    inputs = states.to(teacher.dtype), weight.to(teacher.dtype)
+    found: Tensor = _Taught.apply(*inputs, teacher, places, mask, kind)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Taught(torch.autograd.Function):
+    """With z = W h: ∂KL/∂z = q - p, and ∂TV/∂z = q (m·q - m) where m = 1[q < p]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        teacher: Tensor,
+        places: Tensor,
+        mask: Tensor,
+        kind: Loss,
+    ) -> Tensor:
+        kept = torch.empty(len(states), len(weight), dtype=states.dtype, device=states.device)
+        totals, count = torch.zeros(2, dtype=torch.float64, device=states.device), mask.sum()
+        for rows in range(0, len(states), ROWS):
+            part = slice(rows, rows + ROWS)
+            p, logits = _wanted(teacher[places[part]], kind), (states[part] @ weight.T).float()
+            log_q = logits.log_softmax(-1)
+            q = log_q.exp()
+            kept[part] = q
+            kl = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
+            variation = 1 - torch.minimum(p, q).sum(-1)
+            totals += torch.stack([kl, variation])[:, mask[part]].sum(-1)
+        kl, variation = (totals / count.clamp(min=1)).tolist()
+        shares = {
+            "kl": (1.0, 0.0),
+            "ce": (1.0, 0.0),  # the divergence from one token, which has no entropy
+            "tv": (0.0, 1.0),
+            "lk_hybrid": (mixed := math.exp(-HYBRID_RATE * (1 - variation)), 1 - mixed),
+        }
+        ctx.shares, ctx.kind = shares[kind], kind
+        ctx.save_for_backward(states, weight, teacher, places, mask / count.clamp(min=1), kept)
+        return states.new_tensor(
+            ctx.shares[0] * kl + ctx.shares[1] * variation, dtype=torch.float32
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, teacher, places, shares, kept = ctx.saved_tensors
+        of_logits = torch.empty_like(kept)
+        for rows in range(0, len(states), ROWS):
+            part = slice(rows, rows + ROWS)
+            p, q = _wanted(teacher[places[part]], ctx.kind), kept[part].float()
+            found = ctx.shares[0] * (q - p)
+            if ctx.shares[1]:
+                below = q * (q < p)
+                found += ctx.shares[1] * (q * below.sum(-1, keepdim=True) - below)
+            of_logits[part] = found.mul_(above[0] * shares[part, None])
+        return of_logits @ weight, of_logits.T @ states, None, None, None, None
+
+
+def _wanted(teacher: Tensor, kind: Loss) -> Tensor:
+    """p, or all of it on its likeliest token, fp32."""
+    p = teacher.float()
+    if kind == "ce":
+        return functional.one_hot(p.argmax(-1), p.shape[-1]).float()
+    return p

@@ -45,13 +45,15 @@ class DriftAccumulator:
             raise ValueError(
                 f"the streams pair token by token: {list(reference.shape)} and {list(inputs.shape)}"
             )
-        # Where the streams are bf16 and close, so is their difference, exactly; where they lie
-        # further apart than a factor of two, it is rounded to bf16 on the way.
-        with exact_products(torch.promote_types(reference.dtype, inputs.dtype)):
+        common = torch.promote_types(reference.dtype, inputs.dtype)
+        # Of bf16 streams that are close, so is the difference, exactly; where they lie further
+        # apart than a factor of two, it is rounded to bf16, as the units would round it.
+        working = common if common == torch.bfloat16 else torch.float32
+        with exact_products(common):
             streams = (torch.split(rows, TOKENS_AT_ONCE) for rows in (reference, inputs))
-            for x, y in zip(*streams, strict=True):
-                rows = y.to(self._sum)
-                self._sum.addmm_((x.to(self._sum) - rows).T, rows)
+            for pair in zip(*streams, strict=True):
+                x, y = (rows.to(self._sum.device, working) for rows in pair)
+                self._sum.addmm_((x - y).to(self._sum).T, y.to(self._sum))
         if not torch.isfinite(self._sum.diagonal()).all():
             raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
         self.tokens += inputs.shape[0]

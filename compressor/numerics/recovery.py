@@ -38,15 +38,17 @@ def logit_divergence(
     return (expected.exp() * (expected - found)).sum(-1) * temperature**2
 
 
-def hidden_distance(teacher: Tensor, student: Tensor) -> Tensor:
+def hidden_distance(teacher: Tensor, student: Tensor, energy: Tensor | None = None) -> Tensor:
     """Σ |t - s|² / Σ |t|² over all tokens: what share of the stream is missing, a scalar.
 
     Args:
         teacher: hidden states [tokens, hidden]; no gradient flows into them.
         student: of the same shape.
+        energy: Σ |t|² where these tokens are some of all, a scalar; by default theirs.
     """
     expected = teacher.detach()
-    return (student - expected).square().sum() / expected.square().sum()
+    whole = expected.square().sum() if energy is None else energy
+    return (student - expected).square().sum() / whole
 
 
 def _with_rest(logs: Tensor) -> Tensor:

@@ -73,13 +73,20 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 def sample(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
     """One index for each distribution [..., V] -> int64 [...].
 
+    By inversion: one random number for a distribution, where `torch.multinomial` draws one for
+    every token of the vocabulary.
+
     Raises:
         NumericalError: a distribution holds a NaN, or no mass.
     """
-    if not bool((probabilities.sum(-1) > 0).all()):
+    reached = probabilities.cumsum(-1, dtype=torch.float64)
+    mass = reached[..., -1:]
+    if not bool((mass > 0).all()):
         raise NumericalError("a distribution to sample from has no mass or holds a NaN")
-    flat = probabilities.reshape(-1, probabilities.shape[-1])
-    return torch.multinomial(flat, 1, generator=generator).view(probabilities.shape[:-1])
+    chance = torch.rand(mass.shape, dtype=mass.dtype, generator=generator)
+    # Rounding must not lift the place to the mass itself, behind which there is no token.
+    place = torch.minimum(chance.to(mass.device) * mass, mass.nextafter(torch.zeros_like(mass)))
+    return torch.searchsorted(reached, place, right=True)[..., 0]
 
 
 def residual(target: Tensor, draft: Tensor) -> Tensor:

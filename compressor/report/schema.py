@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.6.0"
+SCHEMA_VERSION = "1.7.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -206,8 +206,13 @@ class Artifact(Frozen):
     bytes_on_disk: int | None = None
     quantizer: str | None = Field(
         default=None,
-        description="the program that rounded the weights itself, where that was not us; the file "
-        "then holds none of our codes, and is a variant of its own",
+        description="the program that rounded weights itself, where that was not us; the file then "
+        "holds none of our codes, unless `embedding` says otherwise, and is a variant of its own",
+    )
+    embedding: str | None = Field(
+        default=None,
+        description="type of block that the quantizer rounded an embedding and a head to that the "
+        "chain left dense; all else in the file are our codes",
     )
     load_snippets: dict[str, str] = Field(
         default_factory=dict, description="engine or library -> code that loads it"

@@ -40,19 +40,22 @@ _FORMATS: Mapping[str, Mapping[str, str]] = {
     "openvino": {"OpenVINO": _optimum("openvino", "optimum.intel", "OV")},
 }
 
-_DRAFTED = "llama-server -m {target} --spec-type draft-simple -md {draft} --spec-draft-n-max {most}"
+_DRAFTED = "llama-server -m {target} --spec-type {kind} -md {draft} --spec-draft-n-max {most}"
+_KINDS = {"standalone": "draft-simple", "eagle3": "draft-eagle3"}
 _ON_HUB: Mapping[str, Mapping[str, str]] = {"gguf": {"llama.cpp": "llama-server -hf {path}"}}
 
 
-def draft_snippets(target: str, draft: str, drafted: int) -> dict[str, str]:
+def draft_snippets(target: str, draft: str, drafted: int, kind: str) -> dict[str, str]:
     """How to decode with a draft, by library.
 
     Args:
         target: path of the target's GGUF file.
         draft: path of the draft's.
         drafted: tokens to draft before each pass of the target.
+        kind: of the draft, as its binding names it.
     """
-    return {"llama.cpp": _DRAFTED.format(target=target, draft=draft, most=drafted)}
+    line = _DRAFTED.format(target=target, draft=draft, most=drafted, kind=_KINDS[kind])
+    return {"llama.cpp": line}
 
 
 def load_snippets(

@@ -84,3 +84,30 @@ def _problems(document: Document, statement: Statement) -> Iterator[str]:
         rest = rest.replace(term, " ")
     if re.search(r"\d", rest):
         yield f"{statement.id}: a number without evidence in {rest!r}"
+
+
+def engine_statement(
+    place: int, document: Document, template: str, **more: tuple[str, Style]
+) -> Statement:
+    """A statement about the check by an engine at this place of the report.
+
+    Args:
+        place: of the check.
+        document: the report.
+        template: may name the engine's `title`, its `version` and the `format`.
+        more: other fields of the template, each with the field of the check and its style.
+    """
+    fields: dict[str, tuple[str, Style]] = {
+        **{name: (name, "text") for name in ("title", "version", "format")},
+        **more,
+    }
+    return state(
+        document,
+        f"engine-{document['engine_checks'][place]['engine']}-{place}",
+        template,
+        **{
+            name: (pointer("engine_checks", place, field), style)
+            for name, (field, style) in fields.items()
+            if f"{{{name}}}" in template
+        },
+    )

@@ -102,7 +102,7 @@ def deliverable_table(report: Report) -> Table:
     )
     return Table(
         "deliverables",
-        "Exports of the last stage, all from the same codes, but for those that a second quantizer "
+        "Exports of the last stage, all from the same codes, but for what a second quantizer "
         "rounded itself. Read back: largest difference between what the files hold and memory, of "
         "logits where Transformers loads the format, else of weights, relative to the largest in "
         "their matrix.",
@@ -113,6 +113,8 @@ def deliverable_table(report: Report) -> Table:
 
 
 def _read_back(item: Artifact) -> str:
+    if item.embedding is not None:
+        return f"embedding rounded to {item.embedding} by {item.quantizer}"
     if item.quantizer is not None:
         return f"rounded by {item.quantizer}"
     if item.max_logit_difference is not None:

@@ -6,6 +6,7 @@ arXiv:2106.09685): gradients and moments are those of A and B alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ class LowRank(nn.Module):
         return weight + self.left @ self.right
 
 
-def adapt(student: Any, architecture: Architecture, rank: int, seed: int) -> dict[str, Tensor]:
-    """Put adapters on every matrix of the blocks; what they learn, by name.
+def adapt(student: Any, architecture: Architecture, rank: int, seed: int) -> None:
+    """Put adapters on every matrix of the blocks.
 
     Args:
         student: the live model; its own weights take no gradients from now on.
@@ -47,7 +48,6 @@ def adapt(student: Any, architecture: Architecture, rank: int, seed: int) -> dic
     """
     student.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    learned: dict[str, Tensor] = {}
     for matrix in architecture.matrices:
         if matrix.block is None:
             continue
@@ -55,12 +55,10 @@ def adapt(student: Any, architecture: Architecture, rank: int, seed: int) -> dic
         module = student.get_submodule(name)
         adapter = LowRank(module.weight, rank, generator)
         parametrize.register_parametrization(module, "weight", adapter)
-        learned |= {f"{name}.left": adapter.left, f"{name}.right": adapter.right}
-    return learned
 
 
-def merge(student: Any) -> None:
-    """Make the sums the weights; the model has its own parameters again."""
-    for module in list(student.modules()):
+def merged(student: Any) -> Iterator[tuple[str, Tensor]]:
+    """The sums, under the names that the weights have without adapters."""
+    for name, module in student.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+            yield f"{name}.weight", module.weight

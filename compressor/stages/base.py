@@ -44,6 +44,16 @@ def option(default: Any, what: str, *, effect: str = "", source: str = "", **rul
     return Field(default, description=what, json_schema_extra=extra, **rules)
 
 
+def precision_option() -> Any:
+    """The option `precision` of stages that train."""
+    return option(
+        "auto",
+        "Of products in forward and backward passes; weights and moments stay fp32. `auto` takes "
+        "bf16 on a GPU.",
+        effect="bf16 is several times faster where the processor has units for it.",
+    )
+
+
 def redefault(parent: FieldInfo, default: Any, *, effect: str = "", source: str = "") -> Any:
     """The option of a parent with another default; its words and rules stay where not given.
 
@@ -80,7 +90,15 @@ class StageConfig(BaseModel, ABC):
     beside: ClassVar[bool] = False
     """Whether the stage leaves the checkpoint as it is and makes something beside it: a draft."""
 
+    shared: ClassVar[bool] = False
+    """Whether all processes of a launch run the stage together; others are the first one's."""
+
     method: str
+
+    @property
+    def windows_at_once(self) -> int:
+        """Windows of text that processes can share between them."""
+        return 1
 
     @property
     def label(self) -> str:

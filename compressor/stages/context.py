@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compressor.progress import Observer
+from compressor.team import ALONE, Team
 from compressor.types import BlockRecord, TokenBatch
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class StageContext:
         block_done: to be called after the block, its codes and the next activations are on disk.
         observer: progress.
         original: directory of the model that the run began with; None outside of a run.
+        team: processes that run the stage together.
     """
 
     folder: Path
@@ -41,6 +43,7 @@ class StageContext:
     block_done: Callable[[BlockRecord], None]
     observer: Observer
     original: Path | None = None
+    team: Team = ALONE
 
     def walk(
         self,

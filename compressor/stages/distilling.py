@@ -17,10 +17,12 @@ from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
+from compressor.model.precision import trains_in_half
 from compressor.numerics.recovery import hidden_distance, logit_divergence
-from compressor.stages.adapters import adapt, merge
+from compressor.stages.adapters import adapt, merged
 from compressor.stages.context import StageContext
 from compressor.stages.sampling import Leaning, Rows, Sampler, Source
+from compressor.team import ALONE, Team
 from compressor.training import Fit, Schedule, fit
 from compressor.types import StageResult, TokenBatch
 
@@ -55,22 +57,35 @@ def distill(
     """
     tokenizer = load_tokenizer(checkpoint)
     teacher, student = pair(context.original, checkpoint, context, stage.checkpointing)
+    _require_comparable(stage, teacher, student)
+    if stage.adapters:
+        adapt(student, architecture_of(student), stage.adapters, stage.seed)
+    spread(context, teacher, student)
     rows = training_rows(stage, tokenizer, calibration)
-    steps = stage.updates(rows.mean_length)
-    judge = Judge(teacher, student, held_out(tokenizer, student, rows))
-    path = context.folder / "dro.jsonl"
-    source = Source(judge.measure)
-    sampler = Sampler(leaning(stage), rows, source, steps, path, context.observer)
+    judge = Judge(teacher, student, held_out(tokenizer, student, rows), context.team)
+    sampler = make_sampler(stage, rows, Source(judge.measure), context)
     trained = _train(stage, teacher, student, rows, sampler, context)
-    merge(student)
     sampler.finish(trained.steps)
-    result = _write(checkpoint, student, context)
+    weights = learned(student, context.team)
+    if not context.team.leads:
+        return StageResult(context.folder, changed=())
+    result = _write(checkpoint, weights, context)
     return replace(
         result,
-        notes=sampling_notes(sampler) | facts(trained, rows),
+        notes=sampling_notes(sampler) | facts(trained, rows, context.team),
         mixture=sampler.mixture(),
         fallbacks=sampler.fallbacks(stage.method),
     )
+
+
+def _require_comparable(stage: RecoverDistill, teacher: Any, student: Any) -> None:
+    widths = [model.config.hidden_size for model in (teacher, student)]
+    if stage.hidden_states and widths[0] != widths[1]:
+        raise ModelError(
+            f"`hidden_states` compares states of one width, and the original has {widths[0]} "
+            f"channels where the model has {widths[1]}",
+            "leave it out behind prune.hidden",
+        )
 
 
 def training_rows(stage: TrainConfig, tokenizer: Any, calibration: CalibrationSet | None) -> Rows:
@@ -94,6 +109,19 @@ def leaning(stage: TrainConfig) -> Leaning:
     return Leaning(*options, every=stage.measure_every, batch=stage.batch)
 
 
+def make_sampler(stage: TrainConfig, rows: Rows, source: Source, context: StageContext) -> Sampler:
+    """Shares of the domains, kept in `dro.jsonl` beside the checkpoint."""
+    path, steps = context.folder / "dro.jsonl", stage.updates(rows.mean_length)
+    return Sampler(
+        leaning(stage), rows, source, steps, path, context.observer, writes=context.team.leads
+    )
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The map of a live model."""
+    return Architecture.from_config(model.config.to_dict())
+
+
 def held_out(tokenizer: Any, student: Any, rows: Rows) -> list[TokenBatch]:
     """Development text of the domains that are trained on, a batch a domain."""
     found = build_development(tokenizer, longest=student.config.max_position_embeddings)
@@ -110,8 +138,9 @@ def pair(
     """
     if original is None:
         raise ModelError("recover.distill needs the original model to learn from")
-    teacher = load_model(original, context.device, torch.float32).requires_grad_(False)
-    student = load_model(checkpoint, context.device, torch.float32)
+    device = context.device if context.team.alone else "cpu"  # `spread` moves what it leaves
+    teacher = load_model(original, device, torch.float32).requires_grad_(False)
+    student = load_model(checkpoint, device, torch.float32)
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise ModelError(f"the original predicts {sizes[0]} tokens and the student {sizes[1]}")
@@ -125,6 +154,26 @@ def pair(
     return teacher, student
 
 
+def spread(context: StageContext, *models: Any) -> None:
+    """Leave every process its share of these models."""
+    for model in models:
+        context.team.shard(model, architecture_of(model).blocks_path, context.device)
+
+
+def learned(student: Any, team: Team) -> dict[str, Tensor]:
+    """The weights as trained, whole, by the library's names; only the leader has them.
+
+    Adapters are added to what they adapt.
+    """
+    found = {}
+    with torch.no_grad():
+        for name, tensor in (*student.named_parameters(), *merged(student)):
+            whole = team.whole(tensor)
+            if team.leads:
+                found[name] = whole if team.alone else whole.cpu()
+    return found
+
+
 def _train(
     stage: RecoverDistill,
     teacher: Any,
@@ -134,21 +183,23 @@ def _train(
     context: StageContext,
 ) -> Fit:
     def loss(step: int) -> Tensor:
-        return accumulated(
-            stage, rows, sampler, step, lambda b: distance(stage, teacher, student, b)
-        )
+        drawn = parts(stage, rows, sampler.shares(step), step, context.team)
+        return accumulated(drawn, lambda part: distance(stage, teacher, student, part))
 
-    architecture = Architecture.from_config(student.config.to_dict())
     return fit(
-        adapt(student, architecture, stage.adapters, stage.seed)
-        if stage.adapters
-        else dict(student.named_parameters()),
+        trainable(student),
         loss,
         schedule(stage, stage.updates(rows.mean_length)),
         context.scratch,
         context.observer,
         "distilling",
+        team=context.team,
     )
+
+
+def trainable(student: Any) -> dict[str, Tensor]:
+    """Parameters that take gradients, by name."""
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
 def schedule(stage: TrainConfig, steps: int) -> Schedule:
@@ -164,44 +215,79 @@ def schedule(stage: TrainConfig, steps: int) -> Schedule:
     )
 
 
-def accumulated(
-    stage: TrainConfig,
-    rows: Rows,
-    sampler: Sampler,
-    step: int,
-    loss: Callable[[TokenBatch], Tensor],
-) -> Tensor:
+@dataclass(frozen=True)
+class Part:
+    """What a process sees of the windows that are run at once.
+
+    Attributes:
+        batch: its share of them.
+        tokens, labels: of all of them: what is compared, and what is predicted.
+        team: who has the others.
+    """
+
+    batch: TokenBatch
+    tokens: int
+    labels: int
+    team: Team = ALONE
+
+
+def parts(stage: TrainConfig, rows: Rows, shares: Tensor, step: int, team: Team) -> list[Part]:
+    """What a process sees of an update, one part after the other.
+
+    Args:
+        stage: says how many windows, in how many parts.
+        rows: windows to draw from.
+        shares: of the domains.
+        step: number of the update.
+        team: who shares the windows of every part.
+    """
+    chosen, size = rows.draw(shares, stage.batch, stage.seed, step), stage.windows_at_once
+    found = []
+    for start in range(0, stage.batch, size):
+        numbers = chosen[start : start + size]
+        tokens = sum(rows.tokens(number) for number in numbers)
+        batch = rows.batch(team.share(numbers))
+        found.append(Part(batch, tokens, tokens - len(numbers), team))
+    return found
+
+
+def accumulated(drawn: Sequence[Part], loss: Callable[[Part], Tensor]) -> Tensor:
     """Loss over all parts of an update; gradients of all but the last are added up already."""
-    chosen, part = rows.draw(sampler.shares(step), stage.batch, stage.seed, step), stage.batch
-    part //= stage.accumulate
     total = torch.zeros(())
-    for start in range(0, stage.batch, part):
-        found = loss(rows.batch(chosen[start : start + part])) / stage.accumulate
+    for number, part in enumerate(drawn, 1):
+        found = loss(part) / len(drawn)
         total = total.to(found) + found
-        if start + part < stage.batch:
+        if number < len(drawn):
             found.backward()  # type: ignore[no-untyped-call]
             total = total.detach()
     return total
 
 
-def distance(stage: TrainConfig, teacher: Any, student: Any, batch: TokenBatch) -> Tensor:
-    """Mean loss of a token: the divergence, and the others by their weights."""
+def distance(stage: TrainConfig, teacher: Any, student: Any, part: Part) -> Tensor:
+    """Loss of a process's windows as its share of the mean over a token.
+
+    The divergence, and the others by their weights.
+    """
     device = next(student.parameters()).device
-    ids, mask = batch.input_ids.to(device), batch.mask.to(device)
-    half = stage.precision == "bf16" or (stage.precision == "auto" and device.type == "cuda")
+    ids, mask = part.batch.input_ids.to(device), part.batch.mask.to(device)
+    half = trains_in_half(stage.precision, device)
     asked = {"use_cache": False, "output_hidden_states": stage.hidden_states > 0}
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
+    # Without the cache, which would hold the weights of a sharded model whole.
+    with torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False):
         with torch.no_grad():
             expected = teacher(ids, **asked)
         found = student(ids, **asked)
     logits, options = found.logits, {"top": stage.top_k, "temperature": stage.temperature}
-    total = logit_divergence(expected.logits[mask], logits[mask], **options).mean()  # type: ignore[arg-type]
+    divergence = logit_divergence(expected.logits[mask], logits[mask], **options)  # type: ignore[arg-type]
+    total = divergence.sum() / part.tokens
     if stage.hidden_states:
-        pair = (model.hidden_states[-1][mask].float() for model in (expected, found))
-        total = total + stage.hidden_states * hidden_distance(*pair)
+        aim, here = (model.hidden_states[-1][mask].float() for model in (expected, found))
+        energy = part.team.add(aim.square().sum())
+        total = total + stage.hidden_states * hidden_distance(aim, here, energy)
     if stage.cross_entropy:
         labels = ids.masked_fill(~mask, -100)[:, 1:].flatten()
-        own = functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels)
+        predicted = logits[:, :-1].flatten(0, 1).float()
+        own = functional.cross_entropy(predicted, labels, reduction="sum") / part.labels
         total = total + stage.cross_entropy * own
     return total
 
@@ -213,6 +299,7 @@ class Judge:
     teacher: Any
     student: Any
     batches: Sequence[TokenBatch]
+    team: Team = ALONE
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -221,17 +308,20 @@ class Judge:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Tensor]:
-        """KL of every window in nats per token, fp64 [windows], by domain."""
+        """KL of every window in nats per token, by domain, fp64 [windows], on every process."""
         losses, device = {}, next(self.student.parameters()).device
         for batch in self.batches:
-            found = []
-            for ids, mask in zip(batch.input_ids[:_HELD], batch.mask[:_HELD], strict=True):
-                row = ids[mask][None].to(device)
+            count = min(_HELD, len(batch.input_ids))
+            found = torch.zeros(count, dtype=torch.float64, device=device)
+            for number, kept in self.team.turns(count):
+                row = batch.input_ids[number][batch.mask[number]][None].to(device)
                 logits = (
                     model(row, use_cache=False).logits[0] for model in (self.teacher, self.student)
                 )
-                found.append(logit_divergence(*logits).mean())
-            losses[batch.domains[0]] = torch.stack(found).double().cpu()
+                value = logit_divergence(*logits).mean()
+                if kept:
+                    found[number] = value
+            losses[batch.domains[0]] = self.team.add(found).cpu()
         return losses
 
 
@@ -247,29 +337,29 @@ def sampling_notes(sampler: Sampler) -> dict[str, float]:
     return found
 
 
-def facts(trained: Fit, rows: Rows) -> dict[str, float]:
+def facts(trained: Fit, rows: Rows, team: Team) -> dict[str, float]:
     """What the report says about the training."""
-    return {
+    found = {
         "updates": float(trained.steps),
         "training loss at the end": trained.mean_loss(),
         "windows of text": float(len(rows)),
     }
+    return found if team.alone else found | {"processes": float(team.size)}
 
 
-def _write(checkpoint: Path, student: Any, context: StageContext) -> StageResult:
-    """The student's weights under the names, in the dtypes and shards of its checkpoint."""
+def _write(checkpoint: Path, weights: Mapping[str, Tensor], context: StageContext) -> StageResult:
+    """Trained weights under the names, in the dtypes and shards of their checkpoint."""
     config = read_config(checkpoint)
     architecture = Architecture.from_config(config)
     reader, writer = CheckpointReader(checkpoint), CheckpointWriter(context.folder)
-    learned: Mapping[str, Tensor] = dict(student.named_parameters())
     changed = []
 
     def trained(names: Sequence[str]) -> dict[str, Tensor]:
         found = {}
         for name in names:
-            parameter = learned.get(architecture.module_tensor(name))
+            weight = weights.get(architecture.module_tensor(name))
             before = reader[name]
-            found[name] = before if parameter is None else parameter.detach().cpu().to(before.dtype)
+            found[name] = before if weight is None else weight.cpu().to(before.dtype)
             if not torch.equal(found[name], before):
                 changed.append(name)
         return found

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compressor.stages.base import Need, ReportProblem, StageConfig, option
+from compressor.stages.base import Need, ReportProblem, StageConfig, option, precision_option
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
@@ -91,6 +91,18 @@ class TrainedDraftConfig(DraftConfig):
         effect="0 is the text of greedy decoding; above it, text is more varied.",
         min_length=1,
     )
+    requests: Literal["text", "own"] = option(
+        "text",
+        "What the target answers, where it has a chat template: `text`, beginnings of calibration "
+        "text to be continued; `own`, requests that it writes itself.",
+        effect="`own` is nearer to how a model is used in conversation.",
+        source="Magpie, arXiv:2406.08464",
+    )
+    writing_minutes: float | None = option(
+        None,
+        "End writing after the first batch that is over later. What was left out is reported.",
+        gt=0,
+    )
     batch_size: int = option(8, "Rows that go through the models together.", ge=1)
     steps: int = option(
         300,
@@ -113,6 +125,7 @@ class TrainedDraftConfig(DraftConfig):
         ge=0,
         le=12,
     )
+    precision: Literal["auto", "fp32", "bf16"] = precision_option()
     learning_rate: float = option(1e-3, "At its peak; AdamW, cosine.", gt=0)
     loss: Literal["kl", "tv", "ce", "lk_hybrid"] = option(
         "lk_hybrid",
@@ -128,6 +141,11 @@ class TrainedDraftConfig(DraftConfig):
         source="HASS, arXiv:2408.15766, takes 10",
         ge=1,
     )
+
+    @property
+    def rows(self) -> int:
+        """Rows of text to distil on."""
+        return max(1, round(self.tokens / self.length))
 
     def calibration_need(self) -> Need:
         """The text to distil on."""

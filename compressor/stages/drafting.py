@@ -23,12 +23,14 @@ from compressor.decoding.cached import CachedModel
 from compressor.decoding.corpus import Corpus, Head, TextOptions, draft_text
 from compressor.decoding.decode import Limits, decode
 from compressor.decoding.probes import Probes, probe_steps
+from compressor.decoding.prompts import asking
 from compressor.decoding.proposals import ModelDraft
 from compressor.decoding.standalone import chosen_blocks, standalone
 from compressor.formats.files import copy_parent_files
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_model, load_tokenizer
+from compressor.model.precision import trains_in_half, working_dtype
 from compressor.model.quiet import quiet
 from compressor.numerics.distillation import divergence
 from compressor.numerics.speculative import Sampling
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 
 PROBES = "probes.json"
+_HELD = 2**30  # bytes of hidden states that stay in memory; the others wait in files
 
 
 def distil_standalone(
@@ -56,7 +59,7 @@ def distil_standalone(
         calibration: text.
         context: `folder` receives the draft.
     """
-    target = load_model(checkpoint, context.device, torch.float32)
+    target = load_target(config, checkpoint, context)
     corpus = read_corpus(config, target, checkpoint, (), calibration, context)
     head = Head.of(target)
     blocks = chosen_blocks(config.blocks, config.layers, target.config.num_hidden_layers)
@@ -71,9 +74,10 @@ def distil_standalone(
             return on_policy_loss(config, student, target, corpus, step)
         number = corpus.at(step, config.seed)
         ids, mask = corpus.ids(number), corpus.mask(number)
-        with torch.no_grad():
-            teacher = head.logits(corpus.hidden(number)[mask]).softmax(-1)
-        logits = student(ids, use_cache=False).logits[mask]
+        with half_products(config, corpus.device):
+            with torch.no_grad():
+                teacher = head.logits(corpus.hidden(number)[mask]).softmax(-1)
+            logits = student(ids, use_cache=False).logits[mask]
         everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         return divergence(config.loss, logits, teacher, everywhere, config.top_k)
 
@@ -121,9 +125,10 @@ def on_policy_loss(
     starts = torch.tensor([[len(prompt) - 1] for prompt in prompts])
     ends = torch.tensor([[len(text) - 1] for text in texts])
     counts = ((places >= starts) & (places < ends)).to(corpus.device)
-    with torch.no_grad():
-        teacher = target(ids, use_cache=False).logits[counts].float().softmax(-1)
-    logits = student(ids, use_cache=False).logits[counts]
+    with half_products(config, corpus.device):
+        with torch.no_grad():
+            teacher = target(ids, use_cache=False).logits[counts].float().softmax(-1)
+        logits = student(ids, use_cache=False).logits[counts]
     everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     return divergence(config.loss, logits, teacher, everywhere, config.top_k)
 
@@ -187,6 +192,25 @@ def _save_model(student: Any, target: Any, checkpoint: Path, folder: Path) -> No
 # ---------------------------------------------------------------------- what all drafts share
 
 
+def load_target(config: TrainedDraftConfig, checkpoint: Path, context: StageContext) -> Any:
+    """The target, in its own precision where products are in bf16 and the device has units for it.
+
+    Args:
+        config: options.
+        checkpoint: the target.
+        context: where it is put.
+    """
+    half = trains_in_half(config.precision, context.device)
+    dtype = working_dtype(checkpoint, context.device) if half else torch.float32
+    return load_model(checkpoint, context.device, dtype)
+
+
+def half_products(config: TrainedDraftConfig, device: torch.device) -> torch.autocast:
+    """Within it, products are in bf16 if the options say so."""
+    half = trains_in_half(config.precision, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
 def read_corpus(
     config: TrainedDraftConfig,
     target: Any,
@@ -197,13 +221,15 @@ def read_corpus(
 ) -> Corpus:
     """Text of the target's and of the calibration, and hidden states at all of it."""
     options = TextOptions(
-        tokens=config.tokens,
+        rows=config.rows,
         length=config.length,
         generated=config.generated,
         prompt=config.prompt,
         temperatures=config.temperatures,
         batch=config.batch_size,
         seed=config.seed,
+        own_requests=config.requests == "own",
+        seconds=None if config.writing_minutes is None else 60 * config.writing_minutes,
     )
     batches = draft_text(
         CachedModel(target),
@@ -213,7 +239,8 @@ def read_corpus(
         context.scratch,
         context.observer,
     )
-    budget = context.activation_budget
+    # An update reads one batch: more in memory than this saves no time.
+    budget = min(context.activation_budget, _HELD)
     return Corpus(target, batches, layers, context.scratch, budget, context.observer)
 
 
@@ -264,12 +291,27 @@ def finish(
         checkpoint=context.folder,
         changed=(),
         notes={name: float(value) for name, value in (own | dict(notes or {})).items()},
-        fallbacks=_cut_short(config, done),
+        fallbacks=(
+            *_without_template(config, checkpoint),
+            *_cut_short(config, sum(len(batch.mask) for batch in corpus.batches), done),
+        ),
     )
 
 
-def _cut_short(config: TrainedDraftConfig, done: Fit) -> tuple[Fallback, ...]:
-    if done.steps == config.steps:
+def _without_template(config: TrainedDraftConfig, checkpoint: Path) -> tuple[Fallback, ...]:
+    if config.requests == "text" or asking(load_tokenizer(checkpoint)) is not None:
         return ()
-    reason = f"{config.minutes:g} minutes were over after {done.steps} of {config.steps} steps"
-    return (Fallback("draft", reason, "the draft of that step was kept"),)
+    reason = "requests: own asks for a chat template, and the tokenizer has none that can be split"
+    return (Fallback("draft", reason, "it continued beginnings of calibration text"),)
+
+
+def _cut_short(config: TrainedDraftConfig, rows: int, done: Fit) -> tuple[Fallback, ...]:
+    """What time boxes left out."""
+    found = []
+    if rows < config.rows:
+        reason = f"{config.writing_minutes:g} minutes were over after {rows} of {config.rows} rows"
+        found.append(Fallback("draft", reason, "it was distilled on less text"))
+    if done.steps < config.steps:
+        reason = f"{config.minutes:g} minutes were over after {done.steps} of {config.steps} steps"
+        found.append(Fallback("draft", reason, "the draft of that step was kept"))
+    return tuple(found)

@@ -27,10 +27,18 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.eagle3 import flat_config, speculators_config, speculators_tensors
 from compressor.formats.shards import save_tensors
 from compressor.model.architecture import Architecture
-from compressor.model.load import load_model, load_tokenizer, read_config
-from compressor.numerics.distillation import divergence
+from compressor.model.load import load_tokenizer, read_config
+from compressor.model.precision import trains_in_half
+from compressor.numerics.distillation import ROWS, teach, truncated
 from compressor.stages.context import StageContext
-from compressor.stages.drafting import PROBES, finish, read_corpus, train
+from compressor.stages.drafting import (
+    PROBES,
+    finish,
+    half_products,
+    load_target,
+    read_corpus,
+    train,
+)
 from compressor.types import StageResult
 
 if TYPE_CHECKING:
@@ -48,16 +56,17 @@ def distil_eagle3(
         calibration: text.
         context: `folder` receives the draft.
     """
-    target = load_model(checkpoint, context.device, torch.float32)
+    target = load_target(config, checkpoint, context)
     sizes = Architecture.from_config(read_config(checkpoint))
     layers = config.layers(sizes.layers)
     corpus = read_corpus(config, target, checkpoint, layers, calibration, context)
-    whole = Head.of(target)
+    half = trains_in_half(config.precision, context.device)
+    whole = Head.of(target, torch.bfloat16 if half else torch.float32)
     said = likeliest(corpus, whole)
-    counts = sum((row.flatten().bincount(minlength=sizes.vocab) for row in said),
+    counts = sum((row[row >= 0].bincount(minlength=sizes.vocab) for row in said),
                  torch.zeros(sizes.vocab, dtype=torch.int64))  # fmt: skip
     ids = draft_vocabulary(counts, config.draft_vocab(sizes.vocab)).to(context.device)
-    head = _begin(config, target, ids, whole.rows(ids))
+    head = _begin(config, target, ids)
     lesson = Lesson(config, head, corpus, whole.rows(ids), said)
     probes = Probes(
         CachedModel(target, layers),
@@ -81,13 +90,15 @@ def distil_eagle3(
 def likeliest(corpus: Corpus, head: Head) -> list[Tensor]:
     """The target's most likely next token at every place, by batch, int64 [B, T]; -1 on padding.
 
-    Row by row, since this takes the whole vocabulary.
+    A few places at a time, since this takes the whole vocabulary.
     """
     found = []
     for number in range(len(corpus.batches)):
-        rows = [head.logits(row).argmax(-1) for row in corpus.hidden(number)]
-        said = torch.stack(rows).cpu()
-        found.append(said)
+        hidden = corpus.hidden(number)
+        parts = torch.split(hidden.flatten(0, 1), ROWS)
+        said = torch.cat([head.logits(part).argmax(-1) for part in parts])
+        said = said.view(hidden.shape[:2]).masked_fill(~corpus.mask(number), -1)
+        found.append(said.cpu())
     return found
 
 
@@ -116,20 +127,36 @@ class Lesson:
         number = corpus.at(step, config.seed)
         tokens, hidden = corpus.ids(number), corpus.hidden(number)
         counts = corpus.mask(number) & self.known[self.said[number].to(self.known.device)]
-        with torch.no_grad():
-            teacher = self.rows.logits(hidden).softmax(-1)
-        unrolled = unroll(self.head, corpus.features(number), tokens, config.ttt_steps)
+        with half_products(config, tokens.device):
+            unrolled = unroll(self.head, corpus.features(number), tokens, config.ttt_steps)
+        teacher = self._teacher(hidden)
+        places = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
         total = torch.zeros((), device=tokens.device)
-        for place, logits in enumerate(unrolled):
+        for place, states in enumerate(unrolled):
             later = slice(1 + place, None)
-            part = divergence(
-                config.loss, logits, teacher[:, later], counts[:, later], config.top_k
+            part = teach(
+                self.head.norm(states).flatten(0, 1),
+                self.head.lm_head.weight,
+                teacher,
+                places[:, later].flatten(),
+                counts[:, later].flatten(),
+                config.loss,
             )
             total = total + config.decay**place * part
         return total / sum(config.decay**place for place in range(config.ttt_steps))
 
+    @torch.no_grad()
+    def _teacher(self, hidden: Tensor) -> Tensor:
+        """What the target says at every place, on the draft's vocabulary [B · T, V_d]."""
+        parts = []
+        for states in torch.split(hidden.flatten(0, 1), ROWS):
+            logits = self.rows.logits(states)
+            p = truncated(logits.float().softmax(-1), self.config.top_k)
+            parts.append(p.to(logits.dtype))
+        return torch.cat(parts)
 
-def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:
+
+def _begin(config: DraftEagle3, target: Any, ids: Tensor) -> Eagle3:
     """The head before training."""
     table = target.get_input_embeddings().weight.float()
     with torch.random.fork_rng(devices=[]):
@@ -137,7 +164,7 @@ def _begin(config: DraftEagle3, target: Any, ids: Tensor, rows: Head) -> Eagle3:
         head = Eagle3(layer_config(target), ids, table).to(ids.device)
     if config.start == "target":
         layers = config.layers(target.config.get_text_config().num_hidden_layers)
-        start_from_target(head, target, rows, layers.index(max(layers)))
+        start_from_target(head, target, Head.of(target).rows(ids), layers.index(max(layers)))
     return head
 
 
@@ -173,5 +200,5 @@ def _save(
 def untrained_eagle3(config: DraftEagle3, target: Any, folder: Path) -> Eagle3Draft:
     """The head before training, on the vocabulary of the one in `folder`."""
     trained = load_eagle3(folder, target, config.layers(target.config.num_hidden_layers))
-    head = _begin(config, target, trained.head.ids, Head.of(target).rows(trained.head.ids))
+    head = _begin(config, target, trained.head.ids)
     return Eagle3Draft(head.eval(), trained.layers)

@@ -26,20 +26,26 @@ from compressor.numerics.gates import BOUND, expected, hard, kept_probability, l
 from compressor.stages.context import StageContext
 from compressor.stages.distilling import (
     Judge,
+    Part,
     accumulated,
     distance,
     facts,
     held_out,
-    leaning,
+    learned,
+    make_sampler,
     pair,
+    parts,
     sampling_notes,
     schedule,
+    spread,
+    trainable,
     training_rows,
 )
 from compressor.stages.pruning import size_notes
 from compressor.stages.sampling import Rows, Sampler, Source
+from compressor.team import ALONE, Team
 from compressor.training import Fit, Group, fit
-from compressor.types import Fallback, StageResult, TokenBatch
+from compressor.types import Fallback, StageResult
 
 if TYPE_CHECKING:
     from compressor.stages.prune_dro import PruneDro
@@ -73,28 +79,30 @@ def prune_with_masks(
     rows = training_rows(stage, tokenizer, calibration)
     original = context.original or checkpoint
     teacher, student = pair(original, checkpoint, context, stage.checkpointing)
+    spread(context, teacher, student)
     gates = Gates(
         student, architecture, stage.target(architecture), tuple(stage.kinds(architecture))
     )
     if stage.start == "fisher":
-        gates.begin(fisher(student, gates, rows, stage.seed))
-    judge = Judge(teacher, student, held_out(tokenizer, student, rows))
+        gates.begin(fisher(student, gates, rows, stage.seed, context.team))
+    judge = Judge(teacher, student, held_out(tokenizer, student, rows), context.team)
 
     def measure() -> dict[str, Tensor]:
         gates.measure()
         return judge.measure()
 
-    path, steps = context.folder / "dro.jsonl", stage.updates(rows.mean_length)
-    source = Source(measure, gates.kept)
-    sampler = Sampler(leaning(stage), rows, source, steps, path, context.observer)
+    sampler = make_sampler(stage, rows, Source(measure, gates.kept), context)
     trained = _train(stage, teacher, student, gates, rows, sampler, context)
     late = () if gates.fixed else (_late(stage, trained),)
     gates.fix()
     sampler.finish(trained.steps)
-    result = write_pruned(checkpoint, architecture, gates, student, context.folder)
+    weights = learned(student, context.team)
+    if not context.team.leads:
+        return StageResult(context.folder, changed=())
+    result = write_pruned(checkpoint, architecture, gates, weights, context.folder)
     return replace(
         result,
-        notes=result.notes | sampling_notes(sampler) | facts(trained, rows),
+        notes=result.notes | sampling_notes(sampler) | facts(trained, rows, context.team),
         mixture=sampler.mixture(),
         fallbacks=(*sampler.fallbacks(stage.method), *late),
     )
@@ -118,22 +126,23 @@ def _train(
     context: StageContext,
 ) -> Fit:
     steps = stage.updates(rows.mean_length)
-    learned = max(1, round(steps * (1 - stage.settle)))
-    rise, slow = max(1.0, stage.ramp * learned), _SLOWNESS * stage.mask_rate
+    opening = max(1, round(steps * (1 - stage.settle)))
+    rise, slow = max(1.0, stage.ramp * opening), _SLOWNESS * stage.mask_rate
 
-    def part(batch: TokenBatch, step: int) -> Tensor:
+    def penalised(part: Part, step: int) -> Tensor:
         """The distance, and what the targets ask for; gates are drawn alike for all parts."""
-        penalty = gates.draw(stage.seed, step, min(1.0, step / rise)) if step < learned else 0.0
-        return distance(stage, teacher, student, batch) + penalty
+        penalty = gates.draw(stage.seed, step, min(1.0, step / rise)) if step < opening else 0.0
+        return distance(stage, teacher, student, part) + penalty / context.team.size
 
     def loss(step: int) -> Tensor:
         gates.bound()
-        if step >= learned:
+        if step >= opening:
             gates.fix()
-        return accumulated(stage, rows, sampler, step, lambda batch: part(batch, step))
+        drawn = parts(stage, rows, sampler.shares(step), step, context.team)
+        return accumulated(drawn, lambda part: penalised(part, step))
 
     return fit(
-        dict(student.named_parameters()),
+        trainable(student),
         loss,
         schedule(stage, steps),
         context.scratch,
@@ -143,10 +152,13 @@ def _train(
             Group(gates.named("logits", gates.logits), stage.mask_rate),
             Group(gates.named("multipliers", gates.multipliers), slow, maximize=True),
         ),
+        team=context.team,
     )
 
 
-def fisher(student: Any, gates: Gates, rows: Rows, seed: int) -> dict[str, Tensor]:
+def fisher(
+    student: Any, gates: Gates, rows: Rows, seed: int, team: Team = ALONE
+) -> dict[str, Tensor]:
     """What units are worth, by kind: E (∂ loss / ∂ gate)² with gates open.
 
     The diagonal of the Fisher information (Kwon et al. 2022, "A Fast Post-Training Pruning
@@ -154,15 +166,16 @@ def fisher(student: Any, gates: Gates, rows: Rows, seed: int) -> dict[str, Tenso
     the model still is the original, its gradient is 0.
     """
     found = {kind: torch.zeros_like(logits) for kind, logits in gates.logits.items()}
-    for number in rows.draw(rows.shares, _FISHER_WINDOWS, seed, 2**31):
+    chosen = rows.draw(rows.shares, _FISHER_WINDOWS, seed, 2**31)
+    for turn, kept in team.turns(len(chosen)):
         values = gates.trial()
-        ids = rows.batch([number]).input_ids.to(next(student.parameters()).device)
+        ids = rows.batch([chosen[turn]]).input_ids.to(next(student.parameters()).device)
         logits = student(ids, use_cache=False).logits[0, :-1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
         gradients = torch.autograd.grad(loss, list(values.values()))
         for kind, gradient in zip(values, gradients, strict=True):
-            found[kind] += gradient.square()
-    return found
+            found[kind] += kept * gradient.square()
+    return {kind: team.add(worth) for kind, worth in found.items()}
 
 
 class Gates:
@@ -345,26 +358,30 @@ def _kept(gates: Tensor) -> list[int]:
 
 
 def write_pruned(
-    checkpoint: Path, architecture: Architecture, gates: Gates, student: Any, folder: Path
+    checkpoint: Path,
+    architecture: Architecture,
+    gates: Gates,
+    weights: Mapping[str, Tensor],
+    folder: Path,
 ) -> StageResult:
-    """The student's weights without the units whose gates are closed, in the dtypes on disk.
+    """Trained weights without the units whose gates are closed, in the dtypes on disk.
 
     Args:
         checkpoint: the parent.
         architecture: of the parent.
         gates: fixed ones.
-        student: the trained model.
+        weights: of the trained model, by the library's names.
         folder: where the smaller checkpoint goes.
     """
     plan, smaller = gates.plan(), resized(architecture, gates.target)
     reader, writer = CheckpointReader(checkpoint), CheckpointWriter(folder)
-    path, learned = f"{architecture.blocks_path}.", dict(student.named_parameters())
+    path = f"{architecture.blocks_path}."
     origin, changed, cut = {}, set(), set()
 
     def take(names: Iterable[str], old: int | None, new: int | None) -> dict[str, Tensor]:
         """Tensors of a block, or of none, under their new names."""
         before = {name: reader[name] for name in names}
-        after = {name: _trained(architecture, learned, name, before[name]) for name in before}
+        after = {name: _trained(architecture, weights, name, before[name]) for name in before}
         if old is not None:
             keep = plan.blocks[old]
             before, after = (cut_block(architecture, old, keep, both) for both in (before, after))
@@ -396,8 +413,8 @@ def write_pruned(
 
 
 def _trained(
-    architecture: Architecture, learned: Mapping[str, Tensor], name: str, before: Tensor
+    architecture: Architecture, weights: Mapping[str, Tensor], name: str, before: Tensor
 ) -> Tensor:
     """A tensor of the student in the dtype on disk; what it does not learn stays."""
-    parameter = learned.get(architecture.module_tensor(name))
-    return before if parameter is None else parameter.detach().cpu().to(before.dtype)
+    weight = weights.get(architecture.module_tensor(name))
+    return before if weight is None else weight.cpu().to(before.dtype)

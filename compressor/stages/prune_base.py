@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 from pydantic import Field
 
 from compressor.errors import ModelError
-from compressor.model.shape import Fault, Shape, faults, fitted, resized, shape_of
+from compressor.model.shape import Fault, FreeSize, Shape, faults, fitted, resized, shape_of
 from compressor.stages.base import ReportProblem, StageConfig, option
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PruneConfig(StageConfig):
 
     @property
     @abstractmethod
-    def free_size(self) -> Literal["layers", "channels"]:
+    def free_size(self) -> FreeSize:
         """The size that a budget decides."""
 
     @property
@@ -138,9 +138,11 @@ class PruneConfig(StageConfig):
             return ()
         after, now = resized(before, shape), shape_of(before)
         words = {"layers": "blocks", "kv_heads": "key-value heads", "heads": "query heads"}
+        words |= {"channels": "channels", "experts": "experts"}
+        words |= {"hidden": "channels of the residual stream"}
         goes = [
-            f"{getattr(now, size) - left} of {getattr(now, size)} {words.get(size, 'channels')}"
-            for size in ("layers", "kv_heads", "heads", "channels")
+            f"{getattr(now, size) - left} of {getattr(now, size)} {word}"
+            for size, word in words.items()
             if (left := getattr(shape, size)) != getattr(now, size)
         ]
         gone = before.parameters - after.parameters
@@ -152,7 +154,45 @@ class PruneConfig(StageConfig):
         )
 
 
-class WidthConfig(PruneConfig):
+class MultipleConfig(PruneConfig):
+    """Options of the methods that make matrices narrower."""
+
+    multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
+        "auto",
+        "The number of channels is a multiple of this; `auto` takes 8 and the group sizes of the "
+        "rounders that follow in the recipe.",
+        effect="GGUF's K-quants need 256, most kernels 64 or 128.",
+    )
+
+    @property
+    def width_multiple(self) -> int:
+        """As asked for."""
+        return _WIDTH if self.multiple == "auto" else self.multiple
+
+    def before(self, later: Sequence[StageConfig]) -> Self:
+        """With `multiple` settled by what follows."""
+        if self.multiple != "auto":
+            return self
+        needed = math.lcm(_WIDTH, *(stage.width_multiple for stage in later))
+        return self.model_copy(update={"multiple": needed})
+
+    @property
+    def free_multiple(self) -> int:
+        """As `multiple` says."""
+        return self.width_multiple
+
+    def uneven(self, size: str, asked: int | None, now: int) -> Iterator[Fault]:
+        """A number of channels that is no multiple, unless all stay."""
+        if asked and asked != now and asked % self.width_multiple:
+            yield Fault(
+                size,
+                f"{asked} channels are no multiple of {self.width_multiple}, which "
+                "`multiple` or a rounder after it asks for",
+                f"write {asked // self.width_multiple * self.width_multiple or now}",
+            )
+
+
+class WidthConfig(MultipleConfig):
     """Options of the methods that make blocks narrower."""
 
     intermediate: int | None = option(
@@ -175,24 +215,6 @@ class WidthConfig(PruneConfig):
         effect="Makes the cache smaller in proportion. Default: all.",
         ge=1,
     )
-    multiple: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
-        "auto",
-        "The number of channels is a multiple of this; `auto` takes 8 and the group sizes of the "
-        "rounders that follow in the recipe.",
-        effect="GGUF's K-quants need 256, most kernels 64 or 128.",
-    )
-
-    @property
-    def width_multiple(self) -> int:
-        """As asked for."""
-        return _WIDTH if self.multiple == "auto" else self.multiple
-
-    def before(self, later: Sequence[StageConfig]) -> Self:
-        """With `multiple` settled by what follows."""
-        if self.multiple != "auto":
-            return self
-        needed = math.lcm(_WIDTH, *(stage.width_multiple for stage in later))
-        return self.model_copy(update={"multiple": needed})
 
     @property
     def sizes(self) -> dict[str, str]:
@@ -200,14 +222,9 @@ class WidthConfig(PruneConfig):
         return {"channels": "intermediate", "heads": "heads", "kv_heads": "kv_heads"}
 
     @property
-    def free_size(self) -> Literal["layers", "channels"]:
+    def free_size(self) -> FreeSize:
         """Channels: the feed-forward half tolerates most."""
         return "channels"
-
-    @property
-    def free_multiple(self) -> int:
-        """As `multiple` says."""
-        return self.width_multiple
 
     def fixed(self, architecture: Architecture) -> Shape:
         """With the heads and channels that options name."""
@@ -219,15 +236,4 @@ class WidthConfig(PruneConfig):
 
     def unsuited(self, architecture: Architecture) -> Iterator[Fault]:
         """Channels that are no multiple."""
-        now = shape_of(architecture).channels
-        if (
-            self.intermediate
-            and self.intermediate != now
-            and self.intermediate % self.width_multiple
-        ):
-            yield Fault(
-                "channels",
-                f"{self.intermediate} channels are no multiple of {self.width_multiple}, which "
-                "`multiple` or a rounder after it asks for",
-                f"write {self.intermediate // self.width_multiple * self.width_multiple or now}",
-            )
+        yield from self.uneven("channels", self.intermediate, shape_of(architecture).channels)

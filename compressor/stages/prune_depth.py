@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compressor.model.shape import Shape, shape_of
+from compressor.model.shape import FreeSize, Shape, shape_of
 from compressor.stages.base import Need, option
 from compressor.stages.prune_base import PruneConfig
 
@@ -71,7 +71,7 @@ class PruneDepth(PruneConfig):
         return {"layers": "layers"}
 
     @property
-    def free_size(self) -> Literal["layers", "channels"]:
+    def free_size(self) -> FreeSize:
         """Blocks."""
         return "layers"
 

@@ -210,6 +210,7 @@ def open_walks(
             scratch=folder,
             memory_budget=context.activation_budget // len(folders),
             activations=job.inputs if folder == scratch else None,
+            parks=True,
         )
         for folder in folders
     ]

@@ -69,6 +69,10 @@ class Rows:
         pairs = zip(self.domains, self._by_domain, strict=True)
         return {domain: len(rows) for domain, rows in pairs}
 
+    def tokens(self, number: int) -> int:
+        """Length of a window."""
+        return len(self._rows[number][0])
+
     def draw(self, shares: Tensor, count: int, seed: int, step: int) -> list[int]:
         """Numbers of the windows of an update: domains by their shares, any window of each."""
         generator = torch.Generator().manual_seed(seed * 2**32 + step)
@@ -139,6 +143,7 @@ class Sampler:
             counted from), `base` (centre of the ball) and `shares`; further the `radius` that noise
             has left and the share of the model that is `kept`.
         observer: shown a table of every measurement.
+        writes: `path`; of processes that train together, one does.
     """
 
     def __init__(
@@ -149,7 +154,10 @@ class Sampler:
         steps: int,
         path: Path,
         observer: Observer,
+        *,
+        writes: bool = True,
     ) -> None:
+        self._writes = writes
         self._options, self._rows, self._source = options, rows, source
         self._steps, self._path, self._observer = steps, path, observer
         lines = path.read_text().splitlines() if path.is_file() else []
@@ -212,7 +220,8 @@ class Sampler:
         }
         self.history.append(entry)
         entry |= self._leaning(windows)
-        atomic_write_text(self._path, "".join(f"{json.dumps(e)}\n" for e in self.history))
+        if self._writes:
+            atomic_write_text(self._path, "".join(f"{json.dumps(e)}\n" for e in self.history))
         self._show(entry)
 
     def _drawn(self, step: int) -> Tensor:

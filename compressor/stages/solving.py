@@ -94,7 +94,9 @@ def compensated(options: QuantizeGptq) -> Solve:
         factor = factorize(hessian, damping=options.damping, act_order=options.act_order)
         if factor.failed and options.on_failure == "stop":
             raise NumericalError("a Hessian is not positive definite even with full damping")
-        drift = None if moments.drift is None else moments.drift * (1 - options.shrinkage)
+        drift = moments.drift
+        if drift is not None and options.shrinkage:
+            drift = drift * (1 - options.shrinkage)
         targets = list(weights)
         if drift is not None:
             share = options.gptaq or options.propagate

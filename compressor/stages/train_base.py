@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.calibration import (
     USER_DOMAIN,
@@ -14,7 +14,7 @@ from compressor.calibration import (
     require_origin,
 )
 from compressor.errors import UsageError
-from compressor.stages.base import Need, ReportProblem, StageConfig, option
+from compressor.stages.base import Need, ReportProblem, StageConfig, option, precision_option
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
@@ -29,6 +29,8 @@ _ROW = 512  # tokens of the usual row of calibration text
 class TrainConfig(StageConfig):
     """Options common to the methods that train."""
 
+    shared: ClassVar[bool] = True
+
     tokens: int = option(
         1_000_000,
         "Tokens to train on; text is seen again where there is less of it.",
@@ -38,7 +40,7 @@ class TrainConfig(StageConfig):
     )
     minutes: float | None = option(
         None,
-        "Stop at the first checkpoint after so many minutes.",
+        "Stop after the update that ends past so many minutes.",
         effect="The result then depends on the speed of the machine.",
         gt=0,
     )
@@ -97,11 +99,7 @@ class TrainConfig(StageConfig):
         source="Minitron, arXiv:2407.14679",
         ge=0,
     )
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "auto",
-        "Of products in forward and backward passes; weights and moments stay fp32. `auto` takes "
-        "bf16 on a GPU.",
-    )
+    precision: Literal["auto", "fp32", "bf16"] = precision_option()
     sampler: Shares = option(
         "static",
         "Shares of the domains: `static`, as in the text; `dro`, more of those that are "
@@ -144,6 +142,11 @@ class TrainConfig(StageConfig):
             return None
         reason = f"{self.method} trains on the calibration text unless it has a `mix`"
         return Need("mix", reason)
+
+    @property
+    def windows_at_once(self) -> int:
+        """Those of one part of an update."""
+        return self.batch // self.accumulate
 
     def updates(self, mean_length: float) -> int:
         """Updates in all, at least one."""

@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from compressor import resources
+from compressor.decoding import cached
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.decode import Decoded, Limits, decode, first_difference, margin
 from compressor.decoding.measure import _acceptance
@@ -94,6 +95,20 @@ def test_greedy_ids_do_not_depend_on_the_draft(shape: Any, rows: int) -> None:
     blocks = [block for row in whole.blocks for block in row]
     assert any(block.accepted for block in blocks)
     assert any(block.accepted < block.proposed for block in blocks)
+
+
+@pytest.mark.parametrize("gaps", [-1000, 1000], ids=["always", "never"])
+@pytest.mark.parametrize("shape", [Chain(5), Tree(4, 3, 10)], ids=str)
+def test_gaps_in_the_cache_change_nothing(
+    shape: Any, gaps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that commit different numbers of tokens, closed up after every pass or never."""
+    monkeypatch.setattr(cached, "_GAPS", gaps)
+    target = CachedModel(tiny())
+    draft = ModelDraft(CachedModel(shallow()))
+    assert_same(decode(target, prompts(), Limits(40), draft=draft, shape=shape))
+    width, longest = target.cache.get_seq_length(), int(target.lengths.max())
+    assert width == longest if gaps < 0 else width > longest
 
 
 def test_a_tree_accepts_more_than_a_chain_of_its_depth() -> None:

@@ -70,7 +70,7 @@ def test_training_sees_what_drafting_computes() -> None:
     """At every index, the unrolled logits are those of a draft that is fed the same tokens."""
     ids = torch.tensor([[5, 9, 30, 22, 41, 63, 7, 8]])
     with torch.inference_mode():
-        unrolled = unroll(head(), features(ids), ids, 3)
+        unrolled = [head().logits(states) for states in unroll(head(), features(ids), ids, 3)]
     assert [logits.shape[1] for logits in unrolled] == [7, 6, 5]
     for last in (0, 2, 4):
         draft = Eagle3Draft(head(), LAYERS)
@@ -150,7 +150,7 @@ def test_the_start_is_the_targets_last_block() -> None:
     with torch.inference_mode():
         output = model(tokens, output_hidden_states=True)
         states = torch.cat([output.hidden_states[i] for i in (0, 0, 1)], -1)
-        found = unroll(made, states, tokens, 1)[0]
+        found = made.logits(unroll(made, states, tokens, 1)[0])
     torch.testing.assert_close(found, output.logits[:, :-1, ids], rtol=1e-4, atol=1e-4)
 
 
@@ -168,11 +168,13 @@ def test_the_loss_leaves_out_what_the_draft_cannot_say(tmp_path: Path) -> None:
     )
     whole = Head.of(target())
     said = likeliest(corpus, whole)
+    assert torch.equal(said[0] >= 0, mask)
     config = DraftEagle3(ttt_steps=2, decay=0.5, loss="kl")
     rows = whole.rows(head().ids)
     with torch.inference_mode():
         found = Lesson(config, head(), corpus, rows, said).loss(0)
-        unrolled = unroll(head(), corpus.features(0), ids, 2)
+        states = unroll(head(), corpus.features(0), ids, 2)
+        unrolled = [head().logits(outputs) for outputs in states]
         total = 0.0
         for step, logits in enumerate(unrolled):
             losses = []
@@ -187,6 +189,11 @@ def test_the_loss_leaves_out_what_the_draft_cannot_say(tmp_path: Path) -> None:
             total += 0.5**step * sum(losses) / max(1, len(losses))
     assert float(found) == pytest.approx(total / 1.5, rel=1e-4)
     assert float(found) > 0
+    with torch.inference_mode():
+        half = config.model_copy(update={"precision": "bf16"})
+        near = float(Lesson(half, head(), corpus, rows, said).loss(0))
+    assert near == pytest.approx(float(found), rel=0.05)
+    assert near != float(found)
 
 
 def test_both_dialects_hold_the_same_head(tmp_path: Path) -> None:

@@ -51,10 +51,22 @@ def written(folder: Path, form: Any, choose: Any) -> tuple[Path, Path]:
         ("gptq", WeightScheme(4, 64)),
         ("gptq", WeightScheme(4, 64, "asymmetric")),
         ("gptq", WeightScheme(8, None)),
+        ("gptq", WeightScheme(8, 64, "asymmetric")),
+        ("gptq", WeightScheme(3, 64)),
+        ("gptq", WeightScheme(3, 64, "asymmetric")),
         ("gptq", WeightScheme(2, 64, "asymmetric")),
         ("awq", WeightScheme(4, 64, "asymmetric")),
     ],
-    ids=["W4", "W4 asymmetric, v2", "W8 by channel", "W2 asymmetric", "W4 AWQ"],
+    ids=[
+        "W4",
+        "W4 asymmetric, v2",
+        "W8 by channel",
+        "W8 asymmetric, v2",
+        "W3",
+        "W3 asymmetric, v2",
+        "W2 asymmetric, v2",
+        "W4 AWQ",
+    ],
 )
 def test_it_computes_the_rounded_weights(
     python: Path, tmp_path: Path, question: Question, form: Any, scheme: WeightScheme

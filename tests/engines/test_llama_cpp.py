@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf as library
@@ -27,7 +24,15 @@ from compressor.progress import SilentObserver
 from compressor.resources import builtin_model
 from compressor.text import evaluation_documents
 from compressor.types import TokenBatch, WeightScheme
-from tests.engines.llama_cpp import BUILT, PROMPTS, complete, divergence, llama
+from tests.engines.llama_cpp import (
+    BUILT,
+    PROMPTS,
+    complete,
+    convert,
+    divergence,
+    llama,
+    same_tensors,
+)
 from tests.formats.helpers import quantize_checkpoint
 from tools.engines import build_llama_cpp
 
@@ -149,32 +154,5 @@ def test_importance_is_what_llama_cpp_measures(
 def test_its_converter_writes_the_same_tensors_and_keys(
     tiny: Path, dense: Path, tmp_path: Path
 ) -> None:
-    source, theirs = BUILT / "source", tmp_path / "theirs.gguf"
-    (tmp_path / "sentencepiece.py").write_text("SentencePieceProcessor = None\n")  # only imported
-    arguments = [str(tiny), "--outfile", str(theirs), "--outtype", "bf16"]
-    # It knows tokenizers by a hash of what they do to one text; ours is not in its list.
-    script = f"""
-import runpy, sys
-from conversion import base
-base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-sys.argv[1:] = {arguments!r}
-runpy.run_path({str(source / "convert_hf_to_gguf.py")!r}, run_name="__main__")
-"""
-    paths = os.pathsep.join(map(str, (source, source / "gguf-py", tmp_path)))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    mine, other = library.GGUFReader(dense), library.GGUFReader(theirs)
-    tensors = {t.name: t for t in other.tensors}
-    assert {t.name for t in mine.tensors} == set(tensors)
-    for tensor in mine.tensors:
-        assert np.array_equal(tensor.data, tensors[tensor.name].data), tensor.name
-    values = {key: field.contents() for key, field in mine.fields.items()}
-    for key, field in other.fields.items():
-        if not key.startswith(("GGUF.", "general.")):
-            assert values[key] == field.contents(), key
+    convert(tiny, tmp_path / "theirs.gguf", tmp_path)
+    assert same_tensors(dense, tmp_path / "theirs.gguf")

@@ -28,11 +28,8 @@ from compressor.text import evaluation_documents
 from tests.engines.llama_cpp import (
     BUILT,
     GREEDY,
-    PROMPTS,
-    complete,
     divergence,
     llama,
-    number,
 )
 from tools.engines import build_llama_cpp
 
@@ -209,56 +206,6 @@ def test_where_256_does_not_divide_other_blocks_are_told(typed: tuple[Path, Repo
     (row,) = [variant for variant in report.variants if variant.id == "gguf-Q4_K_M"]
     assert row.stage is not None
     assert re.fullmatch(r"llama-quantize \d.*", row.stage.params["quantizer"])
-
-
-# ---------------------------------------------------------------------- drafts
-
-
-DRAFTED = """\
-calibration: {samples: 32, length: 128}
-stages:
-  - {method: quantize.rtn, bits: 4, group_size: 64}
-  - method: draft.standalone
-    tokens: 8000
-    length: 64
-    steps: 150
-    drafted: 4
-    prompts: 1
-    new_tokens: 16
-evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}
-export: [{format: gguf}]
-"""
-
-
-def speculate(target: Path, draft: Path, prompt: str, tokens: int, drafted: int) -> dict[str, Any]:
-    """Greedy text of the target with a draft, and how often it agreed."""
-    own = ("--spec-type", "draft-simple", "--spec-draft-n-max", drafted, "-td", 1)
-    options = ("-m", target, "-md", draft, "-p", prompt, "-n", tokens, *own, *GREEDY)
-    done = llama("speculative-simple", *options, says="n_accept")
-    return {
-        "text": done.stdout.strip("\n"),
-        "drafted": number(r"n_drafted\s*=\s*(\d+)", done),
-        "accepted": number(r"n_accept\s*=\s*(\d+)", done),
-    }
-
-
-def test_a_draft_changes_no_word_and_is_accepted(tmp_path: Path) -> None:
-    folder, report = compressed(tmp_path, DRAFTED)
-    target = folder / "deliverable" / "gguf" / gguf.FILE
-    assert report.drafts[0].gguf is not None
-    draft = folder / report.drafts[0].gguf
-    drafted = accepted = 0.0
-    for prompt in PROMPTS:
-        alone = complete(target, prompt, 48)
-        found = speculate(target, draft, prompt, 48, 4)
-        shared = min(len(alone), len(found["text"]))  # the two stop a token apart
-        assert shared > len(prompt) + 60
-        assert found["text"].strip()[: shared - 12] == alone.strip()[: shared - 12], prompt
-        drafted, accepted = drafted + found["drafted"], accepted + found["accepted"]
-    assert 0.1 < accepted / drafted < 1
-    # The target as its own draft: every proposal is right, but for ties of single against batched.
-    found = speculate(target, target, PROMPTS[0], 48, 4)
-    assert found["accepted"] > 0.9 * found["drafted"]
 
 
 # ---------------------------------------------------------------------- pruned shapes

@@ -27,6 +27,7 @@ from compressor.formats.exchange import (
 )
 from compressor.formats.exporters import Source
 from compressor.formats.gguf_blocks import pack_blocks, unpack_blocks
+from compressor.formats.gguf_types import GgufType
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.sizes import measure
 from compressor.formats.support import Target
@@ -100,17 +101,28 @@ def test_blocks_are_those_of_ggml() -> None:
         assert library.GGML_QUANT_SIZES[library.GGMLQuantizationType[kind]] == (32, size)
 
 
-def test_symmetric_blocks_are_those_that_the_library_packs() -> None:
+@pytest.mark.parametrize("kind", GGUF_BLOCK_BYTES)
+def test_blocks_are_those_that_the_library_packs(kind: GgufType) -> None:
     """On weights whose grid the library finds itself, its bytes and ours are the same."""
-    torch.manual_seed(0)
-    codes = torch.randint(-8, 8, (4, 64)).to(torch.int8)
-    codes[:, ::32] = -8  # the element of largest magnitude lies on -8, as in Q4_0
-    scale = torch.tensor([[0.5, 0.25]] * 4, dtype=torch.bfloat16)
-    q = QTensor(codes, scale, None, W4)
-    expected = library.quants.quantize(
-        q.dequantize().float().numpy(), library.GGMLQuantizationType.Q4_0
-    )
-    assert np.array_equal(pack_blocks(q, "Q4_0").numpy(), expected)
+    generator = torch.Generator().manual_seed(0)
+    bits, asymmetric = {"Q8": 8, "Q5": 5, "Q4": 4}[kind[:2]], kind.endswith("_1")
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    codes = torch.randint(low + (bits == 8), high + 1, (6, 96), generator=generator)
+    # Both ends of the grid, or its end of larger magnitude, which Q8_0 has above zero.
+    codes[:, ::32] = high if kind == "Q8_0" else low
+    if asymmetric:
+        codes[:, 1::32] = high
+    scale = torch.tensor([[0.5, 0.25, 2.0]] * 6, dtype=torch.bfloat16)
+    zero = torch.randint(low, high + 1, (6, 3), generator=generator).to(torch.int8)
+    scheme = WeightScheme(bits, 32, "asymmetric" if asymmetric else "symmetric")
+    q = QTensor(codes.to(torch.int8), scale, zero if asymmetric else None, scheme)
+    assert gguf_type(scheme) == kind
+    weights = replace(q, scale=scale.float()).dequantize().numpy()
+    expected = library.quants.quantize(weights, library.GGMLQuantizationType[kind])
+    packed = pack_blocks(q, kind).numpy()
+    assert np.array_equal(packed, expected)
+    moved = replace(q, codes=q.codes.index_fill(1, torch.tensor([40]), 0))
+    assert not np.array_equal(pack_blocks(moved, kind).numpy(), expected)
 
 
 def test_a_minimum_that_is_no_multiple_is_refused() -> None:
@@ -137,7 +149,7 @@ def test_names_are_those_of_llama_cpp() -> None:
                 continue
             expected = known.get_name(f"{name}.weight", try_suffixes=(".weight",))
             assert gguf.gguf_name(f"{name}.weight") == expected
-            assert gguf._hugging_face_name(f"{expected}") == f"{name}.weight"
+            assert gguf.hugging_face_name(f"{expected}") == f"{name}.weight"
     with pytest.raises(ModelError, match=r"no name for the tensor model\.rotary"):
         gguf.gguf_name("model.rotary.weight")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.model.block import Block
+from compressor.model.parking import Parked, ParkingLot
 from compressor.model.passage import Passage
 from compressor.model.walk import BlockWalk
 from tests.model.conftest import VARIANTS
@@ -117,6 +118,88 @@ def test_a_parent_runs_ahead_to_where_little_is_held(
         "attention.in": set(), "attention.out": attention, "mlp.in": attention, "mlp.out": set(),
     }  # fmt: skip
     assert runs == list(range(len(BATCHES)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_stands_still_in_a_file_changes_nothing(
+    variant: str, checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room in memory every forward is parked but the last, and none runs anew."""
+    monkeypatch.setattr("compressor.model.walk.ROOM_BESIDE_PARKED", 0)
+    parked: list[int] = []
+    park = ParkingLot.park
+
+    def counting(lot: ParkingLot, storage: torch.UntypedStorage) -> Parked:
+        parked.append(storage.nbytes())
+        return park(lot, storage)
+
+    monkeypatch.setattr(ParkingLot, "park", counting)
+    runs: list[int] = []
+    plain = BlockWalk(checkpoints(variant), BATCHES, scratch=tmp_path / "plain")
+    parking = BlockWalk(checkpoints(variant), BATCHES, scratch=tmp_path / "parking", parks=True)
+    results = [rounded(plain, []), rounded(parking, runs)]
+    assert len(results[0]) == len(results[1])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert parked
+    if VARIANTS[variant][0] not in ("mixtral", "qwen3_moe"):
+        # In front of the first matrix nothing is done yet, so that it waits for nobody.
+        assert len(runs) <= 2 * 2 * len(BATCHES)
+
+
+def test_parked_forwards_hold_next_to_nothing(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In front of down_proj: its input, the residual stream and what was normed of it."""
+    monkeypatch.setattr("compressor.model.walk.ROOM_BESIDE_PARKED", 0)
+    walk = BlockWalk(checkpoints("llama"), BATCHES, scratch=tmp_path, parks=True)
+    block = next(walk.blocks())
+    met: list[Tensor] = []
+    meet = Passage.meet
+    monkeypatch.setattr(Passage, "meet", lambda p, t: (met.append(t), meet(p, t))[1])
+    block.capture(lambda *_: None, ["model.layers.0.mlp.out"])
+    first, *_ = block._standing.values()
+    assert first.is_parked
+    tokens, width = BATCHES[0].mask.numel(), block.matrices[-1].info.shape
+    freed = sum(parked.size for parked in first._parked)
+    assert freed >= 4 * tokens * (width[1] + 2 * width[0])
+    weights = {p.untyped_storage().data_ptr() for p in block.module.parameters()}
+    assert all(p.storage.data_ptr() not in weights for p in first._parked)
+    assert all(p.numel() and p.untyped_storage().nbytes() for p in block.module.parameters())
+
+
+def test_a_parking_lot_gives_back_what_it_took(tmp_path: Path) -> None:
+    lot = ParkingLot(tmp_path / "new")
+    tensors = [torch.randn(size) for size in (1000, 10, 1000)]
+    copies = [tensor.clone() for tensor in tensors]
+    parked = [lot.park(tensor.untyped_storage()) for tensor in tensors]
+    assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
+    for one in reversed(parked):
+        lot.fetch(one)
+    assert all(torch.equal(x, y) for x, y in zip(tensors, copies, strict=True))
+    again = [lot.park(tensor.untyped_storage()) for tensor in tensors]
+    assert {one.place for one in again} == {one.place for one in parked}  # places are used again
+    assert not list((tmp_path / "new").iterdir())  # a file without a name goes with the process
+    lot._opened().truncate(0)
+    with pytest.raises(OSError, match="lost bytes"):
+        lot.fetch(again[0])
+
+
+def test_what_belongs_to_others_is_not_parked(tmp_path: Path) -> None:
+    shared, own = torch.ones(4, 8), torch.ones(4, 8)
+
+    def forward() -> Tensor:
+        for tensor in (shared, own):
+            passage.meet(tensor)
+        passage.arrive("a", own)
+        return own + shared
+
+    passage = Passage(forward)
+    passage.advance(lambda *_: False)
+    passage.park(ParkingLot(tmp_path), {shared.untyped_storage().data_ptr()})
+    assert (shared.untyped_storage().nbytes(), own.untyped_storage().nbytes()) == (128, 0)
+    output = passage.advance()
+    assert output is not None
+    assert torch.equal(output, torch.full((4, 8), 2.0))
 
 
 def test_a_full_budget_runs_anew(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -22,6 +22,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCKS = WeightScheme(4, 64, number="nf4")
 ROWS = WeightScheme(8, None, number="absmax")
 
+MATRICES = given(
+    seed=st.integers(0, 999),
+    out=st.integers(1, 5),
+    blocks=st.integers(1, 5),
+    magnitude=st.sampled_from([1e-6, 0.02, 1.0, 300.0]),
+    dtype=st.sampled_from(DTYPES),
+)
+
 
 def weights(seed: int, out: int, width: int, magnitude: float, dtype: torch.dtype) -> Tensor:
     """Gaussian, with a row of zeros, a block of zeros and an outlier."""
@@ -46,13 +54,7 @@ def test_the_table_is_the_papers() -> None:
     assert torch.equal(torch.tensor(NF4), library.get_4bit_type("nf4", device="cpu"))
 
 
-@given(
-    seed=st.integers(0, 999),
-    out=st.integers(1, 5),
-    blocks=st.integers(1, 5),
-    magnitude=st.sampled_from([1e-6, 0.02, 1.0, 300.0]),
-    dtype=st.sampled_from(DTYPES),
-)
+@MATRICES
 @settings(max_examples=60, deadline=None)
 def test_nf4_is_what_the_library_rounds_and_reads(
     seed: int, out: int, blocks: int, magnitude: float, dtype: torch.dtype
@@ -66,13 +68,7 @@ def test_nf4_is_what_the_library_rounds_and_reads(
     assert torch.equal(ours.dequantize(), library.dequantize_4bit(packed, state))
 
 
-@given(
-    seed=st.integers(0, 999),
-    out=st.integers(1, 5),
-    blocks=st.integers(1, 5),
-    magnitude=st.sampled_from([1e-6, 0.02, 1.0, 300.0]),
-    dtype=st.sampled_from(DTYPES),
-)
+@MATRICES
 @settings(max_examples=60, deadline=None)
 def test_int8_is_what_the_library_rounds_and_reads(
     seed: int, out: int, blocks: int, magnitude: float, dtype: torch.dtype

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from compressor.numerics.distillation import Loss, divergence, forward_kl, total_variation
+from compressor.numerics.distillation import (
+    ROWS,
+    Loss,
+    divergence,
+    forward_kl,
+    teach,
+    total_variation,
+)
 
 ALL: list[Loss] = ["kl", "tv", "ce", "lk_hybrid"]
 
@@ -66,3 +73,35 @@ def test_masked_positions_do_not_count(kind: Loss) -> None:
     alone = divergence(kind, logits[mask], teacher[mask], torch.ones(2, dtype=torch.bool))
     assert torch.equal(divergence(kind, logits, teacher, mask), alone)
     assert float(divergence(kind, logits, teacher, torch.zeros(4, dtype=torch.bool))) == 0
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_teaching_is_the_divergence_of_the_logits(kind: Loss) -> None:
+    """Value and gradients, over more positions than are worked on at once."""
+    generator = torch.Generator().manual_seed(3)
+    states = torch.randn(ROWS + 9, 6, generator=generator).requires_grad_()
+    weight = torch.randn(11, 6, generator=generator).requires_grad_()
+    teacher = torch.randn(40, 11, generator=generator).mul(2).softmax(-1)
+    places = torch.randint(0, 40, (ROWS + 9,), generator=generator)
+    mask = torch.rand(len(states), generator=generator) < 0.7
+    whole = divergence(kind, states @ weight.T, teacher[places], mask)
+    found = teach(states, weight, teacher, places, mask, kind)
+    assert float(found.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * found, (states, weight)),
+        torch.autograd.grad(3 * whole, (states, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def test_teaching_in_half_precision_is_near() -> None:
+    generator = torch.Generator().manual_seed(4)
+    states, weight = (torch.randn(n, 16, generator=generator) for n in (50, 30))
+    teacher, places = torch.randn(50, 30, generator=generator).softmax(-1), torch.arange(50)
+    everywhere = torch.ones(50, dtype=torch.bool)
+    exact = teach(states, weight, teacher, places, everywhere, "kl")
+    half = teach(states, weight, teacher.bfloat16(), places, everywhere, "kl")
+    assert float(half) == pytest.approx(float(exact), rel=0.02)
+    assert float(half) != float(exact)
+    assert float(teach(states, weight, teacher, places, ~everywhere, "kl")) == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.numerics.distillation import divergence, likeliest
+from compressor.numerics.distillation import divergence, truncated
 from compressor.numerics.speculative import best_drafted, limiting_term, paying_scale
 
 GOOD = [0.8**j for j in range(1, 6)]
@@ -50,9 +50,9 @@ def test_no_size_helps_where_verifying_eats_it_all() -> None:
 
 def test_only_the_likeliest_tokens_are_learned() -> None:
     teacher = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    kept = likeliest(teacher, 2)
+    kept = truncated(teacher, 2)
     torch.testing.assert_close(kept, torch.tensor([[0.625, 0.375, 0.0, 0.0]]))
-    torch.testing.assert_close(likeliest(teacher, 9), teacher)
+    torch.testing.assert_close(truncated(teacher, 9), teacher)
     mask = torch.tensor([True])
     logits = torch.tensor([[0.3, 0.1, -0.2, 0.0]], requires_grad=True)
     divergence("kl", logits, teacher, mask, 2).backward()

@@ -22,11 +22,11 @@ from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
 from compressor.programs import PROGRAMS, EngineFailed
 from compressor.publish import plan_publication
-from compressor.recipe import ExportConfig
 from compressor.report.render import load_report, stale_files
 from compressor.report.schema import EngineCheck
 from compressor.report.text import to_text
 from compressor.resources import builtin_model
+from compressor.sections import ExportConfig
 from compressor.serving import check as checking
 from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.check import compare, judge, subjects_of

@@ -1,0 +1,170 @@
+"""Deliverables of a recipe that a format cannot hold, or an engine would not load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from typing import get_args
+
+from compressor.cost import dense_outer
+from compressor.errors import ResourceError
+from compressor.formats import llama_quantize
+from compressor.formats.capabilities import ENVIRONMENTS, PACKAGES
+from compressor.formats.exchange import GGUF_BLOCK, container_problems
+from compressor.formats.support import Target, cache_problems, engine_problems
+from compressor.model.architecture import Architecture
+from compressor.programs import PROGRAMS
+from compressor.recipe import Recipe
+from compressor.sections import ExportFormat
+from compressor.stages.packing import target_of
+from compressor.types import Problem
+
+# Formats for quantized weights only.
+_PACKED = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+
+
+def _possible(recipe: Recipe, final: Architecture) -> Iterator[Architecture]:
+    """What the run may come to: the plan's example, and every grid that a stage may choose."""
+    yield final
+    for stage in recipe.stages:
+        yield from stage.alternatives(final)
+
+
+def export_problems(recipe: Recipe, final: Architecture) -> list[Problem]:
+    """Deliverables that a format cannot hold or an engine would not load."""
+    found = []
+    for index, export in enumerate(recipe.export):
+        if export.format not in _serving(final):
+            found.append(_forgotten_inputs(recipe, index, final))
+            continue
+        targets = _targets(final)
+        found += _cache_problems(recipe, index, final)
+        possible = [_targets(one) for one in _possible(recipe, final)]
+        bare = all(target.scheme is None for target in targets) and final.cache is None
+        if export.format in _PACKED and bare:
+            message = f"nothing is quantized, so there is nothing to pack as {export.format}"
+            hint = "add a quantize stage, or export `dense`"
+            found.append(recipe.problem(("export", index, "format"), message, hint))
+        sentences = [
+            sentence
+            for one in possible
+            for sentence in container_problems(one, export.container, final.model_type)
+        ]
+        for message in _summary(list(dict.fromkeys(sentences))):
+            hint = _HINTS.get(export.container, "change the stage, or export `dense`")
+            found.append(recipe.problem(("export", index, "format"), message, hint))
+        found += _second_quantizer(recipe, index)
+        found += _embedding_problems(recipe, index, final)
+        package = PACKAGES.get(export.format)
+        if package and find_spec(package) is None:
+            message = f"{export.format} export needs the package {package}, which is not installed"
+            hint = f"pip install {package}"
+            found.append(recipe.problem(("export", index, "format"), message, hint))
+        found += _missing_environment(recipe, index)
+        for engine in export.engines:
+            sentences = [
+                sentence
+                for one in possible
+                for sentence in engine_problems(engine, one, export.container)
+            ]
+            for message in _summary(list(dict.fromkeys(sentences))):
+                hint = f"change the stage, or take {engine} out of `engines`"
+                found.append(recipe.problem(("export", index, "engines"), message, hint))
+    return found
+
+
+_HINTS: Mapping[str, str] = {
+    "llama-quantize": "leave `type` out and the codes go into the file as they are, or leave the "
+    "rounding to the quantizer",
+}
+
+
+def _second_quantizer(recipe: Recipe, index: int) -> list[Problem]:
+    """An export that llama.cpp's quantizer writes, where there is none."""
+    if recipe.export[index].type is None or llama_quantize.find_program() is not None:
+        return []
+    message, hint = llama_quantize.missing(), llama_quantize.HINT
+    return [recipe.problem(("export", index, "type"), message, hint)]
+
+
+def _embedding_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
+    """An embedding that the export is to round, and cannot."""
+    kind, dense = recipe.export[index].blocks, dense_outer(final)
+    if kind is None:
+        return []
+    message = ""
+    if not dense:
+        message = "the chain has rounded the embedding, so that nothing is left to round"
+    elif wide := [matrix for matrix in dense if matrix.shape[1] % GGUF_BLOCK]:
+        message = (
+            f"{wide[0].name} has {wide[0].shape[1]} inputs; blocks of {kind} have {GGUF_BLOCK}"
+        )
+    hint = "leave `embedding` out"
+    return [recipe.problem(("export", index, "embedding"), message, hint)] if message else []
+
+
+def _missing_environment(recipe: Recipe, index: int) -> list[Problem]:
+    """A program that has to write the format, and is not there."""
+    form = recipe.export[index].format
+    if form not in ENVIRONMENTS:
+        return []
+    try:
+        PROGRAMS[ENVIRONMENTS[form]].find()
+    except ResourceError as error:
+        message = f"{form} export needs another program: {error.message}"
+        return [recipe.problem(("export", index, "format"), message, error.hint)]
+    return []
+
+
+def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
+    """A rounded cache that a format or an engine does not take."""
+    if final.cache is None:
+        return []
+    export = recipe.export[index]
+    found = dict.fromkeys(
+        message
+        for one in _possible(recipe, final)
+        for message in cache_problems(_targets(one), export.container, final.cache, export.engines)
+    )
+    return [
+        recipe.problem(
+            ("export", index, "format"), message, "leave quantize.kv out, or change this"
+        )
+        for message in found
+    ]
+
+
+def _serving(final: Architecture) -> Sequence[str]:
+    """The formats that can say how the model's inputs are rounded."""
+    numbers = {scheme.number for scheme in final.activations.values()}
+    if not numbers:
+        return get_args(ExportFormat)
+    return ("bitsandbytes",) if numbers == {"absmax"} else ("compressed-tensors",)
+
+
+def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Problem:
+    """A format that holds weights only would be served otherwise than it was measured."""
+    name, scheme = next(iter(final.activations.items()))
+    message = (
+        f"{recipe.export[index].format} cannot say that inputs are rounded ({name}, to "
+        f"{scheme.name}), so that it would not give what is measured"
+    )
+    (right,) = _serving(final)
+    hint = f"export {right}, or do not round inputs"
+    return recipe.problem(("export", index, "format"), message, hint)
+
+
+def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
+    """The first few of many sentences of one kind; a model has hundreds of matrices."""
+    kept = list(sentences[:most])
+    if len(sentences) > most:
+        kept[-1] += f" (and {len(sentences) - most} more problems like these)"
+    return kept
+
+
+def _targets(architecture: Architecture) -> list[Target]:
+    return [
+        target_of(matrix, architecture)
+        for matrix in architecture.matrices
+        if matrix.role != "position"
+    ]

@@ -1,0 +1,199 @@
+"""What a report warns of: each sentence with the numbers behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from compressor.evaluation.results import Score
+from compressor.report.draft_statements import draft_warnings
+from compressor.report.schema import Report, Statement, Style
+from compressor.report.statements import Document, engine_statement, pointer, state
+
+FEW_TOKENS = 10_000  # fewer, and the 99.9 % quantile rests on less than ten of them
+
+
+def warnings_of(report: Report, document: Document) -> Iterator[Statement]:
+    """What a reader should know before trusting the numbers, in the order of the report.
+
+    Args:
+        report: without its sentences.
+        document: the same as JSON, which pointers lead into.
+    """
+    rules: tuple[Callable[[Report, Document], Iterator[Statement]], ...] = (
+        _run_warnings,
+        _size_warnings,
+        _artifact_warnings,
+        _engine_warnings,
+        _contamination_warnings,
+        _sampling_warnings,
+        _interval_warnings,
+        _protocol_warnings,
+        _stage_warnings,
+        draft_warnings,
+    )
+    for rule in rules:
+        yield from rule(report, document)
+
+
+def _run_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    if report.run.status != "finished":
+        yield state(
+            document,
+            "status",
+            "The run is {status}; rows may be missing.",
+            status=(pointer("run", "status"), "text"),
+        )
+    if not report.env.deterministic:
+        yield state(document, "nondeterministic", "The run was not deterministic: bytes may vary.")
+    if report.base.licence is None:
+        yield state(document, "licence", "The licence of the base is unknown: settle it first.")
+    if not report.gates:
+        yield state(
+            document,
+            "no-gates",
+            "No quality gate was set: nothing here says what loss is too much.",
+        )
+
+
+def _size_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    for place, variant in enumerate(report.variants[1:], start=1):
+        if variant.size.ratio_total < 1:
+            yield state(
+                document,
+                f"grew-{variant.id}",
+                "{label} takes more bytes than the base: a ratio of {ratio}.",
+                label=(pointer("variants", place, "label"), "text"),
+                ratio=(pointer("variants", place, "size", "ratio_total"), "ratio"),
+            )
+
+
+def _artifact_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    for place, variant in enumerate(report.variants):
+        if variant.artifact is not None and not variant.artifact.reload_ok:
+            yield state(
+                document,
+                f"reload-{variant.id}",
+                "{label} was not read back from disk: memory does not hold it. Load it elsewhere.",
+                label=(pointer("variants", place, "label"), "text"),
+            )
+
+
+def _engine_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    for place, check in enumerate(report.engine_checks):
+        if check.verdict == "FAIL":
+            yield engine_statement(
+                place,
+                document,
+                "{title} does not compute from {format} what was measured: {detail}.",
+                detail=("detail", "text"),
+            )
+
+
+def _contamination_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    for place, item in enumerate(report.contamination):
+        if item.contaminated:
+            entry = ("contamination", place)
+            yield state(
+                document,
+                f"contaminated-{item.domain}",
+                "Domain {domain} is contaminated: {overlap} of its {ngram}-grams also stand in "
+                "the calibration text, so its numbers flatter.",
+                domain=(pointer(*entry, "domain"), "text"),
+                overlap=(pointer(*entry, "overlap"), "share"),
+                ngram=(pointer(*entry, "ngram"), "count"),
+            )
+
+
+def _sampling_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    evaluation = report.evaluations.get(report.headline)
+    if evaluation is None:
+        return
+    place = ("evaluations", report.headline)
+    if evaluation.protocol.documents_limit is not None:
+        yield state(
+            document,
+            "documents-limit",
+            "Evaluated on a sample: at most {limit} of the documents of every domain.",
+            limit=(pointer(*place, "protocol", "documents_limit"), "count"),
+        )
+    if evaluation.overall.tokens < FEW_TOKENS:
+        yield state(
+            document,
+            "few-tokens",
+            "With {tokens} tokens the tail quantiles rest on a handful of positions.",
+            tokens=(pointer(*place, "overall", "tokens"), "count"),
+        )
+
+
+def _interval_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    evaluation = report.evaluations.get(report.headline)
+    for domain, score in evaluation.domains.items() if evaluation else ():
+        place = ("evaluations", report.headline, "domains", domain)
+        if _spans_zero(score):
+            yield state(
+                document,
+                f"spans-zero-{domain}",
+                "The interval spans zero on {domain}: {delta} bits per byte.",
+                domain=(pointer(*place), "key"),
+                delta=(pointer(*place, "delta_bits_per_byte"), "delta"),
+            )
+        if score.documents < 2:
+            yield state(
+                document,
+                f"one-document-{domain}",
+                "Domain {domain} has a single document and therefore no interval.",
+                domain=(pointer(*place), "key"),
+            )
+
+
+def _spans_zero(score: Score) -> bool:
+    delta = score.delta_bits_per_byte
+    if delta is None or delta.low is None or delta.high is None:
+        return False
+    return delta.low < 0 < delta.high
+
+
+def _protocol_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    base = report.evaluations.get(report.variants[0].id)
+    for name, evaluation in report.evaluations.items():
+        if base is not None and evaluation.protocol != base.protocol:
+            yield state(
+                document,
+                f"protocol-{name}",
+                "{variant} was evaluated under another protocol than the base: do not compare.",
+                variant=(pointer("evaluations", name, "variant"), "text"),
+            )
+
+
+def _stage_warnings(report: Report, document: Document) -> Iterator[Statement]:
+    for place, variant in enumerate(report.variants[1:], start=1):
+        stage = ("variants", place, "stage")
+        method: tuple[str, Style] = (pointer(*stage, "method"), "text")
+        label: tuple[str, Style] = (pointer("variants", place, "label"), "text")
+        if variant.stage is None:
+            continue
+        if variant.stage.fallbacks:
+            yield state(
+                document,
+                f"fallbacks-{variant.id}",
+                "{label}: {method} did not always do what was asked; recorded fallbacks: {count}.",
+                label=label,
+                method=method,
+                count=(pointer(*stage, "fallbacks"), "length"),
+            )
+        metrics = variant.stage.metrics_per_module
+        worse = [i for i, m in enumerate(metrics) if m.loss > m.baseline_loss > 0]
+        if worse:
+            worst = max(worse, key=lambda i: metrics[i].loss / metrics[i].baseline_loss)
+            entry = (*stage, "metrics_per_module", worst)
+            yield state(
+                document,
+                f"worse-than-simple-{variant.id}",
+                f"{{label}}: {{method}} is worse than {variant.stage.simple_method} on {{module}}: "
+                "{loss} against {baseline}.",
+                label=label,
+                method=method,
+                module=(pointer(*entry, "module"), "text"),
+                loss=(pointer(*entry, "loss"), "number"),
+                baseline=(pointer(*entry, "baseline_loss"), "number"),
+            )

@@ -1,0 +1,109 @@
+"""The text that a target writes for its draft: requests, answers, interruptions, time boxes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compressor import resources
+from compressor.decoding import corpus
+from compressor.decoding.cached import CachedModel
+from compressor.decoding.corpus import OWN, TextOptions, draft_text
+from compressor.decoding.prompts import as_prompt, asking
+from compressor.model.load import load_model, load_tokenizer
+from compressor.progress import SilentObserver
+from compressor.types import TokenBatch
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+OPTIONS = TextOptions(
+    rows=12, length=24, generated=0.5, prompt=6, temperatures=(0.0, 1.0), batch=4, seed=1
+)
+
+
+@cache
+def target() -> CachedModel:
+    return CachedModel(load_model(resources.builtin_model("tiny"), "cpu", torch.float32))
+
+
+def tokenizer(template: str | None = TEMPLATE) -> Any:
+    found = load_tokenizer(resources.builtin_model("tiny"))
+    found.chat_template = template
+    return found
+
+
+def text() -> list[TokenBatch]:
+    ids = torch.randint(5, 4000, (10, 24), generator=torch.Generator().manual_seed(2))
+    return [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 10)]
+
+
+def written(folder: Path, options: TextOptions, template: str | None = TEMPLATE) -> list[Any]:
+    batches = draft_text(target(), text(), tokenizer(template), options, folder, SilentObserver())
+    return [
+        (ids[mask].tolist(), domain)
+        for batch in batches
+        for ids, mask, domain in zip(batch.input_ids, batch.mask, batch.domains, strict=True)
+    ]
+
+
+def test_a_template_in_two_parts() -> None:
+    own = tokenizer()
+    parts = asking(own)
+    assert parts is not None
+    before, after = map(own.decode, parts)
+    whole = own.decode(as_prompt(own, own("a b")["input_ids"]))
+    assert whole.startswith(before)
+    assert whole.endswith(after)
+    assert before.strip() == "<user>"
+    assert asking(tokenizer(None)) is None
+    assert asking(tokenizer("{{ messages | length }}")) is None
+
+
+def test_a_target_writes_its_own_requests(tmp_path: Path) -> None:
+    rows = written(tmp_path, replace(OPTIONS, own_requests=True))
+    parts = asking(tokenizer())
+    assert parts is not None
+    before, after = parts
+    own = [row for row, domain in rows if domain == OWN]
+    assert len(rows) == 12
+    assert len(own) == 6
+    for row in own:
+        assert row[: len(before)] == before
+        places = range(len(before), len(row) - len(after))
+        assert any(row[place : place + len(after)] == after for place in places)
+        assert len(row) <= 24
+    assert len({tuple(row) for row in own}) == 6
+
+
+def test_without_a_template_there_are_no_requests(tmp_path: Path) -> None:
+    asked = written(tmp_path / "asked", replace(OPTIONS, own_requests=True), None)
+    assert asked == written(tmp_path / "plain", OPTIONS, None)
+    assert {domain for _, domain in asked} == {"prose"}
+
+
+def test_writing_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "_TOGETHER", 2)
+    whole = written(tmp_path, OPTIONS)
+    kept = sorted((tmp_path / "written").glob("*.safetensors"))
+    assert len(kept) == 3
+    kept[1].unlink()
+    times = [path.stat().st_mtime_ns for path in (kept[0], kept[2])]
+    assert written(tmp_path, OPTIONS) == whole
+    assert [path.stat().st_mtime_ns for path in (kept[0], kept[2])] == times
+
+
+def test_a_time_box_keeps_the_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "_TOGETHER", 2)
+    rows = written(tmp_path, replace(OPTIONS, seconds=1e-9))
+    assert len(rows) == 4
+    given = {tuple(ids.tolist()) for ids in text()[0].input_ids}
+    assert sum(tuple(row) in given for row, _ in rows) == 2

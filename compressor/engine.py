@@ -58,6 +58,7 @@ from compressor.progress import Observer, SilentObserver
 from compressor.provenance import combined_sha256, hash_files, packages
 from compressor.publish import Publication, publish, require_access
 from compressor.recipe import Recipe, dump_lock, load_recipe
+from compressor.reload import unpack
 from compressor.report.build import build_report
 from compressor.report.render import write_report
 from compressor.report.schema import Artifact, Draft, FileHash, Report
@@ -529,7 +530,7 @@ class _Run:
             event = self.journal.append("exported", format=name, sha256=sha256, **facts)
         if not self._is_evaluated(name):
             dense = scratch / name
-            requantize.unpack(out, last.checkpoint, dense, self.plan.parameters)
+            unpack(out, last.checkpoint, dense, self.plan.parameters)
             self._evaluate(Variant(name, dense))
             shutil.rmtree(dense)
         self.evaluations[name] = self.session.load(name)

@@ -22,6 +22,7 @@ BESIDE = {
     "evaluation",
     "report",
     "publish",
+    "reload",
     "provenance",
     "meter",
 }

@@ -128,10 +128,11 @@ class TrainedDraftConfig(DraftConfig):
     precision: Literal["auto", "fp32", "bf16"] = precision_option()
     learning_rate: float = option(1e-3, "At its peak; a linear rise, then a cosine.", gt=0)
     matrix_rate: float | None = option(
-        5e-3,
-        "Of matrices, at its peak: they are trained by Muon, embedding and head by AdamW. None "
-        "trains all by AdamW at `learning_rate`.",
-        effect="Steps in all directions of a matrix alike: more is learnt from little text.",
+        None,
+        "Train matrices by Muon at this rate, at its peak, and only embedding, head and vectors by "
+        "AdamW at `learning_rate`; without it AdamW trains all.",
+        effect="Steps as long in every direction of a matrix: more is learnt from little text by "
+        "matrices that begin far from where they end, and good ones are spoiled.",
         source="Jordan et al. 2024, Muon; rates as in Liu et al. 2025, arXiv:2502.16982",
         gt=0,
     )

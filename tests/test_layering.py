@@ -22,6 +22,8 @@ BESIDE = {
     "evaluation",
     "report",
     "publish",
+    "hub",
+    "licences",
     "provenance",
     "meter",
 }

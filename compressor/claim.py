@@ -10,6 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compressor.disk import writing
 from compressor.errors import ResourceError, ResumeError
 from compressor.recipe import UNDECISIVE, Recipe
 from compressor.sections import Lock
@@ -30,7 +31,8 @@ def require_disk(out: Path, needed: int) -> None:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Two processes must not write one run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             try:

@@ -26,6 +26,7 @@ from click.shell_completion import CompletionItem
 from compressor import __version__, console
 from compressor.commands import looking, measuring, running, serving
 from compressor.commands.options import Settings, common, complete_recipes, recipe_names
+from compressor.disk import hint
 from compressor.errors import (
     CompressorError,
     GateFailed,
@@ -128,7 +129,9 @@ def _environment(error: OSError | MemoryError) -> ResourceError:
     if isinstance(error, MemoryError):
         return ResourceError("not enough memory", "smaller batches need less; see compress plan")
     reason = error.strerror or str(error)
-    return ResourceError(f"{error.filename}: {reason}" if error.filename else reason)
+    return ResourceError(
+        f"{error.filename}: {reason}" if error.filename else reason, hint(error.errno)
+    )
 
 
 def _report_data(settings: Settings, error: CompressorError) -> None:

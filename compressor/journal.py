@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compressor.disk import writing
 from compressor.errors import ResumeError
 
 Event = dict[str, Any]
@@ -25,11 +26,13 @@ class Journal:
 
     Raises:
         ResumeError: a whole line is not JSON.
+        ResourceError: it may not be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.touch()
+        with writing(path):
+            path.touch()
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
         os.truncate(path, sum(map(len, whole)))
         self.events = [self._read(number, line) for number, line in enumerate(whole, 1)]
@@ -44,9 +47,13 @@ class Journal:
         return event
 
     def append(self, name: str, **facts: Any) -> Event:
-        """Write one event, flushed to the disk before this returns."""
+        """Write one event, flushed to the disk before this returns.
+
+        Raises:
+            ResourceError: the disk refused it.
+        """
         event = {"event": name, "time": round(time.time(), 3), **facts}
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,6 @@ Hub gives back is identical to the byte, and loads.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compressor.disk import link_or_copy
 from compressor.errors import AccessError, ModelError, UsageError, VerificationError
 from compressor.formats.atomic import atomic_write_text
 from compressor.formats.exporters import exporter
@@ -302,11 +302,7 @@ def _stage(repository: Repository, folder: Path) -> None:
         if isinstance(item, str):
             atomic_write_text(target, item)
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(item, target)
-        except OSError:
-            shutil.copy2(item, target)
+        link_or_copy(item, target)
 
 
 def _prove(api: HfApi, name: str, revision: str, folder: Path, form: str) -> None:

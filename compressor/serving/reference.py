@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from compressor.disk import writing
 from compressor.errors import UsageError
 from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_json
@@ -62,7 +63,9 @@ def as_checkpoint(folder: Path, like: Path | None = None) -> Iterator[Path]:
         config = read_config(folder)
         config.pop("quantization_config", None)
         atomic_write_json(Path(work) / "config.json", config)
-        save_file({name: t.contiguous() for name, t in read(folder)}, Path(work) / SINGLE)
+        dense = {name: t.contiguous() for name, t in read(folder)}
+        with writing(Path(work)):
+            save_file(dense, Path(work) / SINGLE)
         copy_parent_files(folder, Path(work))
         yield Path(work)
 

@@ -119,7 +119,7 @@ def fit_grid(
 
 
 def _as_stored(scale: Tensor, zero: Tensor, stored: Stored) -> Grid:
-    """The grid of scales, as they are multiplied with, and zero-points, both fp32 [rows, groups]."""
+    """The grid of scales, as they are multiplied with, and zero-points, fp32 [rows, groups]."""
     if stored.divisor is not None:
         exact = round_to_float_(scale * stored.divisor, 8)  # dividing may have cost a last bit
         return Grid(exact.to(stored.dtype), None, stored.divisor)

@@ -17,6 +17,7 @@ from compressor.journal import Event
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.provenance import combined_sha256, hash_files
+from compressor.reload import unpack
 from compressor.report.schema import Artifact
 from compressor.report.snippets import load_snippets
 from compressor.requantize import Requantized
@@ -76,7 +77,7 @@ class Deliverables:
         event = self._written(config, write)
         if not run.is_evaluated(name):
             dense = scratch / name
-            requantize.unpack(self._folder(config), run.last.checkpoint, dense, run.plan.parameters)
+            unpack(self._folder(config), run.last.checkpoint, dense, run.plan.parameters)
             run.evaluate(Variant(name, dense))
             shutil.rmtree(dense)
         run.evaluations[name] = run.session.load(name)

@@ -53,14 +53,6 @@ from compressor.report.schema import Report
 from compressor.sections import ExportConfig, Lock
 from compressor.state import RunState
 from compressor.team import ALONE, Team
-from compressor.types import Fallback
-
-_NOT_LOADED_WHOLE = Fallback(
-    module="model",
-    reason="memory does not hold the model whole",
-    action="checked block by block; AutoModelForCausalLM was not tried",
-)
-_DIFFERENCES = ("max_logit_difference", "max_weight_difference", "max_logprob_difference")
 
 
 @dataclass(frozen=True)

@@ -42,12 +42,20 @@ from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.paths import resolve_paths, written_paths
 from compressor.registry import registry
-from compressor.sections import Effort, Efforts, ExportConfig, Lock, PublishConfig, Section
+from compressor.sections import (
+    Effort,
+    Efforts,
+    EngineName,
+    ExportConfig,
+    Lock,
+    PublishConfig,
+    Section,
+)
 from compressor.source import Location, Source, apply_overrides, read_source, read_text
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-UNDECISIVE = {"name", "description", "publish", "lock"}
+UNDECISIVE = {"name", "description", "engines", "publish", "lock"}
 """Parts of a recipe that decide nothing about its result."""
 
 
@@ -76,6 +84,11 @@ class Recipe(Section):
     )
     export: tuple[ExportConfig, ...] = Field(
         default=(ExportConfig(format="compressed-tensors"),), description="Deliverables."
+    )
+    engines: tuple[EngineName, ...] = Field(
+        default=(),
+        description="Programs that the result is for: the plan refuses the recipe where one of "
+        "them would load none of the deliverables. See compress ls engines.",
     )
     publish: PublishConfig | None = Field(
         default=None,

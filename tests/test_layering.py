@@ -24,6 +24,7 @@ BESIDE = {
     "publish",
     "hub",
     "licences",
+    "reload",
     "provenance",
     "meter",
 }

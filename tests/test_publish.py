@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from huggingface_hub import HfApi, constants
 from ruamel.yaml import YAML
 
 from compressor import publish as publishing
+from compressor import reload
 from compressor.cli import main
 from compressor.engine import run_recipe
 from compressor.errors import AccessError, ResourceError, UsageError, VerificationError
@@ -375,24 +375,25 @@ def test_a_recipe_publishes_and_its_repetition_only_that(
     assert "me/other" not in hub.repos
 
 
-def test_what_came_back_is_unpacked(
+def test_what_came_back_writes_text(
     run: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes that nobody can read are no success: of GGUF every matrix is unpacked."""
-    seen: list[Path] = []
-    real = publishing.exporter
+    """The same bytes that nobody can read are no success, whatever their format."""
+    written: list[str] = []
+    real = reload.continued
 
-    def watched(name: str) -> Any:
-        found = real(name)
-        assert found.read is not None
-
-        def read(folder: Path) -> Any:
-            seen.append(folder)
+    def watched(folder: Path) -> str:
+        assert folder.name.startswith("compress-publish-")
+        if written:
             raise VerificationError("cannot be read")
+        written.append(real(folder))
+        return written[0]
 
-        return dataclasses.replace(found, read=read)
-
-    monkeypatch.setattr(publishing, "exporter", watched)
+    monkeypatch.setattr(reload, "continued", watched)
     with pytest.raises(VerificationError, match="cannot be read"):
-        publish(run, "me/tiny", api=api)
-    assert [folder.name.startswith("compress-publish-") for folder in seen] == [True]
+        publish(run, "me/tiny", public=True, api=api)
+    monkeypatch.undo()
+    texts = [real(run / "deliverable" / form) for form in ("compressed-tensors", "gguf")]
+    assert written == texts[:1] == texts[1:]  # both hold the same weights
+    assert not hub.repos["me/tiny"].private
+    assert hub.repos["me/tiny-gguf"].private

@@ -15,13 +15,14 @@ import torch
 
 from compressor.cli import main
 from compressor.engine import RunOutcome, export_run
-from compressor.errors import ResourceError, UsageError
+from compressor.errors import ModelError, ResourceError, UsageError
 from compressor.formats import exporters
 from compressor.formats.exporters import Source
 from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
 from compressor.programs import PROGRAMS, EngineFailed
 from compressor.publish import plan_publication
+from compressor.reload import as_checkpoint
 from compressor.report.render import load_report, stale_files
 from compressor.report.schema import EngineCheck
 from compressor.report.text import to_text
@@ -31,7 +32,7 @@ from compressor.serving import check as checking
 from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.check import compare, judge, subjects_of
 from compressor.serving.record import record
-from compressor.serving.reference import as_checkpoint, container_of
+from compressor.serving.reference import container_of
 from compressor.types import WeightScheme
 from tests import runs
 from tests.formats.helpers import quantize_checkpoint
@@ -229,14 +230,39 @@ def test_files_alone_are_compared_with_what_they_hold(tmp_path: Path, form: Any)
     )
     exporters.exporter(form).write(Source(dense, codes, 1, form), tmp_path / "out")
     assert container_of(tmp_path / "out") == (form,)
-    if form == "gguf":
-        with pytest.raises(UsageError, match=r"no config\.json"), as_checkpoint(tmp_path / "out"):
-            pass
-    with as_checkpoint(tmp_path / "out", dense if form == "gguf" else None) as folder:
+    with as_checkpoint(tmp_path / "out") as folder:
         held, ours = CheckpointReader(folder), CheckpointReader(dense)
         assert set(held) == set(ours)
         assert all(torch.equal(held[name].to(ours[name].dtype), ours[name]) for name in ours)
         assert load_model(folder).config.to_dict().get("quantization_config") is None
+        text = "The history of  the 1234 größte — don't!\n\tx = f(y)  # 中文"
+        assert load_tokenizer(folder)(text).input_ids == load_tokenizer(dense)(text).input_ids
+        model, same = (
+            load_model(folder, dtype=torch.float32),
+            load_model(dense, dtype=torch.float32),
+        )
+        ids = torch.tensor([load_tokenizer(dense)(text).input_ids])
+        assert torch.equal(model(ids).logits, same(ids).logits)
+
+
+def test_a_file_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    exporters.exporter("gguf").write(Source(builtin_model("tiny"), {}, 1, "gguf"), tmp_path)
+    file = tmp_path / "model.gguf"
+    name = b"general.architecture"
+    data = bytearray(file.read_bytes())
+    at = data.index(b"llama", data.index(name) + len(name))
+    data[at : at + 5] = b"lemma"
+    file.write_bytes(data)
+    with (
+        pytest.raises(ModelError, match=r"does not read model\.gguf.*lemma"),
+        as_checkpoint(tmp_path),
+    ):
+        pass
+    graph = tmp_path / "graph"
+    graph.mkdir()
+    (graph / "model.onnx").touch()
+    with pytest.raises(UsageError, match="nothing here reads weights"), as_checkpoint(graph):
+        pass
 
 
 def test_an_engine_that_fails_says_why(tmp_path: Path, question: Question) -> None:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from compressor.disk import writing
 from compressor.errors import ResourceError, ResumeError
 from compressor.recipe import UNDECISIVE, Recipe
+from compressor.report.numbers import size
 from compressor.sections import Lock
 
 
@@ -23,7 +24,7 @@ def require_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free + written
     if free < needed:
         raise ResourceError(
-            f"the run needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB",
+            f"the run needs {size(needed)} of disk and {existing} has {size(free)}",
             "choose another folder with -o",
         )
 

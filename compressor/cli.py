@@ -71,7 +71,7 @@ class RoutingGroup(click.Group):
         word = args[0]
         if word in self.commands or word.startswith("-"):
             return super().resolve_command(ctx, args)
-        if word.endswith(_YAML) or "/" in word or Path(word).is_file() or word in recipe_names():
+        if word.endswith(_YAML) or "/" in word or Path(word).exists() or word in recipe_names():
             return super().resolve_command(ctx, ["run", *args])
         near = difflib.get_close_matches(word, [*self.commands, *recipe_names()], n=1)
         guess = f" Did you mean {near[0]!r}?" if near else ""

@@ -25,7 +25,7 @@ class Journal:
     have announced is done again.
 
     Raises:
-        ResumeError: a whole line is not JSON.
+        ResumeError: a whole line is no event.
         ResourceError: it may not be written.
     """
 
@@ -39,11 +39,13 @@ class Journal:
 
     def _read(self, number: int, line: bytes) -> Event:
         try:
-            event: Event = json.loads(line)
+            event: Event | object = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or not {"event", "time"} <= event.keys():
             raise ResumeError(
                 f"{self.path}:{number} is damaged", "start again in another folder with -o"
-            ) from None
+            )
         return event
 
     def append(self, name: str, **facts: Any) -> Event:

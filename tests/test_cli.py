@@ -60,6 +60,42 @@ def test_a_broken_recipe_is_reported_with_its_place(compress: Compress, tmp_path
     assert [(p["line"], p["column"]) for p in data["problems"]] == [(3, 5)]
 
 
+def test_a_folder_is_no_recipe(
+    compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for words in (["plan", "folder"], ["plan", "./folder"], ["folder"]):
+        result = compress(*words, "builtin:tiny", *(["-o", "out"] if len(words) == 1 else []))
+        assert result.code == 2
+        assert "'folder' is a folder; a recipe is a YAML file" in result.err
+        assert "compress ls recipes" in result.err
+    (tmp_path / "folder" / "recipe.lock.yaml").touch()  # of a run, which has one inside
+    assert "compress resume folder" in compress("plan", "folder", "builtin:tiny").err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_without_a_method_is_told_where_to_find_one(
+    compress: Compress, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("stages:\n  - bits: 4\n", encoding="utf-8")
+    result = compress("plan", str(path), "builtin:tiny")
+    assert result.code == 2
+    assert f"{path}:2:5: an entry of stages needs the key 'method'" in result.err
+    assert "compress ls methods" in result.err
+
+
+def test_a_file_is_no_place_for_a_run(compress: Compress, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine", encoding="utf-8")
+    result = compress("quickstart", "builtin:tiny", "-o", str(file))
+    assert (result.code, "is a file" in result.err) == (2, True)
+    below = compress("quickstart", "builtin:tiny", "-o", str(file / "below"))
+    assert (below.code, f"cannot write {file}/below: Not a directory" in below.err) == (3, True)
+    assert file.read_text(encoding="utf-8") == "mine"
+
+
 def test_an_impossible_chain_is_refused_by_the_plan(compress: Compress, tmp_path: Path) -> None:
     path = tmp_path / "wide.yaml"
     path.write_text(GOOD.replace("64", "256"), encoding="utf-8")

@@ -25,6 +25,7 @@ from compressor.model.load import read_config
 from compressor.plan import make_plan
 from compressor.provenance import file_sha256
 from compressor.recipe import load_recipe
+from compressor.report.numbers import size
 from tests.command import Compress
 from tests.place import (
     PARTS,
@@ -136,7 +137,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     )
     result = compress(place.recipe, place.model, "-o", "new/deep")
     assert result.code == 3
-    assert "GB of disk" in result.err
+    assert f"the run needs {size(plan.disk_bytes)} of disk and " in result.err
     assert not Path("new").exists()
     # What a run has written already counts as free.
     assert compress(*place.line, "-q").code == 0
@@ -281,10 +282,20 @@ def test_a_deliverable_that_is_not_what_was_verified_is_written_again(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_results_that_are_gone_are_measured_again(place: Place, compress: Compress) -> None:
+@pytest.mark.parametrize("how", ["gone", "cut", "other"])
+def test_results_that_are_not_whole_are_measured_again(
+    place: Place, compress: Compress, how: str
+) -> None:
     folder = place.run / "evaluations"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    shutil.rmtree(folder)
+    if how == "gone":
+        shutil.rmtree(folder)
+    elif how == "cut":
+        os.truncate(folder / "base.npz", 100)
+        os.truncate(folder / f"{STAGE}.json", 100)
+    else:
+        (folder / "base.json").write_text("{}", encoding="utf-8")
+        (folder / f"{STAGE}.npz").write_bytes(b"something else")
     assert compress(*place.line).code == 0
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert before.keys() == after.keys()

@@ -29,6 +29,7 @@ from compressor.decoding.cached import CachedModel
 from compressor.decoding.load import load_draft
 from compressor.decoding.measure import Protocol, measure_draft
 from compressor.decoding.results import WORTHWHILE, DraftMeasurement
+from compressor.meter import Meter
 from compressor.model.load import load_model, load_tokenizer, resolve
 from compressor.numerics.speculative import limiting_term
 from compressor.progress import Observer, observer
@@ -119,16 +120,30 @@ def main() -> None:
     samples = max(16, min(768, drafter.tokens // 512))  # type: ignore[attr-defined]
     with observer(quiet=False) as watcher:
         calibration = build_batches(CalibrationConfig(samples=samples, length=256), tokenizer)
-        folder = finished(drafter, base, calibration, options.out / "draft", watcher)
+        with Meter() as meter:
+            folder = finished(drafter, base, calibration, options.out / "draft", watcher)
+        cost = kept_cost(options.out / "cost.json", meter)
         prompts = chat_prompts(tokenizer, options.prompts)
         lines = []
         for name in options.decode:
             found = measured(options, base, drafter, folder, prompts, name, watcher)
             lines += [*report(options, folder, found, name), ""]
+        lines.append(
+            f"Text and training: {cost['seconds'] / 60:.0f} minutes in the attempt that ended them, "
+            f"{cost['peak_bytes'] / 2**30:.1f} GiB at the peak."
+        )
     text = "\n".join(lines)
     print(text)
     if options.results:
         options.results.write_text(text)
+
+
+def kept_cost(path: Path, meter: Meter) -> dict[str, float]:
+    """What making the draft cost, from the attempt that made it."""
+    if not path.is_file():
+        cost = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
+        path.write_text(json.dumps(cost))
+    return dict(json.loads(path.read_text()))
 
 
 def measured(

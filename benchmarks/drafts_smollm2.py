@@ -129,7 +129,7 @@ def main() -> None:
             found = measured(options, base, drafter, folder, prompts, name, watcher)
             lines += [*report(options, folder, found, name), ""]
         lines.append(
-            f"Text and training: {cost['seconds'] / 60:.0f} minutes in the attempt that ended them, "
+            f"Text and training: {cost['seconds'] / 60:.0f} minutes (the attempt that ended them), "
             f"{cost['peak_bytes'] / 2**30:.1f} GiB at the peak."
         )
     text = "\n".join(lines)

@@ -314,15 +314,20 @@ def test_a_block_that_is_gone_is_made_up_for(tmp_path: Path, other_text: Calibra
     base = loss(TINY, other_text)
     shape = replace(shape_of(Architecture.from_config(read_config(TINY))), layers=3)
     harm = {}
-    for share in (0.0, 0.5):
-        folder = tmp_path / str(share)
-        mix = mixing.Mix(shape, (0, 2, 3), damping=2.0, shrinkage=0.0, propagate=share)
+    for share, align in ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0), (0.5, 1.0)):
+        folder = tmp_path / f"{share}-{align}"
+        mix = mixing.Mix(shape, (0, 2, 3), 2.0, shrinkage=0.0, propagate=share, align=align)
         result = mixing.prune_mix(mix, TINY, text.batches, context(folder))
         verify_tensors(TINY, folder, result.changed, removed=result.removed, renamed=result.renamed)
-        assert bool(result.changed) == (share > 0)
+        roles = {name.split(".")[-2] for name in result.changed}
+        undone = {"o_proj", "down_proj"} if share else set()
+        seen = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if align else set()
+        assert roles == undone | seen
         assert not any(".layers.0." in name for name in result.changed)
-        harm[share] = loss(folder, other_text) - base
-    assert harm[0.5] < 0.9 * harm[0.0]
+        harm[share, align] = loss(folder, other_text) - base
+    assert harm[0.5, 0.0] < 0.9 * harm[0.0, 0.0]
+    assert harm[0.0, 1.0] < 0.9 * harm[0.0, 0.0]
+    assert harm[0.5, 1.0] < 0.95 * harm[0.5, 0.0]
 
 
 def test_a_robust_stage_weighs_domains_and_keeps_the_best_round(

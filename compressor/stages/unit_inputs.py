@@ -69,8 +69,7 @@ def paired(architecture: Architecture, expert: int | None) -> bool:
 class _Sums:
     """Sums over the tokens of one domain, or of all."""
 
-    def __init__(self, place: Place, device: torch.device, paired: bool) -> None:
-        out, width = place.reader.info.shape
+    def __init__(self, out: int, width: int, device: torch.device, paired: bool) -> None:
         self.hessian = HessianAccumulator(width, device)
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.cross = torch.zeros(out, width, device=device) if paired else None
@@ -89,13 +88,17 @@ class _Sums:
 
 
 class _Seen:
-    """Sums of one reader's inputs, apart by domain where domains have weights."""
+    """Sums of one reader's inputs [in], apart by domain where domains have weights."""
 
     def __init__(
-        self, place: Place, device: torch.device, paired: bool, weights: Sequence[float] | None
+        self,
+        shape: tuple[int, int],
+        device: torch.device,
+        paired: bool,
+        weights: Sequence[float] | None,
     ) -> None:
         self.weights = weights
-        self.sums = [_Sums(place, device, paired) for _ in (weights or (1.0,))]
+        self.sums = [_Sums(*shape, device, paired) for _ in (weights or (1.0,))]
 
     def add(self, inputs: Tensor, domains: Tensor, drift: Tensor | None) -> None:
         if self.weights is None:
@@ -156,7 +159,9 @@ def measure(
     device = next(block.module.parameters()).device
     beside = original if paired(architecture, places[0].reader.info.expert) else None
     found = {
-        place.reader.info.input_group: _Seen(place, device, beside is not None, shares)
+        place.reader.info.input_group: _Seen(
+            place.reader.info.shape, device, beside is not None, shares
+        )
         for place in places
     }
     factor = _residual_factor(architecture)
@@ -173,6 +178,37 @@ def measure(
             found[group].add(inputs, domains, drift)
     moments = {group: sums.inputs() for group, sums in found.items()}
     return {group: inputs for group, inputs in moments.items() if inputs is not None}
+
+
+def compare(
+    block: Block, original: Block, role: str, shares: Sequence[float] | None
+) -> Inputs | None:
+    """What a matrix of the block reads, and what it lacks to be what the parent's reads.
+
+    Args:
+        block: as it is now.
+        original: the parent's block beside.
+        role: of the matrix.
+        shares: weight of every domain; None counts tokens.
+
+    Returns:
+        With `drift` C = (2/N) (X_parent - X) Xᵀ, fp32 [in, in]; None without any token.
+    """
+    group, parents = (
+        next(matrix.info.input_group for matrix in one.matrices if matrix.info.role == role)
+        for one in (block, original)
+    )
+    width = next(m.info.shape[1] for m in block.matrices if m.info.role == role)
+    device = next(block.module.parameters()).device
+    sums = _Seen((width, width), device, True, shares)
+    for batch in range(len(block.inputs)):
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        beside: dict[str, tuple[Tensor, Tensor]] = {}
+        block.capture(_into(seen), [group], [batch])
+        original.capture(_into(beside), [parents], [batch])
+        inputs, domains = seen[group]
+        sums.add(inputs, domains, beside[parents][0] - inputs)
+    return sums.inputs()
 
 
 def _into(seen: dict[str, tuple[Tensor, Tensor]]) -> Observer:

@@ -4,7 +4,7 @@ With the parent run beside, also what a reader's outputs lack for the residual s
 parent's again. With h the stream before the reader and r the factor that its outputs y = W x (+ b)
 enter the stream with, D = (h_parent + r y_parent - h - r y) / r; what the parent's stream holds at
 the end of a block, or at its middle, is compared with what the pruned one's would hold if the
-reader stayed whole.
+reader stayed whole. Tokens then count by the reciprocal of the mean square of the parent's stream.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Inputs:
     """What calibration text says about the inputs X [in, N] of a reader.
 
     Attributes:
-        hessian: H = (2/N) X Xᵀ, fp32 [in, in].
+        hessian: H = (2/N) X diag(w) Xᵀ, fp32 [in, in]; w is 1 without the parent.
         mean: of every input, fp32 [in].
-        drift: C = (2/N) D Xᵀ, fp32 [out, in], where D is what the reader's outputs lack for the
-            residual stream to be the parent's; None when the parent was not run beside.
+        drift: C = (2/N) D diag(w) Xᵀ, fp32 [out, in], where D is what the reader's outputs lack for
+            the residual stream to be the parent's; None when the parent was not run beside.
     """
 
     hessian: Tensor
@@ -74,9 +74,12 @@ class _Sums:
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.cross = torch.zeros(out, width, device=device) if paired else None
 
-    def add(self, inputs: Tensor, drift: Tensor | None) -> None:
-        self.hessian.add(inputs)
+    def add(self, inputs: Tensor, drift: Tensor | None, weights: Tensor | None) -> None:
         self.total += inputs.sum(0, dtype=torch.float64)
+        if weights is not None:
+            roots = weights.sqrt()[:, None]
+            inputs, drift = inputs * roots, None if drift is None else drift * roots
+        self.hessian.add(inputs)
         if self.cross is not None and drift is not None:
             with full_precision():
                 self.cross.addmm_(drift.T.to(self.cross), inputs.to(self.cross))
@@ -100,14 +103,22 @@ class _Seen:
         self.weights = weights
         self.sums = [_Sums(*shape, device, paired) for _ in (weights or (1.0,))]
 
-    def add(self, inputs: Tensor, domains: Tensor, drift: Tensor | None) -> None:
+    def add(
+        self,
+        inputs: Tensor,
+        domains: Tensor,
+        drift: Tensor | None,
+        weights: Tensor | None = None,
+    ) -> None:
+        """Rows of one batch; weights [tokens] of their squared errors."""
         if self.weights is None:
-            self.sums[0].add(inputs, drift)
+            self.sums[0].add(inputs, drift, weights)
             return
         for domain, sums in enumerate(self.sums):
             rows = domains == domain
             if bool(rows.any()):
-                sums.add(inputs[rows], None if drift is None else drift[rows])
+                parts = (None if part is None else part[rows] for part in (drift, weights))
+                sums.add(inputs[rows], *parts)
 
     def inputs(self) -> Inputs | None:
         """Moments over all domains; a domain of which no token came has no say."""
@@ -168,14 +179,17 @@ def measure(
     for batch in range(len(block.inputs)):
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         block.capture(_into(seen), list(found), [batch], onward=onward and beside is not None)
-        drift = None
+        drift, weights = None, None
+        if beside:
+            stream = beside.outputs[batch] if onward else beside.inputs[batch]
+            weights = _weights(block.valid(batch, stream))
         if beside and onward:
             drift = _lack_after(places[0], beside, batch) / factor
         elif beside:
             inputs = seen[places[0].reader.info.input_group][0]
             drift = _lack_between(places[0], beside, batch, factor, inputs) / factor
         for group, (inputs, domains) in seen.items():
-            found[group].add(inputs, domains, drift)
+            found[group].add(inputs, domains, drift, weights)
     moments = {group: sums.inputs() for group, sums in found.items()}
     return {group: inputs for group, inputs in moments.items() if inputs is not None}
 
@@ -207,7 +221,8 @@ def compare(
         block.capture(_into(seen), [group], [batch])
         original.capture(_into(beside), [parents], [batch])
         inputs, domains = seen[group]
-        sums.add(inputs, domains, beside[parents][0] - inputs)
+        weights = _weights(block.valid(batch, original.inputs[batch]))
+        sums.add(inputs, domains, beside[parents][0] - inputs, weights)
     return sums.inputs()
 
 
@@ -216,6 +231,15 @@ def _into(seen: dict[str, tuple[Tensor, Tensor]]) -> Observer:
         seen[group] = (inputs, domains)
 
     return observe
+
+
+def _weights(stream: Tensor) -> Tensor:
+    """One over the mean square of the parent's stream, fp32 [tokens]: what norms divide by.
+
+    The next norm undoes the size of a token's stream, so that an error counts relative to it. The
+    first token's can be a thousand times that of others, and would be all that is fitted.
+    """
+    return stream.float().square().mean(1).clamp_min(torch.finfo(torch.float32).tiny).reciprocal()
 
 
 def _lack_after(place: Place, original: Block, batch: int) -> Tensor:

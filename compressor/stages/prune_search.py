@@ -63,7 +63,7 @@ class PruneSearch(WidthConfig):
     damping: float = option(0.5, "As in `prune.obs`.", gt=0, le=100)
     shrinkage: float = option(0.0, "As in `prune.obs`.", ge=0, le=1)
     propagate: float = option(0.5, "As in `prune.obs`.", ge=0, le=1)
-    align: float = option(1.0, "As in `prune.obs`.", ge=0, le=1)
+    align: float = option(0.5, "As in `prune.obs`.", ge=0, le=1)
 
     robust: bool = option(
         False,

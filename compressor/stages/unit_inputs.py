@@ -182,7 +182,7 @@ def measure(
         drift, weights = None, None
         if beside:
             stream = beside.outputs[batch] if onward else beside.inputs[batch]
-            weights = _weights(block.valid(batch, stream))
+            weights = token_weights(block.valid(batch, stream))
         if beside and onward:
             drift = _lack_after(places[0], beside, batch) / factor
         elif beside:
@@ -221,7 +221,7 @@ def compare(
         block.capture(_into(seen), [group], [batch])
         original.capture(_into(beside), [parents], [batch])
         inputs, domains = seen[group]
-        weights = _weights(block.valid(batch, original.inputs[batch]))
+        weights = token_weights(block.valid(batch, original.inputs[batch]))
         sums.add(inputs, domains, beside[parents][0] - inputs, weights)
     return sums.inputs()
 
@@ -233,7 +233,7 @@ def _into(seen: dict[str, tuple[Tensor, Tensor]]) -> Observer:
     return observe
 
 
-def _weights(stream: Tensor) -> Tensor:
+def token_weights(stream: Tensor) -> Tensor:
     """One over the mean square of the parent's stream, fp32 [tokens]: what norms divide by.
 
     The next norm undoes the size of a token's stream, so that an error counts relative to it. The

@@ -310,7 +310,13 @@ def find_recipe(path_or_name: str | Path) -> Path:
     near = nearest(name, shipped)
     guess = f"; did you mean {near!r}?" if near else ""
     message = f"no recipe {str(path)!r}: neither a file nor a shipped recipe{guess}"
-    raise RecipeError([Problem(message, hint="compress ls recipes")])
+    hint = "compress ls recipes"
+    if path.is_dir():
+        message = (
+            f"{str(path)!r} is a folder; a recipe is a YAML file, or the name of a shipped one"
+        )
+        hint = f"compress resume {path}" if (path / "recipe.lock.yaml").is_file() else hint
+    raise RecipeError([Problem(message, hint=hint)])
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -18,7 +18,8 @@ from compressor import reload
 from compressor.cli import main
 from compressor.engine import RunOutcome, run_recipe
 from compressor.errors import AccessError, ResourceError, UsageError, VerificationError
-from compressor.publish import licence_gate, plan_publication, publish, require_access
+from compressor.licences import licence_gate
+from compressor.publish import plan_publication, publish, require_access
 from compressor.recipe import load_recipe
 from compressor.report.render import load_report
 from compressor.resources import builtin_model
@@ -347,7 +348,7 @@ def test_without_a_token_nothing_is_computed(
 def test_a_licence_that_forbids_it_stops_the_run_before_work(
     recipe: Path, tmp_path: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "_client", lambda _: api)
+    monkeypatch.setattr(publishing, "client", lambda _: api)
     model = Path(shutil.copytree(builtin_model("tiny"), tmp_path / "model"))
     (model / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
     with pytest.raises(AccessError, match="forbids publishing"):
@@ -359,7 +360,7 @@ def test_a_licence_that_forbids_it_stops_the_run_before_work(
 def test_a_recipe_publishes_and_its_repetition_only_that(
     recipe: Path, tmp_path: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "_client", lambda _: api)
+    monkeypatch.setattr(publishing, "client", lambda _: api)
     hub.fail(r"POST /api/models/me/tiny/commit", 500, times=30)
     with pytest.raises(ResourceError, match="HTTP 500"):
         run_recipe(load_recipe(recipe), "builtin:tiny", tmp_path / "out")

@@ -6,7 +6,14 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compressor.stages.base import Need, ReportProblem, StageConfig, option, precision_option
+from compressor.stages.base import (
+    Need,
+    ReportProblem,
+    StageConfig,
+    minutes_option,
+    option,
+    precision_option,
+)
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
@@ -110,12 +117,7 @@ class TrainedDraftConfig(DraftConfig):
         effect="More than tokens / (length · batch_size) reads the text again.",
         ge=0,
     )
-    minutes: float | None = option(
-        None,
-        "End training at the first checkpoint after so long. What was left out is reported; the "
-        "result then depends on the machine.",
-        gt=0,
-    )
+    minutes: float | None = minutes_option()
     probes: int = option(
         4,
         "Times that acceptance on development text is looked at during training: at the last "

@@ -51,7 +51,14 @@ def test_speeds_are_medians_and_drafts_are_counted_over_all_rounds(tmp_path: Pat
     assert "| 2.0 | 40.0 | 30.0, 50.0 | 2.00 | – | 1 |" in packed
     assert "| 4.0 | 10.0 | 8.0, 12.0 | 0.50 | 15 of 60 | 1.75 |" in drafted
     options = argparse.Namespace(
-        model="m", kinds=["standalone"], minutes=1, drafted=3, timed=32, rounds=2, threads=1
+        model="m",
+        kinds=["standalone"],
+        minutes=1,
+        drafted=3,
+        timed=32,
+        rounds=2,
+        threads=1,
+        clock="wall",
     )
     assert "Outside" not in "\n".join(report(options, rows, cells))
     cells["W4"][0]["verdict"] = "FAIL"

@@ -32,7 +32,7 @@ from compressor.formats.exporters import Source
 from compressor.formats.imatrix import write_imatrix
 from compressor.importance import measure_importance
 from compressor.progress import SilentObserver
-from compressor.requantize import unpack
+from compressor.reload import unpack
 from compressor.text import evaluation_documents
 
 LENGTH = 512

@@ -10,8 +10,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from compressor.disk import writing
 from compressor.errors import ResourceError, ResumeError
 from compressor.recipe import UNDECISIVE, Recipe
+from compressor.report.numbers import size
 from compressor.sections import Lock
 
 
@@ -22,7 +24,7 @@ def require_disk(out: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free + written
     if free < needed:
         raise ResourceError(
-            f"the run needs {needed / 1e9:.1f} GB of disk and {existing} has {free / 1e9:.1f} GB",
+            f"the run needs {size(needed)} of disk and {existing} has {size(free)}",
             "choose another folder with -o",
         )
 
@@ -30,7 +32,8 @@ def require_disk(out: Path, needed: int) -> None:
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Two processes must not write one run."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):
             try:

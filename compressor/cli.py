@@ -26,6 +26,7 @@ from click.shell_completion import CompletionItem
 from compressor import __version__, console
 from compressor.commands import looking, measuring, running, serving
 from compressor.commands.options import Settings, common, complete_recipes, recipe_names
+from compressor.disk import hint
 from compressor.errors import (
     CompressorError,
     GateFailed,
@@ -70,7 +71,7 @@ class RoutingGroup(click.Group):
         word = args[0]
         if word in self.commands or word.startswith("-"):
             return super().resolve_command(ctx, args)
-        if word.endswith(_YAML) or "/" in word or Path(word).is_file() or word in recipe_names():
+        if word.endswith(_YAML) or "/" in word or Path(word).exists() or word in recipe_names():
             return super().resolve_command(ctx, ["run", *args])
         near = difflib.get_close_matches(word, [*self.commands, *recipe_names()], n=1)
         guess = f" Did you mean {near[0]!r}?" if near else ""
@@ -128,7 +129,9 @@ def _environment(error: OSError | MemoryError) -> ResourceError:
     if isinstance(error, MemoryError):
         return ResourceError("not enough memory", "smaller batches need less; see compress plan")
     reason = error.strerror or str(error)
-    return ResourceError(f"{error.filename}: {reason}" if error.filename else reason)
+    return ResourceError(
+        f"{error.filename}: {reason}" if error.filename else reason, hint(error.errno)
+    )
 
 
 def _report_data(settings: Settings, error: CompressorError) -> None:

@@ -155,7 +155,8 @@ def _wrong_tag(fault: _Fault, source: Source) -> Problem:
     """A stage or an export without a usable discriminator."""
     key = str(fault.context["discriminator"]).strip("'")
     if fault.type == "union_tag_not_found":
-        return source.problem(fault.location, f"an entry of {_list(fault)} needs the key {key!r}")
+        message = f"an entry of {_list(fault)} needs the key {key!r}"
+        return source.problem(fault.location, message, f"compress ls {key}s")
     allowed = re.findall(r"'([^']*)'", str(fault.context["expected_tags"]))
     written = str(fault.context["tag"])
     bare = {name.partition(".")[2]: name for name in allowed}

@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from compressor.decoding.assisted import settings
@@ -70,12 +71,21 @@ def measure(variant: Variant, session: Session) -> DraftMeasurement:
 
 
 def holds(variant: Variant, session: Session) -> bool:
-    """Whether the measurement of a draft is on disk."""
-    return _path(variant, session).is_file()
+    """Whether the measurement of a draft is on disk, and whole."""
+    try:
+        load(variant, session)
+    except (FileNotFoundError, ValidationError):
+        return False
+    return True
 
 
 def load(variant: Variant, session: Session) -> DraftMeasurement:
-    """What `measure` stored."""
+    """What `measure` stored.
+
+    Raises:
+        FileNotFoundError: it stored nothing.
+        ValidationError: the file has been damaged since.
+    """
     return DraftMeasurement.model_validate_json(_path(variant, session).read_bytes())
 
 

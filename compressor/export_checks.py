@@ -15,7 +15,7 @@ from compressor.formats.support import Target, cache_problems, engine_problems
 from compressor.model.architecture import Architecture
 from compressor.programs import PROGRAMS
 from compressor.recipe import Recipe
-from compressor.sections import ExportFormat
+from compressor.sections import EngineName, ExportConfig, ExportFormat
 from compressor.stages.packing import target_of
 from compressor.types import Problem
 
@@ -62,14 +62,37 @@ def export_problems(recipe: Recipe, final: Architecture) -> list[Problem]:
             found.append(recipe.problem(("export", index, "format"), message, hint))
         found += _missing_environment(recipe, index)
         for engine in export.engines:
-            sentences = [
-                sentence
-                for one in possible
-                for sentence in engine_problems(engine, one, export.container)
-            ]
-            for message in _summary(list(dict.fromkeys(sentences))):
+            for message in _summary(_unloadable(engine, possible, export)):
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
+    return found or _unserved(recipe, final)
+
+
+def _unloadable(
+    engine: EngineName, possible: Sequence[Sequence[Target]], export: ExportConfig
+) -> list[str]:
+    """Why an engine would not load a deliverable."""
+    problems = (engine_problems(engine, targets, export.container) for targets in possible)
+    return list(dict.fromkeys(sentence for one in problems for sentence in one))
+
+
+def _unserved(recipe: Recipe, final: Architecture) -> list[Problem]:
+    """Engines that the recipe names and that would load none of its deliverables."""
+    possible = [_targets(one) for one in _possible(recipe, final)]
+    found = []
+    for engine in recipe.engines:
+        reasons = {
+            export.name: [
+                *_unloadable(engine, possible, export),
+                *_cache_sentences(possible, export, final, (engine,)),
+            ]
+            for export in recipe.export
+        }
+        if all(reasons.values()):
+            told = "; ".join(f"{name}: {why[0]}" for name, why in reasons.items())
+            message = f"{engine} would load none of the deliverables ({told or 'there are none'})"
+            hint = f"add one that it loads (compress ls engines), or take {engine} out of `engines`"
+            found.append(recipe.problem(("engines",), message, hint))
     return found
 
 
@@ -118,20 +141,28 @@ def _missing_environment(recipe: Recipe, index: int) -> list[Problem]:
 
 def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
     """A rounded cache that a format or an engine does not take."""
-    if final.cache is None:
-        return []
     export = recipe.export[index]
-    found = dict.fromkeys(
-        message
-        for one in _possible(recipe, final)
-        for message in cache_problems(_targets(one), export.container, final.cache, export.engines)
-    )
+    possible = [_targets(one) for one in _possible(recipe, final)]
+    found = _cache_sentences(possible, export, final, export.engines)
     return [
         recipe.problem(
             ("export", index, "format"), message, "leave quantize.kv out, or change this"
         )
         for message in found
     ]
+
+
+def _cache_sentences(
+    possible: Sequence[Sequence[Target]],
+    export: ExportConfig,
+    final: Architecture,
+    engines: Sequence[str],
+) -> list[str]:
+    """Why a format, or one of these engines, does not take the cache as it is rounded."""
+    if final.cache is None:
+        return []
+    problems = (cache_problems(one, export.container, final.cache, engines) for one in possible)
+    return list(dict.fromkeys(sentence for one in problems for sentence in one))
 
 
 def _serving(final: Architecture) -> Sequence[str]:

@@ -3,79 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
-from compressor.calibration import CalibrationSet
 from compressor.evaluation.contamination import contamination
 from compressor.evaluation.gates import judge
-from compressor.evaluation.results import Contamination, Evaluation
-from compressor.evaluation.session import BASE, Session
+from compressor.evaluation.results import Contamination
+from compressor.evaluation.session import BASE
 from compressor.formats.files import parent_files
 from compressor.formats.sizes import SizeReport, measure
 from compressor.journal import Journal
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
-from compressor.model.load import ModelSource, read_licence
-from compressor.plan import Plan
+from compressor.model.load import read_licence
 from compressor.provenance import environment, file_sha256
-from compressor.recipe import Recipe
 from compressor.report.schema import (
-    Artifact,
     Base,
-    Draft,
     Facts,
-    FileHash,
     Reproduce,
     Run,
 )
 from compressor.report.schema import Variant as Row
-from compressor.requantize import Requantized
 from compressor.serving.record import EVENT, checks_of
-from compressor.variants import Variant
-
-_PACKED = "compressed-tensors"
+from compressor.state import RunState
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A run whose work is done; attributes as in the engine."""
-
-    recipe: Recipe
-    source: ModelSource
-    plan: Plan
-    folder: Path
-    command: str
-    journal: Journal
-    base_files: tuple[FileHash, ...]
-    variants: tuple[Variant, ...]
-    artifacts: tuple[Artifact, ...]
-    evaluations: dict[str, Evaluation]
-    session: Session
-    calibration: CalibrationSet | None
-    drafts: tuple[Draft, ...] = ()
-    requantized: tuple[Requantized, ...] = ()
-
-    @property
-    def last(self) -> str:
-        """The variant that the last stage left."""
-        return self.variants[-1].id
-
-    @property
-    def own(self) -> Artifact | None:
-        """The first deliverable that holds our codes, or dense weights."""
-        return next((one for one in self.artifacts if one.quantizer is None), None)
-
-    @property
-    def judged(self) -> str:
-        """What gates speak of: the last stage's work, unless another made the first deliverable."""
-        if self.requantized and (self.last == BASE or self.artifacts[0] != self.own):
-            return self.requantized[0].id
-        return self.last
-
-
-def build_facts(done: Finished) -> Facts:
+def build_facts(done: RunState) -> Facts:
     """Everything the report states, measured or recorded; nothing is worked out later."""
     sizes = _sizes(done)
     return Facts(
@@ -90,8 +42,8 @@ def build_facts(done: Finished) -> Facts:
             files=done.base_files,
         ),
         variants=tuple(_rows(done, sizes)),
-        drafts=done.drafts,
-        deliverables=done.artifacts,
+        drafts=tuple(done.drafts),
+        deliverables=tuple(done.artifacts),
         engine_checks=checks_of(done.journal, done.artifacts),
         evaluations=done.evaluations,
         parent_deltas={
@@ -121,24 +73,24 @@ def build_facts(done: Finished) -> Facts:
     )
 
 
-def _rows(done: Finished, sizes: Mapping[str, SizeReport]) -> Iterator[Row]:
+def _rows(done: RunState, sizes: Mapping[str, SizeReport]) -> Iterator[Row]:
     """Of what stages left, and of what a second quantizer made of the last of it."""
     base, cache = sizes[BASE].bytes_on_disk, 0
     for variant in done.variants:
         cache = Architecture.from_config(read_config(variant.checkpoint)).kv_bytes_per_token
-        artifact = done.own if variant.id == done.last else None
+        artifact = done.own if variant is done.last else None
         yield variant.facts(sizes[variant.id], base, cache, artifact)
     for made in done.requantized:
         yield made.row(sizes[made.id], base, cache)
 
 
-def _parents(done: Finished) -> Iterator[tuple[str, str]]:
+def _parents(done: RunState) -> Iterator[tuple[str, str]]:
     """Every variant that has a parent, and that."""
     yield from ((one.id, one.parent.id) for one in done.variants if one.parent)
     yield from ((one.id, one.parent) for one in done.requantized)
 
 
-def _run(done: Finished) -> Run:
+def _run(done: RunState) -> Run:
     starts = done.journal.all("run_started")
     began = float(starts[0]["time"])
     return Run(
@@ -168,7 +120,7 @@ def _busy_seconds(journal: Journal) -> float:
     return total + last - began
 
 
-def _sizes(done: Finished) -> dict[str, SizeReport]:
+def _sizes(done: RunState) -> dict[str, SizeReport]:
     """Base and deliverable as measured; stages in between as they would be if exported there."""
     base = measure(done.source.path, done.plan.parameters)
     sizes = {BASE: base}
@@ -188,14 +140,14 @@ def _sizes(done: Finished) -> dict[str, SizeReport]:
             bits_linear=planned.bits_linear,
             by_role=planned.by_role,
         )
-    if done.own is not None and done.last != BASE:
-        sizes[done.last] = measure(done.folder / done.own.path, done.plan.parameters)
+    if done.own is not None and done.last.id != BASE:
+        sizes[done.last.id] = measure(done.folder / done.own.path, done.plan.parameters)
     for made in done.requantized:
         sizes[made.id] = measure(done.folder / made.artifact.path, done.plan.parameters)
     return sizes
 
 
-def _contamination(done: Finished) -> list[Contamination]:
+def _contamination(done: RunState) -> list[Contamination]:
     if done.calibration is None:
         return []
     texts = (document.text for document in done.calibration.documents)

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from compressor.disk import writing
 from compressor.errors import ResumeError
 
 Event = dict[str, Any]
@@ -24,29 +25,37 @@ class Journal:
     have announced is done again.
 
     Raises:
-        ResumeError: a whole line is not JSON.
+        ResumeError: a whole line is no event.
+        ResourceError: it may not be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.touch()
+        with writing(path):
+            path.touch()
         whole = [line for line in path.read_bytes().splitlines(keepends=True) if line[-1:] == b"\n"]
         os.truncate(path, sum(map(len, whole)))
         self.events = [self._read(number, line) for number, line in enumerate(whole, 1)]
 
     def _read(self, number: int, line: bytes) -> Event:
         try:
-            event: Event = json.loads(line)
+            event: Event | object = json.loads(line)
         except ValueError:
+            event = None
+        if not isinstance(event, dict) or not {"event", "time"} <= event.keys():
             raise ResumeError(
                 f"{self.path}:{number} is damaged", "start again in another folder with -o"
-            ) from None
+            )
         return event
 
     def append(self, name: str, **facts: Any) -> Event:
-        """Write one event, flushed to the disk before this returns."""
+        """Write one event, flushed to the disk before this returns.
+
+        Raises:
+            ResourceError: the disk refused it.
+        """
         event = {"event": name, "time": round(time.time(), 3), **facts}
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -8,27 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from compressor.errors import CompressorError, ModelError, VerificationError
+from compressor.errors import CompressorError, ModelError
 from compressor.formats import exporters
 from compressor.formats.capabilities import ENVIRONMENTS
-from compressor.formats.files import GRAPHS, checkpoint_files
-from compressor.formats.headers import read_json
+from compressor.formats.files import checkpoint_files
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
-from compressor.model.load import load_model, load_tokenizer, read_config, resolve
+from compressor.model.load import load_model, read_config, resolve
 from compressor.provenance import combined_sha256, hash_files
+from compressor.reload import continued, form_of
 from compressor.report.render import load_report
 from compressor.report.schema import Report, Variant
 from compressor.requantize import relative_error
 from compressor.verify import value_problems, verify_weights
 
-_PROMPT = "The"
-_TOKENS = 8
 _OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros", "weight_format")
 _CACHE = (".k_scale", ".v_scale")
 _PACKED = ("_packed", "_scale", "_zero_point")  # parts of a packed matrix: of compressed-tensors,
@@ -67,18 +63,6 @@ def verify_folder(folder: Path) -> list[Check]:
     if not paths:
         raise ModelError(f"the run in {folder} has no deliverable", "compress export RUN --as gguf")
     return [check for path in paths for check in _verify_checkpoint(folder / path)]
-
-
-def form_of(folder: Path) -> str:
-    """The format of a checkpoint, by what lies in its folder."""
-    if any(folder.glob("*.gguf")):
-        return "gguf"
-    if graph := next((form for name, form in GRAPHS.items() if (folder / name).is_file()), None):
-        return graph
-    method = (read_json(folder / "config.json").get("quantization_config") or {}).get(
-        "quant_method", "dense"
-    )
-    return str(method)
 
 
 def _verify_checkpoint(folder: Path) -> Iterator[Check]:
@@ -241,16 +225,4 @@ def _loaded(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _generation(folder: Path) -> Found:
-    if graph := _graph(folder):
-        return graph
-    form = form_of(folder)
-    if exporters.exporter(form).read is not None:
-        return None, f"transformers does not load {form} by itself; see compress ls engines"
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
-    inputs: Any = tokenizer(_PROMPT, return_tensors="pt")
-    with torch.inference_mode():
-        logits = model(**inputs).logits
-        ids = model.generate(**inputs, max_new_tokens=_TOKENS, do_sample=False)[0]
-    if not torch.isfinite(logits).all():
-        raise VerificationError(f"{folder} computes NaN or infinity")
-    return True, repr(tokenizer.decode(ids))
+    return _graph(folder) or (True, repr(continued(folder)))

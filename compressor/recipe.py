@@ -42,12 +42,20 @@ from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.paths import resolve_paths, written_paths
 from compressor.registry import registry
-from compressor.sections import Effort, Efforts, ExportConfig, Lock, PublishConfig, Section
+from compressor.sections import (
+    Effort,
+    Efforts,
+    EngineName,
+    ExportConfig,
+    Lock,
+    PublishConfig,
+    Section,
+)
 from compressor.source import Location, Source, apply_overrides, read_source, read_text
 from compressor.stages.base import StageConfig
 from compressor.types import Problem
 
-UNDECISIVE = {"name", "description", "publish", "lock"}
+UNDECISIVE = {"name", "description", "engines", "publish", "lock"}
 """Parts of a recipe that decide nothing about its result."""
 
 
@@ -76,6 +84,11 @@ class Recipe(Section):
     )
     export: tuple[ExportConfig, ...] = Field(
         default=(ExportConfig(format="compressed-tensors"),), description="Deliverables."
+    )
+    engines: tuple[EngineName, ...] = Field(
+        default=(),
+        description="Programs that the result is for: the plan refuses the recipe where one of "
+        "them would load none of the deliverables. See compress ls engines.",
     )
     publish: PublishConfig | None = Field(
         default=None,
@@ -297,7 +310,13 @@ def find_recipe(path_or_name: str | Path) -> Path:
     near = nearest(name, shipped)
     guess = f"; did you mean {near!r}?" if near else ""
     message = f"no recipe {str(path)!r}: neither a file nor a shipped recipe{guess}"
-    raise RecipeError([Problem(message, hint="compress ls recipes")])
+    hint = "compress ls recipes"
+    if path.is_dir():
+        message = (
+            f"{str(path)!r} is a folder; a recipe is a YAML file, or the name of a shipped one"
+        )
+        hint = f"compress resume {path}" if (path / "recipe.lock.yaml").is_file() else hint
+    raise RecipeError([Problem(message, hint=hint)])
 
 
 def shipped_recipes() -> dict[str, Path]:

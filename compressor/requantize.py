@@ -20,16 +20,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compressor.calibration import CalibrationConfig, CalibrationSet
 from compressor.errors import VerificationError
 from compressor.formats import exporters, llama_quantize
 from compressor.formats.gguf_types import MIXTURES, SUPER_BLOCK, QuantType
-from compressor.formats.headers import read_json
 from compressor.formats.imatrix import write_imatrix
-from compressor.formats.shards import SHARD_BYTES, CheckpointReader, CheckpointWriter, shard_name
+from compressor.formats.shards import CheckpointReader
 from compressor.formats.sizes import SizeReport
 from compressor.importance import dataset_name, measure_importance
 from compressor.machine import cores
@@ -238,26 +236,3 @@ def narrow_matrices(folder: Path, kind: QuantType) -> list[Fallback]:
         )
         for (width, stored), count in sorted(found.items())
     ]
-
-
-def unpack(folder: Path, checkpoint: Path, out: Path, logical_parameters: int) -> None:
-    """A dense fp32 checkpoint of what a GGUF file computes with, so that it can be measured.
-
-    Args:
-        folder: with the file.
-        checkpoint: that it was made from, for configuration and tokenizer.
-        out: folder to write.
-        logical_parameters: of the model, ties once.
-    """
-    writer, part, size = CheckpointWriter(out), 0, 0
-    tensors: dict[str, Tensor] = {}
-    for name, value in _stored(folder):
-        if tensors and size > SHARD_BYTES:
-            writer.write_shard(shard_name(part), tensors)
-            part, size, tensors = part + 1, 0, {}
-        tensors[name] = value.to(torch.float32).contiguous()
-        size += tensors[name].nbytes
-    writer.write_shard(shard_name(part), tensors)
-    config = read_json(checkpoint / "config.json") | {"dtype": "float32"}
-    config.pop("torch_dtype", None)
-    writer.finish(config, checkpoint, logical_parameters)

@@ -16,7 +16,7 @@ from torch import Tensor
 from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
-from compressor.types import Fallback
+from compressor.types import Fallback, StageResult
 
 _HALF_SCALE = 2.0**-10  # rounding a scale to fp16 moves a weight by 2^-11 of itself
 
@@ -61,6 +61,23 @@ def verify_tensors(
             f"{child.name}: the checkpoint breaks {len(problems)} promises:\n  "
             + "\n  ".join(problems)
         )
+
+
+def verify_result(parent: Path, result: StageResult) -> None:
+    """Compare what a stage left with its parent: what its result says of tensors must be so.
+
+    Raises:
+        VerificationError: with every rule that is broken.
+    """
+    verify_tensors(
+        parent,
+        result.checkpoint,
+        result.changed,
+        result.added,
+        removed=result.removed,
+        resized=result.resized,
+        renamed=result.renamed,
+    )
 
 
 def unread_tensors(checkpoint: Path, architecture: Architecture) -> list[Fallback]:

@@ -9,6 +9,7 @@ import pytest
 from compressor.formats import llama_quantize
 from compressor.recipe import Recipe
 from tests import runs
+from tests.command import Compress, Result, leave
 
 SMALL_RECIPE = """\
 calibration: {samples: 4, length: 64, batch_size: 2}
@@ -40,3 +41,15 @@ def recipe_file(tmp_path):
         return runs.load(tmp_path, text, *overrides)
 
     return load
+
+
+@pytest.fixture
+def compress(capfd: pytest.CaptureFixture[str]) -> Compress:
+    """Run the command line in this process; no command may end in a traceback."""
+
+    def call(*args: str | Path) -> Result:
+        code, streams = leave(*args), capfd.readouterr()
+        assert "Traceback" not in streams.err
+        return Result(code, streams.out, streams.err)
+
+    return call

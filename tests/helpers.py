@@ -1,4 +1,4 @@
-"""What tests of stages share: a context, promises and plan held to a run, a kill in training."""
+"""What tests of stages share: a context, a run held to promises and plan, a kill in training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from compressor.progress import SilentObserver
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.types import StageResult
-from compressor.verify import verify_tensors
+from compressor.verify import verify_result
 
 
 def stage_context(folder: Path, **changes: Any) -> StageContext:
@@ -36,25 +36,12 @@ def stage_context(folder: Path, **changes: Any) -> StageContext:
     return replace(made, **changes)
 
 
-def kept_promises(parent: Path, result: StageResult) -> None:
-    """What the result says of tensors is so."""
-    verify_tensors(
-        parent,
-        result.checkpoint,
-        result.changed,
-        result.added,
-        removed=result.removed,
-        resized=result.resized,
-        renamed=result.renamed,
-    )
-
-
 def checked_run(
     stage: StageConfig, parent: Path, text: CalibrationSet | None, context: StageContext
 ) -> StageResult:
     """Run a stage, hold it to its promises and to its plan."""
     result = stage.run(parent, text, context)
-    kept_promises(parent, result)
+    verify_result(parent, result)
     planned = stage.plan(Architecture.from_config(read_config(parent)), pytest.fail)
     reader = CheckpointReader(context.folder)
     assert {name: reader.shape(name) for name in reader} == dict(planned.tensors())

@@ -11,159 +11,45 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from compressor import resources
-from compressor.cli import main
-from compressor.efforts import EffortName
 from compressor.evaluation import probe
 from compressor.formats.sizes import measure
 from compressor.journal import Journal
 from compressor.model.load import read_config
 from compressor.plan import make_plan
 from compressor.provenance import file_sha256
-from compressor.recipe import load_efforts, load_recipe, shipped_recipes
+from compressor.recipe import load_recipe
+from compressor.report.numbers import size
+from tests.command import Compress
+from tests.place import (
+    PARTS,
+    RECIPE,
+    STAGE,
+    Place,
+    finished,
+    hashes,
+    lines,
+    place,
+    products,
+    report,
+    rewind,
+    spoil,
+)
+from tests.test_disk import files_end_at
 
-RECIPE = """\
-calibration: {samples: 2, length: 64, batch_size: 2}
-stages:
-  - method: quantize.gptq
-    bits: 4
-    group_size: 64
-evaluate: {documents: 1, length: 64, resamples: 100}
-gates: {max_kl: 5.0}
-export:
-  - format: compressed-tensors
-  - format: dense
-"""
-STAGE = "01-quantize.gptq"
-EVALUATION = ("documents=1", "length=64", "resamples=100", "noise_floor=false")
-SMALL_DRAFT = ("tokens=256", "length=32", "prompt=8", "steps=2", "prompts=1", "new_tokens=6")
-SMALL = [word for entry in EVALUATION for word in ("--set", f"evaluate.{entry}")]
-
-
-@dataclass(frozen=True)
-class Result:
-    """Exit code and both streams of one command."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def compress(capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """Run the command line in this process."""
-
-    def call(*args: str | Path) -> Result:
-        hook = sys.excepthook
-        try:
-            with pytest.raises(SystemExit) as caught:
-                main([str(arg) for arg in args])
-        finally:
-            sys.excepthook = hook
-        streams = capfd.readouterr()
-        assert isinstance(caught.value.code, int)
-        assert "Traceback" not in streams.err
-        return Result(caught.value.code, streams.out, streams.err)
-
-    return call
-
-
-def quietly(*args: str | Path) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([*(str(arg) for arg in args), "-q"])
-    return int(caught.value.code or 0)
-
-
-class Place:
-    """A recipe, a model of its own and a finished run."""
-
-    def __init__(self, root: Path) -> None:
-        self.recipe, self.model, self.run = root / "r.yaml", root / "model", root / "run"
-
-    @property
-    def line(self) -> list[Path | str]:
-        return [self.recipe, self.model, "-o", self.run]
-
-    def copy(self, root: Path) -> Place:
-        for path in (self.model, self.run):
-            shutil.copytree(path, root / path.name)
-        shutil.copy(self.recipe, root)
-        return Place(root)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = Place(tmp_path_factory.mktemp("finished"))
-    shutil.copytree(resources.builtin_model("tiny"), place.model)
-    place.recipe.write_text(RECIPE, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place.recipe.parent)
-        assert quietly("r.yaml", "model", "-o", "run") == 0
-    return place
-
-
-@pytest.fixture
-def place(finished: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A copy of the finished run to spoil; models are named relative to its folder."""
-    finished.copy(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    copied = Place(Path())
-    assert copied.line == [Path("r.yaml"), Path("model"), "-o", Path("run")]
-    return copied
-
-
-def report(run: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    return found
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
-
-
-def products(run: Path) -> dict[str, str]:
-    found = {f"{part}/{k}": v for part in PARTS for k, v in hashes(run / part).items()}
-    assert len(found) > 20
-    return found
-
-
-PARTS = ("stages", "deliverable")
-
-
-def lines(run: Path) -> list[str]:
-    return [event["event"] for event in Journal(run / "journal.jsonl").events]
-
-
-def rewind(run: Path, last: str) -> None:
-    """Cut the journal after the last event of that name, as if the run had died there."""
-    text = (run / "journal.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    names = [json.loads(line)["event"] for line in text]
-    end = len(names) - names[::-1].index(last)
-    (run / "journal.jsonl").write_text("".join(text[:end]), encoding="utf-8")
-
-
-def spoil(path: Path, tensor: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    tensors[tensor] = change(tensors[tensor])
-    save_file(tensors, path, metadata=metadata)
+__all__ = ["finished", "place"]  # fixtures
 
 
 # ---------------------------------------------------------------------- the same run again
 
 
-def test_a_finished_run_does_nothing(place: Place, compress: Callable[..., Result]) -> None:
+def test_a_finished_run_does_nothing(place: Place, compress: Compress) -> None:
     files = [path for part in PARTS for path in (place.run / part).rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in files}
     done, was = lines(place.run), report(place.run)
@@ -179,9 +65,7 @@ def test_a_finished_run_does_nothing(place: Place, compress: Callable[..., Resul
     assert now["verdict"] == was["verdict"]
 
 
-def test_a_changed_recipe_is_refused_by_what_changed(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_a_changed_recipe_is_refused_by_what_changed(place: Place, compress: Compress) -> None:
     before = hashes(place.run)
     result = compress(*place.line, "--set", "stages.0.bits=3", "--set", "seed=7")
     assert result.code == 2
@@ -192,14 +76,12 @@ def test_a_changed_recipe_is_refused_by_what_changed(
     assert hashes(place.run) == before
 
 
-def test_what_a_recipe_calls_itself_is_no_change(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_what_a_recipe_calls_itself_is_no_change(place: Place, compress: Compress) -> None:
     place.recipe.write_text(f"name: other\ndescription: Other words.\n{RECIPE}", encoding="utf-8")
     assert compress(*place.line, "-q").code == 0
 
 
-def test_changed_weights_are_refused(place: Place, compress: Callable[..., Result]) -> None:
+def test_changed_weights_are_refused(place: Place, compress: Compress) -> None:
     weights = place.model / "model.safetensors"
     was = file_sha256(weights)
     spoil(weights, "model.norm.weight", lambda tensor: tensor * 1.5)
@@ -213,9 +95,7 @@ def test_changed_weights_are_refused(place: Place, compress: Callable[..., Resul
 # ---------------------------------------------------------------------- the lock file
 
 
-def test_a_lock_file_repeats_the_run(
-    place: Place, tmp_path: Path, compress: Callable[..., Result]
-) -> None:
+def test_a_lock_file_repeats_the_run(place: Place, tmp_path: Path, compress: Compress) -> None:
     lock = place.run / "recipe.lock.yaml"
     assert compress(lock, place.model, "-o", "again", "-q").code == 0
     assert products(Path("again")) == products(place.run)
@@ -223,7 +103,7 @@ def test_a_lock_file_repeats_the_run(
     assert [v["size"] for v in again["variants"]] == [v["size"] for v in was["variants"]]
 
 
-def test_a_lock_file_refuses_another_model(place: Place, compress: Callable[..., Result]) -> None:
+def test_a_lock_file_refuses_another_model(place: Place, compress: Compress) -> None:
     weights = place.model / "model.safetensors"
     spoil(weights, "model.norm.weight", lambda tensor: tensor * 1.5)
     result = compress(place.run / "recipe.lock.yaml", place.model, "-o", "again")
@@ -233,7 +113,7 @@ def test_a_lock_file_refuses_another_model(place: Place, compress: Callable[...,
     assert not (Path("again") / "recipe.lock.yaml").exists()
 
 
-def test_an_edited_lock_file_is_refused(place: Place, compress: Callable[..., Result]) -> None:
+def test_an_edited_lock_file_is_refused(place: Place, compress: Compress) -> None:
     """What a lock pins is checked, not only carried along."""
     lock = place.run / "recipe.lock.yaml"
     text = lock.read_text(encoding="utf-8")
@@ -248,7 +128,7 @@ def test_an_edited_lock_file_is_refused(place: Place, compress: Callable[..., Re
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(
-    place: Place, monkeypatch: pytest.MonkeyPatch, compress: Callable[..., Result]
+    place: Place, monkeypatch: pytest.MonkeyPatch, compress: Compress
 ) -> None:
     usage = namedtuple("usage", "total used free")
     plan = make_plan(load_recipe(place.recipe), read_config(place.model), "model")
@@ -257,10 +137,25 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     )
     result = compress(place.recipe, place.model, "-o", "new/deep")
     assert result.code == 3
-    assert "GB of disk" in result.err
+    assert f"the run needs {size(plan.disk_bytes)} of disk and " in result.err
     assert not Path("new").exists()
     # What a run has written already counts as free.
     assert compress(*place.line, "-q").code == 0
+
+
+def test_a_disk_that_fills_up_leaves_a_run_that_goes_on(place: Place, compress: Compress) -> None:
+    """No file may grow beyond what half a block takes; then there is room again."""
+    block = place.run / "stages" / STAGE / "model-block-00000.safetensors"
+    with files_end_at(block.stat().st_size // 2):
+        full = compress(*place.line[:-1], "full", "-q")
+    assert full.code == 3
+    (sentence, help_) = full.err.strip().splitlines()
+    assert sentence.startswith("error: cannot write ")
+    assert sentence.endswith("File too large")
+    assert "the same command goes on where it stopped" in help_
+    assert not [path for path in Path("full").rglob(".*") if path.name != ".lock"]
+    assert compress(*place.line[:-1], "full", "-q").code == 0
+    assert products(Path("full")) == products(place.run)
 
 
 def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -271,7 +166,7 @@ def _until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> Non
         time.sleep(0.005)
 
 
-def test_interrupted_then_resumed(place: Place, compress: Callable[..., Result]) -> None:
+def test_interrupted_then_resumed(place: Place, compress: Compress) -> None:
     """Ctrl-C in the middle of a stage; meanwhile nobody else may write the same folder."""
     command = [sys.executable, "-m", "compressor.cli", "r.yaml", "model", "-o", "cut", "-q"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -302,9 +197,7 @@ def test_interrupted_then_resumed(place: Place, compress: Callable[..., Result])
     assert products(Path("cut")) == products(place.run)
 
 
-def test_without_its_activations_a_stage_cannot_go_on(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_without_its_activations_a_stage_cannot_go_on(place: Place, compress: Compress) -> None:
     rewind(place.run, "block_done")
     result = compress("resume", place.run)
     assert result.code == 2
@@ -340,7 +233,7 @@ def test_without_its_activations_a_stage_cannot_go_on(
 )
 def test_a_corrupted_shard_is_named(
     place: Place,
-    compress: Callable[..., Result],
+    compress: Compress,
     part: str,
     tensor: str,
     change: Callable[[torch.Tensor], torch.Tensor],
@@ -355,7 +248,7 @@ def test_a_corrupted_shard_is_named(
     assert lines(place.run)[-1] == "run_started"
 
 
-def test_a_truncated_shard_is_named(place: Place, compress: Callable[..., Result]) -> None:
+def test_a_truncated_shard_is_named(place: Place, compress: Compress) -> None:
     rewind(place.run, "stage_done")
     shard = place.run / "stages" / STAGE / "model-block-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 10)
@@ -364,9 +257,7 @@ def test_a_truncated_shard_is_named(place: Place, compress: Callable[..., Result
     assert shard.name in result.err
 
 
-def test_weights_that_left_their_codes_are_not_packed(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_weights_that_left_their_codes_are_not_packed(place: Place, compress: Compress) -> None:
     rewind(place.run, "evaluated")
     shutil.rmtree(place.run / "deliverable")
     name = "model.layers.0.mlp.down_proj.weight"
@@ -378,7 +269,7 @@ def test_weights_that_left_their_codes_are_not_packed(
 
 @pytest.mark.parametrize("how", ["changed", "deleted"])
 def test_a_deliverable_that_is_not_what_was_verified_is_written_again(
-    place: Place, compress: Callable[..., Result], how: str
+    place: Place, compress: Compress, how: str
 ) -> None:
     folder = place.run / "deliverable" / "compressed-tensors"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -391,12 +282,20 @@ def test_a_deliverable_that_is_not_what_was_verified_is_written_again(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_results_that_are_gone_are_measured_again(
-    place: Place, compress: Callable[..., Result]
+@pytest.mark.parametrize("how", ["gone", "cut", "other"])
+def test_results_that_are_not_whole_are_measured_again(
+    place: Place, compress: Compress, how: str
 ) -> None:
     folder = place.run / "evaluations"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    shutil.rmtree(folder)
+    if how == "gone":
+        shutil.rmtree(folder)
+    elif how == "cut":
+        os.truncate(folder / "base.npz", 100)
+        os.truncate(folder / f"{STAGE}.json", 100)
+    else:
+        (folder / "base.json").write_text("{}", encoding="utf-8")
+        (folder / f"{STAGE}.npz").write_bytes(b"something else")
     assert compress(*place.line).code == 0
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert before.keys() == after.keys()
@@ -404,9 +303,7 @@ def test_results_that_are_gone_are_measured_again(
     assert after[scores] == before[scores]
 
 
-def test_what_is_refused_before_work_leaves_no_folder(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_what_is_refused_before_work_leaves_no_folder(place: Place, compress: Compress) -> None:
     (place.model / "tokenizer.json").unlink()
     result = compress(place.recipe, place.model, "-o", "new")
     assert (result.code, "tokenizer" in result.err) == (2, True)
@@ -417,7 +314,7 @@ def test_what_is_refused_before_work_leaves_no_folder(
 
 
 def test_a_model_that_memory_does_not_hold_is_checked_block_by_block(
-    place: Place, compress: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+    place: Place, compress: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probe, "free_memory", lambda: 1000)
     whole = report(place.run)
@@ -432,9 +329,7 @@ def test_a_model_that_memory_does_not_hold_is_checked_block_by_block(
     assert products(Path("streamed")) == products(place.run)
 
 
-def test_a_tensor_that_nothing_reads_is_told_of(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_a_tensor_that_nothing_reads_is_told_of(place: Place, compress: Compress) -> None:
     shard = place.model / "model.safetensors"
     with safe_open(shard, "pt") as file:
         metadata = file.metadata()
@@ -499,7 +394,7 @@ def test_the_noise_floor_is_far_below_the_damage(finished: Place) -> None:
     assert damage["overall"]["divergence"]["flips"] > 0
 
 
-def test_a_model_compared_with_itself(place: Place, compress: Callable[..., Result]) -> None:
+def test_a_model_compared_with_itself(place: Place, compress: Compress) -> None:
     options = ["--documents", "1", "--length", "64", "--format", "json", "-q"]
     result = compress("compare", place.model, place.model, *options)
     assert result.code == 0
@@ -510,9 +405,7 @@ def test_a_model_compared_with_itself(place: Place, compress: Callable[..., Resu
     assert same["delta_bits_per_byte"]["value"] == 0
 
 
-def test_the_deliverable_scores_as_its_stage_did(
-    place: Place, compress: Callable[..., Result]
-) -> None:
+def test_the_deliverable_scores_as_its_stage_did(place: Place, compress: Compress) -> None:
     """Packed codes, loaded as anyone loads them, are the model that the report judged."""
     packed = place.run / "deliverable" / "compressed-tensors"
     options = ["--documents", "1", "--length", "64", "--format", "json", "-q"]
@@ -526,7 +419,7 @@ def test_the_deliverable_scores_as_its_stage_did(
         assert found["overall"]["divergence"][key] == measured["overall"]["divergence"][key]
 
 
-def test_gates_decide_the_exit_code(place: Place, compress: Callable[..., Result]) -> None:
+def test_gates_decide_the_exit_code(place: Place, compress: Compress) -> None:
     """The limit lies below the interval, and within it."""
     measured = json.loads((place.run / "evaluations" / f"{STAGE}.json").read_bytes())
     estimate = measured["overall"]["divergence"]["mean"]
@@ -546,44 +439,3 @@ def test_gates_decide_the_exit_code(place: Place, compress: Callable[..., Result
     assert found["verdict"] == "INCONCLUSIVE"
     assert [gate["verdict"] for gate in found["gates"]] == ["INCONCLUSIVE"]
     assert found["gates"][0]["estimate"] == estimate
-
-
-CODES = {"PASS": 0, "NO GATES": 0, "FAIL": 4, "INCONCLUSIVE": 5}
-
-
-EFFORTS = [
-    pytest.param(name, effort, id=name if effort == "default" else f"{name}-{effort}")
-    for name in shipped_recipes()
-    for effort in load_efforts(name)
-]
-
-
-@pytest.mark.parametrize(("name", "effort"), EFFORTS)
-def test_every_shipped_recipe_runs(
-    name: str, effort: EffortName, tmp_path: Path, compress: Callable[..., Result]
-) -> None:
-    options = [*SMALL, "--set", "evaluate.suite=quick", "--effort", effort]
-    recipe = load_recipe(name, effort=effort)
-    if recipe.calibration is not None:
-        options += ["--set", "calibration.samples=4", "--set", "calibration.length=64"]
-    for index, stage in enumerate(recipe.stages):
-        known = type(stage).model_fields
-        small = [o for o in SMALL_DRAFT if stage.beside and o.partition("=")[0] in known]
-        options += [word for entry in small for word in ("--set", f"stages.{index}.{entry}")]
-        if stage.method == "quantize.autoround" and effort != "default":
-            options += ["--set", f"stages.{index}.steps=20"]
-    for index, stage in enumerate(recipe.stages):
-        if stage.method in ("prune.dro", "recover.distill"):
-            for option in ("tokens=1024", "windows=16", "length=64", "batch=4"):
-                options += ["--set", f"stages.{index}.{option}"]
-    result = compress(name, "builtin:tiny", "-o", tmp_path / "run", "-q", *options)
-    found = report(tmp_path / "run")
-    assert result.code == CODES[found["verdict"]]
-    assert result.code in ((0,) if name == "quickstart" else (0, 4, 5))
-    typed = sum(export.type is not None for export in recipe.export)
-    artifact = found["variants"][-1]["artifact"]
-    assert artifact["reload_ok"] if typed else artifact["max_logit_difference"] == 0
-    assert (artifact["quantizer"] is not None) == (typed > 0)
-    assert len(found["variants"]) == 1 + typed + sum(not one.beside for one in recipe.stages)
-    assert len(found["drafts"]) == sum(stage.beside for stage in recipe.stages)
-    assert found["run"]["effort"] == effort

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,14 @@ from compressor.errors import PlanError, ResumeError, UsageError
 from compressor.formats.atomic import atomic_write_bytes
 from compressor.journal import Journal
 from compressor.plan import make_plan
-from compressor.recheck import form_of, verify_folder
+from compressor.recheck import verify_folder
 from compressor.recipe import load_recipe
+from compressor.reload import form_of
+from compressor.report.text import to_text
 from compressor.resources import builtin_model
 from compressor.sections import ExportConfig
 from tests import runs
+from tests.runs import TINY, plan, refusals
 
 RECIPE = """\
 stages:
@@ -53,6 +57,8 @@ def test_all_deliverables_are_in_the_report(finished: RunOutcome) -> None:
     assert "llama-server -m deliverable/gguf/model.gguf" in card
     assert "| dense | deliverable/dense |" in card
     assert "no engine loaded it here" in card
+    for item in report.deliverables:
+        assert f"\n{item.path} " in to_text(report)
 
 
 def test_a_deliverable_is_added_and_nothing_is_done_again(
@@ -89,7 +95,7 @@ def test_a_finished_run_passes_every_check(finished: RunOutcome) -> None:
     assert False not in found.values()
     assert found["gguf", "hash"]
     assert found["gguf", "weights"]
-    assert found["gguf", "generation"] is None  # honest: nothing here runs it
+    assert found["gguf", "generation"]  # in transformers, from the file alone
     assert found["dense", "generation"]
 
 
@@ -164,6 +170,55 @@ def test_the_plan_refuses_engines_that_cannot(tmp_path: Path, export: str, says:
     config = json.loads((builtin_model("tiny") / "config.json").read_text())
     with pytest.raises(PlanError, match=says):
         make_plan(load_recipe(path), config, "builtin:tiny")
+
+
+SERVED = """\
+engines: [{engines}]
+stages:
+  - {{method: quantize.rtn, group_size: {group}}}
+export: [{exports}]
+"""
+BOTH = "{format: compressed-tensors}, {format: gguf}"
+
+
+@pytest.mark.parametrize(
+    ("engines", "group", "exports", "says"),
+    [
+        ("vllm, llama.cpp", 64, BOTH, None),
+        ("vllm", 64, BOTH, None),
+        ("vllm, llama.cpp", 64, "{format: compressed-tensors}", r"^llama\.cpp would load none"),
+        ("vllm, llama.cpp", 64, "{format: gguf}", r"^vllm would load none of the deliverables \(g"),
+        ("sglang", 64, BOTH, None),
+        ("transformers", 64, "", "there are none"),
+        ("vllm", 64, "{format: dense}", None),
+    ],
+)
+def test_every_engine_of_a_recipe_is_served(
+    tmp_path: Path, engines: str, group: int, exports: str, says: str | None
+) -> None:
+    text = SERVED.format(engines=engines, group=group, exports=exports)
+    if says is None:
+        plan(tmp_path, text, TINY)
+        return
+    (problem,) = refusals(tmp_path, text, TINY)
+    assert re.search(says, problem.message)
+    assert (problem.line, problem.column) == (1, 10)
+    assert "out of `engines`" in problem.hint
+
+
+def test_the_grid_of_a_chain_decides_whom_it_serves(tmp_path: Path) -> None:
+    """Mutants of one recipe: 3 bits, rounded embeddings and a rounded cache serve fewer engines."""
+    text = SERVED.format(engines="vllm-cpu", group=64, exports="{format: compressed-tensors}")
+    plan(tmp_path, text, TINY)
+    for change, says in (
+        ("stages.0.bits=3", "3-bit codes"),
+        ("stages.0.embeddings=quantize", "quantized embedding"),
+    ):
+        (problem,) = refusals(tmp_path, text, TINY, change)
+        assert says in problem.message
+    cached = text.replace("export:", "  - {method: quantize.kv}\nexport:")
+    (problem,) = refusals(tmp_path, "calibration: {samples: 2, length: 64}\n" + cached, TINY)
+    assert "cut keys and values" in problem.message
 
 
 def test_a_model_that_gguf_cannot_hold_is_refused_before_work(tmp_path: Path) -> None:

@@ -42,9 +42,10 @@ def test_find_returns_the_latest(tmp_path):
     assert len(journal.all("run_started")) == 2
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize("line", [b"not json", b"\xff\x00", b"5", b"[]", b"{}", b'{"event": "a"}'])
+def test_a_damaged_line_is_named(tmp_path, line):
     journal = Journal(tmp_path / "j")
     journal.append("one")
-    journal.path.write_bytes(b"not json\n" + journal.path.read_bytes())
+    journal.path.write_bytes(line + b"\n" + journal.path.read_bytes())
     with pytest.raises(ResumeError, match="j:1 is damaged"):
         Journal(journal.path)

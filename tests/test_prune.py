@@ -29,8 +29,8 @@ from compressor.stages.prune_width import PruneWidth
 from compressor.stages.unit_choice import aligned
 from compressor.stages.unit_inputs import Inputs, token_weights
 from compressor.types import BlockRecord, StageResult, TokenBatch
-from compressor.verify import verify_tensors
-from tests.helpers import checked_run, kept_promises, stage_context
+from compressor.verify import verify_result, verify_tensors
+from tests.helpers import checked_run, stage_context
 from tests.model.conftest import build
 from tests.model.conftest import checkpoints as checkpoints  # noqa: PLC0414 — a fixture
 
@@ -296,7 +296,7 @@ def test_the_search_keeps_the_mix_that_is_nearest_on_held_out_text(
     options = {"ratio": 0.25, "trial_tokens": 64, "attention": ("heads",)}
     chosen = stage("prune.search", **options)
     result = chosen.run(TINY, short, context(tmp_path / "out"))
-    kept_promises(TINY, result)
+    verify_result(TINY, result)
     architecture = Architecture.from_config(read_config(TINY))
     mixes = chosen.mixes(architecture)
     assert {mix.layers for mix in mixes} == {4, 3}

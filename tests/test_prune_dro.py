@@ -29,7 +29,8 @@ from compressor.stages.masking import Gates, write_pruned
 from compressor.stages.prune_dro import PruneDro
 from compressor.team import ALONE
 from compressor.types import StageResult
-from tests.helpers import Killed, Killer, checked_run, kept_promises, stage_context
+from compressor.verify import verify_result
+from tests.helpers import Killed, Killer, checked_run, stage_context
 from tests.model.conftest import build
 from tests.model.conftest import checkpoints as checkpoints  # noqa: PLC0414 — a fixture
 
@@ -106,7 +107,7 @@ def test_what_fixed_gates_compute_is_what_is_exported(
     result = write_pruned(parent, architecture, gates, learned(student, ALONE), tmp_path / "out")
     assert result.checkpoint == tmp_path / "out"
     assert not result.added
-    kept_promises(parent, result)
+    verify_result(parent, result)
     ids = torch.randint(3, 90, (2, 12), generator=generator)
     with torch.inference_mode():
         gated = student(ids, use_cache=False).logits

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,11 +14,14 @@ from huggingface_hub import HfApi, constants
 from ruamel.yaml import YAML
 
 from compressor import publish as publishing
+from compressor import reload
 from compressor.cli import main
-from compressor.engine import run_recipe
+from compressor.engine import RunOutcome, run_recipe
 from compressor.errors import AccessError, ResourceError, UsageError, VerificationError
-from compressor.publish import licence_gate, plan_publication, publish, require_access
+from compressor.licences import licence_gate
+from compressor.publish import plan_publication, publish, require_access
 from compressor.recipe import load_recipe
+from compressor.report.render import load_report
 from compressor.resources import builtin_model
 from tests.hub_server import TOKEN, Hub
 
@@ -120,6 +122,9 @@ def test_a_dry_run_touches_no_network(run: Path, hub: Hub, api: HfApi) -> None:
     assert not hub.requests
     assert not planned.revisions
     assert planned.repositories[1].bytes > 5_000_000
+    outcome = RunOutcome(run, load_report(run))
+    assert outcome.publish("me/tiny", dry_run=True, api=api) == planned
+    assert not hub.requests
     assert not (run / "publish.json").exists()
 
 
@@ -343,7 +348,7 @@ def test_without_a_token_nothing_is_computed(
 def test_a_licence_that_forbids_it_stops_the_run_before_work(
     recipe: Path, tmp_path: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "_client", lambda _: api)
+    monkeypatch.setattr(publishing, "client", lambda _: api)
     model = Path(shutil.copytree(builtin_model("tiny"), tmp_path / "model"))
     (model / "README.md").write_text("---\nlicense: cc-by-nd-4.0\n---\n")
     with pytest.raises(AccessError, match="forbids publishing"):
@@ -355,7 +360,7 @@ def test_a_licence_that_forbids_it_stops_the_run_before_work(
 def test_a_recipe_publishes_and_its_repetition_only_that(
     recipe: Path, tmp_path: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "_client", lambda _: api)
+    monkeypatch.setattr(publishing, "client", lambda _: api)
     hub.fail(r"POST /api/models/me/tiny/commit", 500, times=30)
     with pytest.raises(ResourceError, match="HTTP 500"):
         run_recipe(load_recipe(recipe), "builtin:tiny", tmp_path / "out")
@@ -374,24 +379,25 @@ def test_a_recipe_publishes_and_its_repetition_only_that(
     assert "me/other" not in hub.repos
 
 
-def test_what_came_back_is_unpacked(
+def test_what_came_back_writes_text(
     run: Path, hub: Hub, api: HfApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes that nobody can read are no success: of GGUF every matrix is unpacked."""
-    seen: list[Path] = []
-    real = publishing.exporter
+    """The same bytes that nobody can read are no success, whatever their format."""
+    written: list[str] = []
+    real = reload.continued
 
-    def watched(name: str) -> Any:
-        found = real(name)
-        assert found.read is not None
-
-        def read(folder: Path) -> Any:
-            seen.append(folder)
+    def watched(folder: Path) -> str:
+        assert folder.name.startswith("compress-publish-")
+        if written:
             raise VerificationError("cannot be read")
+        written.append(real(folder))
+        return written[0]
 
-        return dataclasses.replace(found, read=read)
-
-    monkeypatch.setattr(publishing, "exporter", watched)
+    monkeypatch.setattr(reload, "continued", watched)
     with pytest.raises(VerificationError, match="cannot be read"):
-        publish(run, "me/tiny", api=api)
-    assert [folder.name.startswith("compress-publish-") for folder in seen] == [True]
+        publish(run, "me/tiny", public=True, api=api)
+    monkeypatch.undo()
+    texts = [real(run / "deliverable" / form) for form in ("compressed-tensors", "gguf")]
+    assert written == texts[:1] == texts[1:]  # both hold the same weights
+    assert not hub.repos["me/tiny"].private
+    assert hub.repos["me/tiny-gguf"].private

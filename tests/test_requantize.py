@@ -29,9 +29,10 @@ from compressor.journal import Journal
 from compressor.plan import make_plan
 from compressor.publish import plan_publication
 from compressor.recheck import verify_folder
+from compressor.reload import unpack
 from compressor.report.build import check_report
 from compressor.report.schema import Report
-from compressor.requantize import relative_error, unpack
+from compressor.requantize import relative_error
 from compressor.resources import builtin_model
 from compressor.sections import ExportConfig
 from tests.runs import SMOL, TINY, load, run

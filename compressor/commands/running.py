@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @recipe_options
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Directory of the run.")
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Directory of the run.",
+)
 @common
 @click.pass_obj
 def run(

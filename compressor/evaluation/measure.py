@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -92,7 +94,7 @@ class TokenScores:
             with np.load(path, allow_pickle=False) as file:
                 head = json.loads(str(file["head"]))
                 columns = {name: file[name] for name in _COLUMNS}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, BadZipFile, zlib.error) as error:
             raise UsageError(f"{path} holds no token scores: {error}") from error
         return cls(
             variant=head["variant"],

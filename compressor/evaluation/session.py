@@ -15,7 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+from pydantic import ValidationError
 
+from compressor.errors import UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.measure import BaseCache, Progress, TokenScores, fill, protocol_of
 from compressor.evaluation.protocols import batches, tokenize
@@ -75,7 +77,12 @@ class Session:
         return evaluation
 
     def load(self, name: str) -> Evaluation:
-        """A result that `measure` wrote."""
+        """A result that `measure` wrote.
+
+        Raises:
+            FileNotFoundError: it wrote none.
+            ValidationError: the file has been damaged since.
+        """
         return Evaluation.model_validate_json(self._path(name, "json").read_bytes())
 
     def scores(self, name: str) -> TokenScores:
@@ -108,8 +115,12 @@ class Session:
         )
 
     def holds(self, name: str) -> bool:
-        """Whether the results of a variant are on disk."""
-        return all(self._path(name, suffix).is_file() for suffix in ("npz", "json"))
+        """Whether the results of a variant are on disk, and whole."""
+        try:
+            self.load(name), self.scores(name)
+        except (FileNotFoundError, ValidationError, UsageError):
+            return False
+        return True
 
     def _path(self, name: str, suffix: str) -> Path:
         """A file of a variant; its name may be a path as typed, and has then no separators."""

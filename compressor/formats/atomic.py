@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor.disk import flush
-from compressor.errors import ResourceError
+from compressor.disk import flush, writing
 
 _SUFFIX = ".partial"
 
@@ -31,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
         ResourceError: the file system refused (full, read-only, no permission).
     """
     temporary = path.with_name(f".{path.name}{_SUFFIX}")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # A library may create the file closed to other users; the umask should decide.
@@ -45,8 +44,6 @@ def replacing(path: Path) -> Iterator[Path]:
         finally:
             temporary.unlink(missing_ok=True)
         flush(path.parent)
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -39,7 +39,7 @@ ENVIRONMENTS: Mapping[str, str] = {"onnx": "onnxruntime", "openvino": "openvino"
 
 _ALL: frozenset[Symmetry] = frozenset(("symmetric", "full_range", "asymmetric"))
 _SYMMETRIC: frozenset[Symmetry] = frozenset(("symmetric", "full_range"))
-_ANY = frozenset(range(2, 9))
+ANY_WIDTH = frozenset(range(2, 9))
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Limits:
         needs: what has to be installed beside the engine.
     """
 
-    bits: frozenset[int] = _ANY
+    bits: frozenset[int] = ANY_WIDTH
     symmetries: frozenset[Symmetry] = _ALL
     multiple: int = 1
     group_multiple: int = 1
@@ -72,7 +72,7 @@ class Limits:
 
     def __str__(self) -> str:
         """For people: `2, 3, 4, 8 bits, sizes in multiples of 32 (needs gptqmodel)`."""
-        bits = "any width" if self.bits == _ANY else f"{_listed(self.bits)} bits"
+        bits = "any width" if self.bits == ANY_WIDTH else f"{_listed(self.bits)} bits"
         words = [bits] + (["symmetric only"] if self.symmetries == _SYMMETRIC else [])
         words += [f"sizes in multiples of {self.multiple}"] if self.multiple > 1 else []
         groups = f"groups in multiples of {self.group_multiple}"
@@ -159,8 +159,10 @@ ENGINES: Mapping[str, Engine] = {
             "float-quantized": _ROUND,
             "mxfp4-pack-quantized": _ROUND,
             "nvfp4-pack-quantized": _ROUND,
-            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, needs=_GPTQMODEL),
-            "awq": Limits(_FOUR, multiple=8, mixed_fused=True, needs="gptqmodel"),
+            "gptq": Limits(
+                _GPTQ_WIDTHS, multiple=32, mixed_fused=True, evidence="run", needs=_GPTQMODEL
+            ),
+            "awq": Limits(_FOUR, multiple=8, mixed_fused=True, evidence="run", needs="gptqmodel"),
             "bitsandbytes": Limits(
                 _FOUR_EIGHT,
                 _SYMMETRIC,

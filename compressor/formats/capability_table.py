@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compressor.formats.capabilities import CONTAINERS, ENGINES, Engine, Limits
+from compressor.formats.capabilities import ANY_WIDTH, CONTAINERS, ENGINES, Engine, Limits
 
 HEADER = ("engine", "container", "codes", "rounded inputs", "cache", "drafts", "known by")
+OVERVIEW = ("engine", "loads, as a test shows", "loads by its documents", "drafts, as a test shows")
 BEGIN, END = "<!-- engines: written by tools/engine_table.py -->", "<!-- /engines -->"
+SHORT = "<!-- engines in short: written by tools/engine_table.py -->"
 _KNOWN = {"run": "a test runs it", "documents": "its documents"}
 _NONE = "–"
 
@@ -42,16 +44,39 @@ def _codes(name: str, limits: Limits) -> str:
     return _NONE if name in ("dense", "llama-quantize") else str(limits)
 
 
-def within(document: str) -> str | None:
+def overview() -> str:
+    """One row for each engine: what it loads, and how that is known."""
+    lines = [f"| {' | '.join(OVERVIEW)} |", "|---" * len(OVERVIEW) + "|"]
+    for engine in ENGINES.values():
+        cells = [f"{engine.title} {engine.version}"]
+        for how in ("run", "documents"):
+            named = [_named(n, li) for n, li in engine.containers.items() if li.evidence == how]
+            cells.append(", ".join(named) or _NONE)
+        drafts = [name for name, how in engine.drafts.items() if how == "run"]
+        lines.append(f"| {' | '.join([*cells, ', '.join(drafts) or _NONE])} |")
+    return "\n".join(lines)
+
+
+def _named(name: str, limits: Limits) -> str:
+    """A container, with its widths and groups where the engine is particular about them."""
+    narrow = limits.bits != ANY_WIDTH and name != "awq"
+    words = [f"{', '.join(map(str, sorted(limits.bits)))} bits"] if narrow else []
+    words += [f"groups × {limits.group_multiple}"] if limits.group_multiple > 1 else []
+    return f"`{name}`" + (f" ({', '.join(words)})" if words else "")
+
+
+def within(document: str, begin: str = BEGIN) -> str | None:
     """What stands between the marks of a document; None where it has none."""
-    _, begin, rest = document.partition(f"{BEGIN}\n")
+    _, found, rest = document.partition(f"{begin}\n")
     table, end, _ = rest.partition(f"\n{END}")
-    return table if begin and end else None
+    return table if found and end else None
 
 
 def replaced(document: str) -> str:
-    """The document with the table as it is now; unchanged where it has no marks."""
-    old = within(document)
-    if old is None:
-        return document
-    return document.replace(f"{BEGIN}\n{old}\n{END}", f"{BEGIN}\n{markdown()}\n{END}")
+    """The document with its table as it is now; unchanged where it has no marks."""
+    for begin, table in ((BEGIN, markdown), (SHORT, overview)):
+        old = within(document, begin)
+        if old is not None:
+            new = f"{begin}\n{table()}\n{END}"
+            document = document.replace(f"{begin}\n{old}\n{END}", new)
+    return document

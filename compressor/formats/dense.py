@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
+from compressor.disk import link_or_copy
 from compressor.formats.exporters import Source
 from compressor.formats.files import checkpoint_files
 
@@ -15,12 +14,7 @@ def write(source: Source, out: Path) -> None:
 
     Raises:
         ModelError: the checkpoint is damaged.
+        ResourceError: the file system refused.
     """
     for path in checkpoint_files(source.checkpoint):
-        target = out / path.relative_to(source.checkpoint)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:
-            shutil.copy2(path, target)
+        link_or_copy(path, out / path.relative_to(source.checkpoint))

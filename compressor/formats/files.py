@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
+from compressor.disk import link_or_copy
 from compressor.formats.atomic import atomic_write_bytes
 from compressor.formats.headers import INDEX, SINGLE, read_folder
 
@@ -68,15 +67,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 def link_checkpoint(checkpoint: Path, folder: Path) -> None:
     """The same checkpoint in another folder: links where the file system has them."""
-    folder.mkdir(parents=True, exist_ok=True)
     for path in checkpoint_files(checkpoint):
-        target = folder / path.relative_to(checkpoint)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(path.resolve(), target)  # the file itself: the Hub's cache holds symlinks
-        except OSError:
-            shutil.copy2(path, target)
+        link_or_copy(path, folder / path.relative_to(checkpoint))
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.errors import ModelError, ResourceError
+from compressor.errors import ModelError
 from compressor.formats.atomic import (
     atomic_write_json,
     remove_partial,
@@ -58,10 +58,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     """
     dense = {name: tensors[name].detach().contiguous().cpu() for name in sorted(tensors)}
     with replacing(path) as temporary:
-        try:
-            save_file(dense, temporary, metadata=dict(metadata))
-        except SafetensorError as error:
-            raise ResourceError(f"cannot write {path}: {error}") from error
+        save_file(dense, temporary, metadata=dict(metadata))
 
 
 class CheckpointWriter:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compressor.disk import flush
+from compressor.disk import flush, writing
 from compressor.errors import ResumeError
 
 _MANIFEST = "activations.json"
@@ -49,7 +49,11 @@ class ActivationStore:
         return () if held is None else (held,)
 
     def append(self, tensor: Tensor) -> None:
-        """Add a tensor of any shape and dtype; its bytes are kept exactly."""
+        """Add a tensor of any shape and dtype; its bytes are kept exactly.
+
+        Raises:
+            ResourceError: it goes to a file, and the disk refused it.
+        """
         tensor = tensor.detach().cpu().contiguous()
         if self.bytes_in_memory + tensor.nbytes <= self.budget:
             self.bytes_in_memory += tensor.nbytes
@@ -67,19 +71,23 @@ class ActivationStore:
 
         Args:
             label: what the activations belong to; `load` asks for the same.
+
+        Raises:
+            ResourceError: the disk refused them.
         """
         sizes = []
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for index, held in enumerate(self._held):
-            if held is not None:
-                self._write(index, held)
-            flush(self._path(index))
-            sizes.append(self._path(index).stat().st_size)
-        manifest, temporary = self.folder / _MANIFEST, self.folder / f"{_MANIFEST}.tmp"
-        temporary.write_text(json.dumps({"label": label, "sizes": sizes}))
-        flush(temporary)
-        temporary.replace(manifest)
-        flush(self.folder)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for index, held in enumerate(self._held):
+                if held is not None:
+                    self._write(index, held)
+                flush(self._path(index))
+                sizes.append(self._path(index).stat().st_size)
+            manifest, temporary = self.folder / _MANIFEST, self.folder / f"{_MANIFEST}.tmp"
+            temporary.write_text(json.dumps({"label": label, "sizes": sizes}))
+            flush(temporary)
+            temporary.replace(manifest)
+            flush(self.folder)
         self._held = [None] * len(sizes)
         self.bytes_in_memory = 0
 
@@ -125,7 +133,8 @@ class ActivationStore:
         return self.folder / f"batch-{index:05d}.safetensors"
 
     def _write(self, index: int, tensor: Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Whatever an earlier run saved here stops being complete with the first new file.
-        (self.folder / _MANIFEST).unlink(missing_ok=True)
-        save_file({_KEY: tensor}, self._path(index))
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # Whatever an earlier run saved here stops being complete with the first new file.
+            (self.folder / _MANIFEST).unlink(missing_ok=True)
+            save_file({_KEY: tensor}, self._path(index))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ from compressor.model.experts import ExpertWatch, Place, fused, place
 from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
 from compressor.model.passage import Passage, introduced
+from compressor.model.standing import Standing
 
 if TYPE_CHECKING:
     from compressor.model.walk import BlockWalk
@@ -25,15 +25,8 @@ Observer = Callable[[str, Tensor, Tensor], None]
 """Called with (input group, inputs [tokens, in], index of each token's domain [tokens])."""
 
 
-GradientObserver = Callable[[str, Tensor, Tensor], None]
-"""Called with (name of a matrix, inputs [tokens, in], gradients of its outputs [tokens, out])."""
-
-
 ExpertObserver = Callable[[int, Tensor, Tensor], None]
 """Called with (expert, outputs [tokens, hidden] before the router's weights, those [tokens])."""
-
-
-_STANDING_PER_TRIM = 4
 
 
 class BlockMatrix:
@@ -67,23 +60,6 @@ class BlockMatrix:
         self._block.set_tensor(self.info.tensor, value)
 
 
-@dataclass(frozen=True)
-class _Product:
-    """One matrix product of a forward pass, which may hold several matrices.
-
-    Attributes:
-        matrices: names, and which of the outputs are theirs.
-        inputs: [tokens, in].
-        output: [..., out], part of the graph.
-        keep: which tokens are no padding [tokens].
-    """
-
-    matrices: tuple[tuple[str, slice], ...]
-    inputs: Tensor
-    output: Tensor
-    keep: Tensor
-
-
 class Block:
     """One block in memory, with what enters it.
 
@@ -111,7 +87,7 @@ class Block:
             matrix.info.tensor: place(walk.architecture, matrix.info) for matrix in self.matrices
         }
         self._changed: dict[str, Tensor] = {}
-        self._standing: dict[int, Passage] = {}
+        self._standing = Standing(self._held_standing, walk.room_to_stand, walk.lot, self._owned)
         self._outputs = walk._new_store(index + 1)
         self._fill()
 
@@ -153,67 +129,25 @@ class Block:
         """All tensors of the block as on disk; those never set are byte-identical to it."""
         return {name: self.tensor(name) for name in self.names}
 
+    def module_of(self, matrix: Matrix) -> nn.Module:
+        """The live module that multiplies a matrix; that of all experts for one of theirs."""
+        path, _, _ = self._places[matrix.tensor].parameter.rpartition(".")
+        module: nn.Module = self._walk.skeleton.model.get_submodule(path)
+        return module
+
+    @property
+    def experts(self) -> nn.Module:
+        """The live module of all routed experts, in a block that has any."""
+        return self.module_of(next(m.info for m in self.matrices if m.info.expert is not None))
+
+    def rows_of(self, matrix: Matrix) -> slice:
+        """Which outputs of its module's product are a matrix's own."""
+        return self._places[matrix.tensor].rows or slice(None)
+
     def run(self, batch: int) -> Tensor:
         """Output [batch, length, hidden] for one batch with the present weights."""
         mask = self._walk.batches[batch].mask
         return self._walk.skeleton.block(self.index, self.inputs[batch], mask)
-
-    def backward(self, batch: int, gradient: Tensor, observe: GradientObserver) -> Tensor:
-        """Gradient of what enters the block, given that of what leaves it, for one batch.
-
-        Args:
-            batch: its index.
-            gradient: [batch, length, hidden].
-            observe: called for every matrix but routers, with valid tokens only; for those of an
-                expert with the tokens routed to it, if there are any.
-        """
-        valid, _ = self._walk.valid(self._walk.batches[batch])
-        hidden = self.inputs[batch].to(self._walk.device, self._walk.dtype)
-        hidden = hidden.detach().requires_grad_()
-        seen: list[_Product] = []
-        with ExitStack() as stack, torch.enable_grad():
-            routed = [matrix.info for matrix in self.matrices if matrix.info.expert is not None]
-            for matrix in self.matrices:
-                if matrix.info.expert is None and matrix.info.role != "router":
-                    stack.callback(self._watch(matrix.info, valid, seen).remove)
-            if routed:
-                stack.enter_context(self._watch_experts(routed, valid, seen))
-            output = self._walk.skeleton.block(self.index, hidden, self._walk.batches[batch].mask)
-        products = [product.output for product in seen]
-        entered, *found = torch.autograd.grad(output, [hidden, *products], gradient.to(output))
-        for product, gradients in zip(seen, found, strict=True):
-            flat = gradients.reshape(-1, gradients.shape[-1])[product.keep]
-            for name, outputs in product.matrices:
-                observe(name, product.inputs[product.keep], flat[:, outputs])
-        return entered
-
-    def _watch(self, matrix: Matrix, valid: Tensor, seen: list[_Product]) -> RemovableHandle:
-        path = self._places[matrix.tensor].parameter.removesuffix(".weight")
-        module: nn.Module = self._walk.skeleton.model.get_submodule(path)
-
-        def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs = args[0].detach().reshape(-1, args[0].shape[-1])
-            seen.append(_Product(((matrix.name, slice(None)),), inputs, output, valid))
-
-        return module.register_forward_hook(keep)
-
-    def _watch_experts(
-        self, routed: Sequence[Matrix], valid: Tensor, seen: list[_Product]
-    ) -> ExpertWatch:
-        """The same for routed experts, whose gate and up are one product."""
-        names: dict[tuple[int | None, str], list[tuple[str, slice]]] = {}
-        for matrix in routed:
-            side = "out" if matrix.role == "down" else "in"
-            rows = self._places[matrix.tensor].rows or slice(None)
-            names.setdefault((matrix.expert, side), []).append((matrix.name, rows))
-
-        def keep(expert: int, side: str, rows: Tensor, tokens: Tensor, output: Tensor) -> None:
-            chosen = valid[tokens]
-            if bool(chosen.any()):
-                matrices = tuple(names[expert, side])
-                seen.append(_Product(matrices, rows.detach(), output, chosen))
-
-        return ExpertWatch(self._experts(), keep)
 
     def run_with(self, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Output [batch, length, hidden] for other inputs and other tensors of the disk's shapes.
@@ -253,7 +187,7 @@ class Block:
         self._outputs.delete()
         with torch.no_grad():
             for batch in range(len(self._walk.batches)):
-                passage = self._standing.pop(batch, None)
+                passage = self._standing.take(batch)
                 output = passage.advance() if passage else None
                 self._outputs.append(self.run(batch) if output is None else output)
 
@@ -275,7 +209,7 @@ class Block:
                 if side == "out" and bool(keep.any()):
                     observe(expert, output[keep], watch.gates(expert)[keep])
 
-            with torch.no_grad(), ExpertWatch(self._experts(), tell) as watch:
+            with torch.no_grad(), ExpertWatch(self.experts, tell) as watch:
                 self._outputs.append(self.run(batch))
 
     @property
@@ -373,52 +307,26 @@ class Block:
             if group in routed and bool(keep.any()):
                 observe(group, rows[keep], domains[tokens[keep]])
 
-        passage = self._passage(batch, pending, anew=bool(routed))
+        waiting = self._standing.take(batch, pending, anew=bool(routed))
+        passage = waiting or Passage(lambda: self.run(batch))
         with ExitStack() as stack:
             for matrix in self.matrices:
                 if matrix.info.expert is None:
                     stack.enter_context(self._telling(matrix.info, passage))
             if routed:
-                stack.enter_context(ExpertWatch(self._experts(), routed_to))
+                stack.enter_context(ExpertWatch(self.experts, routed_to))
             if self._walk.lot:
                 stack.enter_context(introduced(self.module, valid.numel(), passage))
             output = passage.advance(visit)
         if output is None and wanted != set(self._groups):
-            self._keep(batch, passage)
+            self._standing.keep(batch, passage)
         elif output is None:  # nothing lies ahead that could still change
             passage.abandon()
         return output
 
-    def _passage(self, batch: int, plain: Collection[str], *, anew: bool) -> Passage:
-        """The batch's forward where it stands still, if what is asked for lies ahead of it."""
-        passage = self._standing.pop(batch, None)
-        if passage and not anew and passage.passed.isdisjoint(plain):
-            return passage
-        if passage:
-            passage.abandon()
-        return Passage(lambda: self.run(batch))
-
-    def _keep(self, batch: int, passage: Passage) -> None:
-        """Let a forward wait for the matrices ahead of it, in memory as far as there is room.
-
-        What it has just reported may be in use, so that its own tensors stay where they are.
-        """
-        lot = self._walk.lot if passage.passed else None  # else running anew costs nothing
-        waiting = [other for other, held in self._standing.items() if not held.is_parked]
-        self._standing[batch] = passage
-        while lot and waiting and self._crowded():
-            other = waiting.pop(0)
-            self._standing[other].park(lot, self._owned(other))
-        if self._crowded() and not lot:
-            self._standing.pop(batch).abandon()
-        elif len(self._standing) % _STANDING_PER_TRIM == 0:
-            return_memory()  # what a forward has freed lies between what it holds
-
-    def _crowded(self) -> bool:
-        """Whether forwards that stand still hold more than their share of memory."""
-        held = [batch for batch, passage in self._standing.items() if not passage.is_parked]
-        tokens = sum(self._walk.batches[batch].mask.numel() for batch in held)
-        return tokens * self._walk.bytes_standing(self.index) > self._walk.room_to_stand
+    def _held_standing(self, batch: int) -> int:
+        """Bytes that a forward of a batch holds while it stands still, at most."""
+        return self._walk.batches[batch].mask.numel() * self._walk.bytes_standing(self.index)
 
     def _owned(self, batch: int) -> set[int]:
         """Addresses of storages that a forward of a batch may meet and that are not its own."""
@@ -427,17 +335,9 @@ class Block:
 
     def _telling(self, matrix: Matrix, passage: Passage) -> RemovableHandle:
         """Let a forward tell its passage what a matrix is about to multiply."""
-        path = self._places[matrix.tensor].parameter.removesuffix(".weight")
-        module: nn.Module = self._walk.skeleton.model.get_submodule(path)
-        return module.register_forward_pre_hook(
+        return self.module_of(matrix).register_forward_pre_hook(
             lambda _, args: passage.arrive(matrix.tensor, args[0]), with_kwargs=False
         )
-
-    def _experts(self) -> nn.Module:
-        expert = next(matrix.info for matrix in self.matrices if matrix.info.expert is not None)
-        path, _, _ = self._places[expert.tensor].parameter.rpartition(".")
-        module: nn.Module = self._walk.skeleton.model.get_submodule(path)
-        return module
 
     def _fill(self) -> None:
         """Bring the module to life: whole tensors by name, experts into their fused tensors."""
@@ -469,10 +369,8 @@ class Block:
 
     def _settle(self, name: str) -> None:
         """A forward that used a tensor which has changed since is worth nothing."""
-        ahead = name in self._places and self._places[name].expert is None
-        for batch, passage in list(self._standing.items()):
-            if not ahead or name in passage.passed:
-                self._standing.pop(batch).abandon()
+        told = name in self._places and self._places[name].expert is None
+        self._standing.end(name if told else None)
 
     def close(self) -> None:
         """Finish, and free what only this block needed."""

@@ -18,6 +18,9 @@ from typing import IO, Any
 
 import torch
 
+from compressor.disk import writing
+from compressor.errors import ResourceError
+
 
 @dataclass(frozen=True)
 class Parked:
@@ -46,13 +49,17 @@ class ParkingLot:
 
         Args:
             storage: on the CPU, resizable, of more than no bytes.
+
+        Raises:
+            ResourceError: the disk refused the bytes, which then stay in memory.
         """
         size = storage.nbytes()
         place = self._free[size].pop() if self._free[size] else self._grown(size)
-        file = self._opened()
-        file.seek(place)
-        file.write(_bytes_of(storage))
-        file.flush()
+        with writing(self._folder):
+            file = self._opened()
+            file.seek(place)
+            file.write(_bytes_of(storage))
+            file.flush()
         storage.resize_(0)
         return Parked(storage, place, size)
 
@@ -60,13 +67,16 @@ class ParkingLot:
         """Give a storage its memory and its bytes back.
 
         Raises:
-            OSError: the file is shorter than what was written.
+            ResourceError: the file is shorter than what was written.
         """
         parked.storage.resize_(parked.size)
         file = self._opened()
         file.seek(parked.place)
         if file.readinto(_bytes_of(parked.storage)) != parked.size:  # type: ignore[attr-defined]
-            raise OSError("the file of parked activations lost bytes")
+            raise ResourceError(
+                f"{self._folder}: the file of parked activations lost bytes",
+                "the disk may be failing; the same command goes on where it stopped",
+            )
         self.forget(parked)
 
     def forget(self, parked: Parked) -> None:

@@ -30,6 +30,11 @@ def working_dtype(checkpoint: Path, device: torch.device) -> torch.dtype:
     return own if has_units(device, own) else torch.float32
 
 
+def calibration_dtype(precision: str, checkpoint: Path, device: torch.device) -> torch.dtype:
+    """What calibration text is computed in, behind `auto` or `fp32`."""
+    return working_dtype(checkpoint, device) if precision == "auto" else torch.float32
+
+
 def has_units(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the device multiplies 16-bit numbers of this type faster than fp32."""
     if dtype == torch.bfloat16:

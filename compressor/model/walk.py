@@ -17,7 +17,8 @@ to the disk dtype first, so that the activations are those of the model that wil
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -27,9 +28,8 @@ from torch import Tensor, nn
 from compressor.errors import ModelError, ResumeError
 from compressor.model.activations import ActivationStore
 from compressor.model.architecture import ROOM_BESIDE_PARKED, Architecture, held_by_forward
-from compressor.model.block import Block, GradientObserver
+from compressor.model.block import Block
 from compressor.model.files import read_config
-from compressor.model.lookups import LookUps
 from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
 from compressor.model.parking import ParkingLot
@@ -37,7 +37,8 @@ from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
 from compressor.types import ActivationScheme, TokenBatch
 
-_HEAD_TOKENS = 256  # whose logits are in memory at once while the head is differentiated
+HEAD_TOKENS = 256
+"""Whose logits are in memory at once."""
 
 
 class BlockWalk:
@@ -130,91 +131,14 @@ class BlockWalk:
         self.skeleton.release(block.module)
         return_memory()
 
-    def gradients(self, index: int) -> ActivationStore:
-        """Gradients of what leaves block `index` - 1, as `ActivationStore.save` left them.
-
-        Raises:
-            ResumeError: none were saved.
-        """
-        return ActivationStore.load(self._gradients(index), self.memory_budget // 2, self.label)
-
-    def save_gradients(self, index: int, gradients: Iterable[Tensor]) -> None:
-        """Put the gradients of what enters block `index` on disk, one tensor per batch."""
-        store = ActivationStore(self._gradients(index), self.memory_budget // 2)
-        for gradient in gradients:
-            store.append(gradient)
-        store.save(self.label)
-
-    def sampled_gradient(
-        self,
-        batch: int,
-        hidden: Tensor,
-        generator: torch.Generator,
-        observe: GradientObserver | None = None,
-    ) -> Tensor:
-        """Gradient of Σ log p(y) over valid tokens, y drawn from the model's own predictions.
-
-        Args:
-            batch: whose mask applies.
-            hidden: what leaves the last block, [batch, length, hidden].
-            generator: draws y.
-            observe: called with "head", what enters it and the gradients of its logits.
-
-        Returns:
-            The gradient with respect to `hidden`, of its shape.
-        """
-        self._require_head()
-        mask = self.batches[batch].mask.to(self.device)
-        hidden = hidden.to(self.device, self.dtype).detach().requires_grad_()
-        with torch.enable_grad():
-            final = self.skeleton.finish(hidden, self.batches[batch].mask)
-        rows = final.detach()[mask]
-        pieces = torch.split(rows, _HEAD_TOKENS)
-        parts = [self._head_gradient(piece, generator, observe) for piece in pieces]
-        upstream = torch.zeros_like(final)
-        upstream[mask] = torch.cat(parts)
-        (gradient,) = torch.autograd.grad(final, hidden, upstream)
-        return gradient
-
-    def _head_gradient(
-        self, inputs: Tensor, generator: torch.Generator, observe: GradientObserver | None
-    ) -> Tensor:
-        """The same with respect to what enters the head, [tokens, width]."""
-        inputs = inputs.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = self.skeleton.logits(inputs)
-            chances = torch.log_softmax(logits.float(), -1)
-            drawn = torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator)
-            likelihood = chances.gather(-1, drawn.to(self.device)).sum()
-        gradient, of_logits = torch.autograd.grad(likelihood, [inputs, logits])
-        if observe:
-            observe("head", inputs.detach(), of_logits)
-        return gradient
-
     def predictions(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What enters the head [tokens, width], and its logits [tokens, vocab], piece by piece.
 
         Valid tokens only; after all blocks ran.
         """
         for hidden, batch in zip(self.final_hidden(), self.batches, strict=True):
-            for piece in torch.split(hidden[batch.mask.to(hidden.device)], _HEAD_TOKENS):
+            for piece in torch.split(hidden[batch.mask.to(hidden.device)], HEAD_TOKENS):
                 yield piece, self.logits(piece)
-
-    def lookup_gradient(self, batch: int, gradient: Tensor) -> Tensor:
-        """Gradients of the rows that valid tokens look up in the embedding, [tokens, width].
-
-        Args:
-            batch: its index.
-            gradient: of what enters block 0, [batch, length, hidden].
-        """
-        self._assign(self.skeleton.embedding, self._table("embed"))
-        mask = self.batches[batch].mask
-        with torch.enable_grad(), LookUps(self.skeleton.embedding) as looked_up:
-            hidden = self.skeleton.embed(self.batches[batch].input_ids, mask)
-        self.skeleton.release(self.skeleton.embedding)
-        (found,) = torch.autograd.grad(hidden, looked_up.rows, gradient.to(hidden))
-        rows: Tensor = found[mask.to(found.device)]
-        return rows
 
     def rest(self) -> tuple[str, ...]:
         """Names on disk of all tensors outside the blocks."""
@@ -251,18 +175,27 @@ class BlockWalk:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] as the model computes them, for hidden states [..., width]."""
-        self._require_head()
+        self.require_head()
         with torch.no_grad():
             return self.skeleton.logits(hidden)
 
     def embedded_with(self, batch: int, table: Tensor) -> Tensor:
         """What would enter block 0 with another embedding [vocab, width]; nothing is kept."""
-        embedding = self.skeleton.embedding
-        embedding.weight = _parameter(table, self.device, self.dtype)
-        with torch.no_grad():
-            hidden = self.skeleton.embed(self.batches[batch].input_ids, self.batches[batch].mask)
-        self.skeleton.release(embedding)
-        return hidden
+        with self.embedding(table), torch.no_grad():
+            return self.skeleton.embed(self.batches[batch].input_ids, self.batches[batch].mask)
+
+    @contextmanager
+    def embedding(self, table: Tensor | None = None) -> Iterator[nn.Module]:
+        """The module of the embedding, alive within the block.
+
+        Args:
+            table: [vocab, width] in place of the model's own.
+        """
+        module = self.skeleton.embedding
+        weight = self.tensor(self._table("embed").tensor) if table is None else table
+        module.weight = _parameter(weight, self.device, self.dtype)
+        yield module
+        self.skeleton.release(module)
 
     def logits_with(
         self, batch: int, hidden: Tensor, tensors: Mapping[str, Tensor], head: Tensor
@@ -301,15 +234,12 @@ class BlockWalk:
         """How names on disk of a block's tensors begin."""
         return f"{self.architecture.blocks_path}.{index}."
 
-    def _require_head(self) -> None:
-        """Bring the head to life if it is not."""
+    def require_head(self) -> None:
+        """Bring the head to life if it is not; it stays."""
         head = self.skeleton.head
         if next(head.parameters()).is_meta:
-            role = "embed" if self.architecture.tied else "head"
-            self._assign(head, self._table(role))
-
-    def _gradients(self, index: int) -> Path:
-        return self.scratch / f"gradients-{index:05d}"
+            table = self._table("embed" if self.architecture.tied else "head")
+            head.weight = _parameter(self.tensor(table.tensor), self.device, self.dtype)
 
     def folder(self, index: int) -> Path:
         """Where what enters a block is saved."""
@@ -339,10 +269,6 @@ class BlockWalk:
     def _table(self, role: str) -> Matrix:
         return next(matrix for matrix in self.architecture.matrices if matrix.role == role)
 
-    def _assign(self, module: nn.Module, matrix: Matrix) -> None:
-        """Fill the only weight of an embedding or a head."""
-        module.weight = _parameter(self.tensor(matrix.tensor), self.device, self.dtype)
-
     def _fill_outside(self) -> None:
         """Norms, positions and projections are small and stay; embedding and head do not."""
         large = {matrix.tensor for matrix in self.architecture.matrices if matrix.role in _LARGE}
@@ -353,13 +279,10 @@ class BlockWalk:
 
     def _embedded(self) -> ActivationStore:
         store = self._new_store(0)
-        embedding, table = self.skeleton.embedding, self._table("embed")
-        self._require_rows(table.shape[0])
-        self._assign(embedding, table)
-        with torch.no_grad():
+        self._require_rows(self._table("embed").shape[0])
+        with self.embedding(), torch.no_grad():
             for batch in self.batches:
                 store.append(self.skeleton.embed(batch.input_ids, batch.mask))
-        self.skeleton.release(embedding)
         return_memory()
         return store
 

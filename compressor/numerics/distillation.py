@@ -107,6 +107,7 @@ class _Taught(torch.autograd.Function):
         mask: Tensor,
         kind: Loss,
     ) -> Tensor:
+        """The loss, fp32 scalar; arguments as of `teach`. Keeps q [N, V]."""
         kept = torch.empty(len(states), len(weight), dtype=states.dtype, device=states.device)
         totals, count = torch.zeros(2, dtype=torch.float64, device=states.device), mask.sum()
         for rows in range(0, len(states), ROWS):
@@ -133,6 +134,7 @@ class _Taught(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of states [N, H] and head [V, H]; nothing else has any."""
         states, weight, teacher, places, shares, kept = ctx.saved_tensors
         of_logits = torch.empty_like(kept)
         for rows in range(0, len(states), ROWS):

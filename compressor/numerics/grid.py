@@ -31,6 +31,17 @@ from compressor.numerics.neuqi import joint_search
 from compressor.types import QTensor, WeightScheme, step_sizes
 
 Search = Literal["minmax", "mse", "imatrix", "neuqi", "clip"]
+"""How scales (and zero-points) are found.
+
+`minmax` covers the whole range of a group, as compressed-tensors does: half a step of error at most
+(one step for full_range, on the side opposite to the largest element). `mse` minimises Σ(ŵ-w)² of
+each group over shrunken ranges and then refits the scale to the codes by least squares; `imatrix`
+weighs each input with its importance, which makes it the layer's expected output error under
+uncorrelated inputs. `clip` counts correlations within the group in: its error is d H d over the
+group's block of H, as in AWQ's clip search (Lin et al., "AWQ", 2023). All three start from
+`minmax`, so they never exceed its error under their own objective. `neuqi` is for asymmetric grids:
+it starts from what `imatrix` finds and searches scale and zero-point jointly.
+"""
 
 # Elements searched at once: a few buffers of this size stay in a core's second-level cache.
 _CHUNK_ELEMENTS = 1 << 17
@@ -78,20 +89,10 @@ def fit_grid(
 
     Matrices that an engine fuses and that share a divisor (NVFP4) are fitted together, stacked.
 
-    `minmax` covers the whole range of a group, as compressed-tensors does: half a step of error
-    at most (one step for full_range, on the side opposite to the largest element). `mse`
-    minimises Σ(ŵ-w)² of each group over shrunken ranges and then refits the scale to the codes
-    by least squares; `imatrix` weighs each input with its importance, which makes it the layer's
-    expected output error under uncorrelated inputs. `clip` counts correlations within the group
-    in: its error is d H d over the group's block of H, as in AWQ's clip search (Lin et al., "AWQ",
-    2023). All three start from `minmax`, so they never exceed its error under their own objective.
-    `neuqi` is for asymmetric grids: it starts from
-    what `imatrix` finds and searches scale and zero-point jointly.
-
     Args:
         weight: [out, in], finite.
         scheme: the grid; its group size divides `in`.
-        search: how the scale is chosen.
+        search: how they are found; see `Search`.
         importance: [in], non-negative: E[x²] or the diagonal of the Hessian, in any unit.
             Required by `imatrix` and `neuqi`, ignored otherwise. Inputs with zero importance do
             not count; a group of nothing but such inputs is treated as `mse`.
@@ -104,28 +105,27 @@ def fit_grid(
         NumericalError: the weight, the importance or the Hessian holds NaN or infinity.
         ValueError: shapes or options that do not fit together.
     """
-    out, in_features = weight.shape
-    _check_scheme(scheme, in_features)
-    _check_finite(weight, "weight matrix")
-    _check_rows(scheme, out)
-    if search == "neuqi" and scheme.symmetry != "asymmetric":
-        raise ValueError(f"search 'neuqi' looks for zero-points, which {scheme} has not")
+    _check_fit(weight, scheme, search)
     grouped = _grouped(weight.float(), scheme)
     weighted = search in ("imatrix", "neuqi")
     emphasis = _emphasis(importance, grouped, scheme) if weighted else None
-    moment = _moment(hessian, in_features, scheme) if search == "clip" else None
+    moment = _moment(hessian, weight.shape[1], scheme) if search == "clip" else None
     stored = Stored.of(weight, scheme, scale_dtype)
-    found = [
+    found = (
         _fit_rows(rows, stored, search, emphasis, moment, tries) for rows in _row_chunks(grouped)
-    ]
-    scale = torch.cat([scale for scale, _ in found]).squeeze(-1)
+    )
+    scale, zero = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+    return _as_stored(scale, zero, stored)
+
+
+def _as_stored(scale: Tensor, zero: Tensor, stored: Stored) -> Grid:
+    """The grid of scales, as they are multiplied with, and zero-points, fp32 [rows, groups]."""
     if stored.divisor is not None:
         exact = round_to_float_(scale * stored.divisor, 8)  # dividing may have cost a last bit
-        return Grid(exact.to(scale_dtype), None, stored.divisor)
-    if scheme.symmetry != "asymmetric":
-        return Grid(scale.to(scale_dtype), None)
-    zero = torch.cat([zero for _, zero in found]).squeeze(-1)
-    return Grid(scale.to(scale_dtype), zero.to(torch.int8))
+        return Grid(exact.to(stored.dtype), None, stored.divisor)
+    if stored.scheme.symmetry != "asymmetric":
+        return Grid(scale.to(stored.dtype), None)
+    return Grid(scale.to(stored.dtype), zero.to(torch.int8))
 
 
 def round_to_grid(weight: Tensor, grid: Grid, scheme: WeightScheme) -> QTensor:
@@ -152,18 +152,19 @@ def round_to_grid(weight: Tensor, grid: Grid, scheme: WeightScheme) -> QTensor:
     return grid.tensor(codes.to(torch.int8).reshape(out, in_features), scheme)
 
 
-def _check_scheme(scheme: WeightScheme, in_features: int) -> None:
+def _check_fit(weight: Tensor, scheme: WeightScheme, search: Search) -> None:
+    out, in_features = weight.shape
     if not 2 <= scheme.bits <= 8:
         raise ValueError(f"codes are 2 to 8 bits wide, not {scheme.bits}")
     if scheme.group_size is not None and in_features % scheme.group_size:
         raise ValueError(f"group size {scheme.group_size} does not divide {in_features} inputs")
-
-
-def _check_rows(scheme: WeightScheme, out: int) -> None:
+    _check_finite(weight, "weight matrix")
     if scheme.number == "float" and (scheme.bits not in LARGEST or scheme.symmetry != "symmetric"):
         raise ValueError(f"floats have 4 or 8 bits and no zero-point, unlike {scheme}")
     if out % scheme.rows:
         raise ValueError(f"{scheme.rows} channels that share a scale do not divide {out} outputs")
+    if search == "neuqi" and scheme.symmetry != "asymmetric":
+        raise ValueError(f"search 'neuqi' looks for zero-points, which {scheme} has not")
 
 
 def _grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:

@@ -64,8 +64,7 @@ class HessianAccumulator:
         with exact_products(inputs.dtype):
             for part in torch.split(inputs, TOKENS_AT_ONCE):
                 self._add_rows(part.to(self._sum))
-        if not torch.isfinite(self._sum.diagonal()).all():
-            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        require_finite(self._sum.diagonal())
         self.tokens += inputs.shape[0]
 
     def _add_rows(self, rows: Tensor) -> None:
@@ -87,11 +86,11 @@ class HessianAccumulator:
             NumericalError: no token has been seen.
         """
         upper = self._sum.triu()
-        return (upper + upper.triu(1).T) * _normalisation(self.tokens)
+        return (upper + upper.triu(1).T) * normalisation(self.tokens)
 
     def diagonal(self) -> Tensor:
         """diag(H), fp32 [in]."""
-        return self._sum.diagonal() * _normalisation(self.tokens)
+        return self._sum.diagonal() * normalisation(self.tokens)
 
 
 class DiagonalAccumulator:
@@ -110,8 +109,7 @@ class DiagonalAccumulator:
         """As `HessianAccumulator.add`."""
         rows = inputs.to(self._sum)
         self._sum += rows.square().sum(0)
-        if not torch.isfinite(self._sum).all():
-            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        require_finite(self._sum)
         self.tokens += rows.shape[0]
 
     def merge(self, other: DiagonalAccumulator) -> None:
@@ -121,7 +119,7 @@ class DiagonalAccumulator:
 
     def diagonal(self) -> Tensor:
         """diag(H) = 2·E[x²], fp32 [in]."""
-        return self._sum * _normalisation(self.tokens)
+        return self._sum * normalisation(self.tokens)
 
 
 def shrink(moment: Tensor, share: float) -> Tensor:
@@ -140,7 +138,22 @@ def shrink(moment: Tensor, share: float) -> Tensor:
     return (moment * (1 - share)).diagonal_scatter(moment.diagonal())
 
 
-def _normalisation(tokens: int) -> float:
+def require_finite(sums: Tensor) -> None:
+    """Refuse sums over inputs that are not numbers.
+
+    Raises:
+        NumericalError: the inputs hold NaN or infinity, or their products overflow fp32.
+    """
+    if not torch.isfinite(sums).all():
+        raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+
+
+def normalisation(tokens: int) -> float:
+    """2/N, by which sums over tokens become H.
+
+    Raises:
+        NumericalError: no token has been seen.
+    """
     if tokens == 0:
         raise NumericalError("no calibration token has reached this layer")
     return 2.0 / tokens

@@ -15,9 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressor.errors import NumericalError
 from compressor.numerics.gptq import HessianFactor
-from compressor.numerics.hessian import TOKENS_AT_ONCE, exact_products, full_precision
+from compressor.numerics.hessian import (
+    TOKENS_AT_ONCE,
+    exact_products,
+    full_precision,
+    normalisation,
+    require_finite,
+)
 
 
 class DriftAccumulator:
@@ -54,8 +59,7 @@ class DriftAccumulator:
             for pair in zip(*streams, strict=True):
                 x, y = (rows.to(self._sum.device, working) for rows in pair)
                 self._sum.addmm_((x - y).to(self._sum).T, y.to(self._sum))
-        if not torch.isfinite(self._sum.diagonal()).all():
-            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        require_finite(self._sum.diagonal())
         self.tokens += inputs.shape[0]
 
     def matrix(self) -> Tensor:
@@ -64,9 +68,7 @@ class DriftAccumulator:
         Raises:
             NumericalError: no token has been seen.
         """
-        if self.tokens == 0:
-            raise NumericalError("no calibration token has reached this layer")
-        return self._sum * (2.0 / self.tokens)
+        return self._sum * normalisation(self.tokens)
 
 
 def propagated_target(

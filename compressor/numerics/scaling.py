@@ -18,7 +18,7 @@ from torch import Tensor
 from compressor.errors import NumericalError
 from compressor.numerics.grid import Search
 from compressor.numerics.grid_search import TRIES
-from compressor.numerics.hessian import full_precision, row_losses
+from compressor.numerics.hessian import full_precision, require_finite, row_losses
 from compressor.numerics.rtn import rtn
 from compressor.types import WeightScheme
 
@@ -50,8 +50,7 @@ class MagnitudeAccumulator:
         rows = inputs.to(self._absolute).abs()
         self._absolute += rows.sum(0)
         self._square += rows.square().sum(0)
-        if not torch.isfinite(self._square).all():
-            raise NumericalError("the inputs of a layer hold NaN, infinity or values beyond 1e19")
+        require_finite(self._square)
         if rows.shape[0]:
             self.peak = torch.maximum(self.peak, rows.amax(0))
         self.tokens += rows.shape[0]

@@ -16,8 +16,9 @@ def claims_of(report: Report, document: Document) -> Iterator[Statement]:
         report: without its sentences.
         document: the same as JSON, which pointers lead into.
     """
-    for rule in (_size_claims, _quality_claims, _worst_claims, _divergence_claims, _layer_claims):
-        yield from rule(report, document)
+    yield from _size_claims(report, document)
+    yield from _quality_claims(report, document)
+    yield from _layer_claims(report, document)
     yield from _gate_claims(report, document)
     yield from _artifact_claims(report, document)
     yield from _engine_claims(report, document)
@@ -58,39 +59,35 @@ def _size_claims(report: Report, document: Document) -> Iterator[Statement]:
 
 
 def _quality_claims(report: Report, document: Document) -> Iterator[Statement]:
+    """What was measured of the headline against the base."""
     evaluation = report.evaluations.get(report.headline)
-    if evaluation is None or evaluation.overall.delta_bits_per_byte is None:
+    if evaluation is None:
         return
-    overall = ("evaluations", report.headline, "overall")
-    yield state(
-        document,
-        "quality",
-        "Averaged over domains, bits per byte differ from the base by {delta}, "
-        "measured on {tokens} tokens of {documents} documents.",
-        delta=(pointer(*overall, "delta_bits_per_byte"), "delta"),
-        tokens=(pointer(*overall, "tokens"), "count"),
-        documents=(pointer(*overall, "documents"), "count"),
-    )
-
-
-def _worst_claims(report: Report, document: Document) -> Iterator[Statement]:
-    evaluation = report.evaluations.get(report.headline)
-    if evaluation is None or evaluation.worst is None:
-        return
-    worst = ("evaluations", report.headline, "worst")
-    yield state(
-        document,
-        "worst-domain",
-        "The worst domain is {domain}: {delta} bits per byte.",
-        domain=(pointer(*worst, "domain"), "text"),
-        delta=(pointer(*worst, "delta_bits_per_byte"), "delta"),
-    )
+    if evaluation.overall.delta_bits_per_byte is not None:
+        overall = ("evaluations", report.headline, "overall")
+        yield state(
+            document,
+            "quality",
+            "Averaged over domains, bits per byte differ from the base by {delta}, "
+            "measured on {tokens} tokens of {documents} documents.",
+            delta=(pointer(*overall, "delta_bits_per_byte"), "delta"),
+            tokens=(pointer(*overall, "tokens"), "count"),
+            documents=(pointer(*overall, "documents"), "count"),
+        )
+    if evaluation.worst is not None:
+        worst = ("evaluations", report.headline, "worst")
+        yield state(
+            document,
+            "worst-domain",
+            "The worst domain is {domain}: {delta} bits per byte.",
+            domain=(pointer(*worst, "domain"), "text"),
+            delta=(pointer(*worst, "delta_bits_per_byte"), "delta"),
+        )
+    if evaluation.overall.divergence is not None:
+        yield from _divergence_claims(report, document)
 
 
 def _divergence_claims(report: Report, document: Document) -> Iterator[Statement]:
-    evaluation = report.evaluations.get(report.headline)
-    if evaluation is None or evaluation.overall.divergence is None:
-        return
     divergence = ("evaluations", report.headline, "overall", "divergence")
     yield state(
         document,

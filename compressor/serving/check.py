@@ -27,12 +27,12 @@ from compressor.model.load import load_model, load_tokenizer, read_config, resol
 from compressor.programs import PROGRAMS, EngineFailed, Program
 from compressor.progress import Observer
 from compressor.provenance import combined_sha256, hash_files
+from compressor.reload import as_checkpoint
 from compressor.report.render import load_report
 from compressor.report.schema import EngineCheck
 from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.llama_cpp import ask_llama_cpp
 from compressor.serving.reference import (
-    as_checkpoint,
     container_of,
     expected,
     greedy,

@@ -8,63 +8,19 @@ much that alone moves log-probabilities is measured here, with the same weights 
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from compressor.errors import UsageError
-from compressor.formats import exporters
-from compressor.formats.atomic import atomic_write_json
-from compressor.formats.files import copy_parent_files
-from compressor.formats.headers import SINGLE
-from compressor.model.load import load_model, read_config
-from compressor.recheck import form_of
-from compressor.requantize import unpack
+from compressor.model.load import load_model
+from compressor.reload import form_of
 from compressor.serving.ask import Question
 
 _BLOCK = 32  # inputs that share a scale in llama.cpp's products
-_LOADED_BY_TRANSFORMERS = ("dense", "compressed-tensors", "bitsandbytes")
-
-
-@contextmanager
-def as_checkpoint(folder: Path, like: Path | None = None) -> Iterator[Path]:
-    """A checkpoint that our loader reads, with the weights that the folder holds.
-
-    Args:
-        folder: of any format that has a reader.
-        like: checkpoint with the configuration, where the folder has none.
-
-    Raises:
-        UsageError: the folder holds weights alone, as GGUF does.
-    """
-    form = form_of(folder)
-    if form in _LOADED_BY_TRANSFORMERS:
-        yield folder
-        return
-    if like is not None:
-        with tempfile.TemporaryDirectory(prefix="compress-serve-") as work:
-            unpack(folder, like, Path(work) / "dense", 1)
-            yield Path(work) / "dense"
-        return
-    read = exporters.exporter(form).read
-    if read is None or not (folder / "config.json").is_file():
-        raise UsageError(
-            f"{folder} holds no config.json, so that there is nothing to compare {form} with",
-            "name the run that it belongs to",
-        )
-    with tempfile.TemporaryDirectory(prefix="compress-serve-") as work:
-        config = read_config(folder)
-        config.pop("quantization_config", None)
-        atomic_write_json(Path(work) / "config.json", config)
-        save_file({name: t.contiguous() for name, t in read(folder)}, Path(work) / SINGLE)
-        copy_parent_files(folder, Path(work))
-        yield Path(work)
 
 
 def expected(model: nn.Module, question: Question, first: int) -> Tensor:

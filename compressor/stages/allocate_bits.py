@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compressor.formats.support import loads_beside_others
-from compressor.stages.base import Need, ReportProblem, StageConfig, option
+from compressor.stages.base import Need, ReportProblem, StageConfig, option, patterns_option
 from compressor.stages.budget import Unit, dense_bytes, parse_size, priced, proxy
 from compressor.stages.overrides import GroupSize, group_of
 from compressor.stages.packing import target_of
@@ -81,16 +81,14 @@ class AllocateBits(StageConfig):
         "symmetric",
         "Where the grids lie, as in the rounders.",
     )
-    targets: tuple[str, ...] = option(
+    targets: tuple[str, ...] = patterns_option(
         ("linear",),
         "Matrices to choose bits for, written as in the rounder, which must round them all.",
-        effect="A pattern that matches nothing is an error.",
         min_length=1,
     )
-    ignore: tuple[str, ...] = option(
+    ignore: tuple[str, ...] = patterns_option(
         (),
         "Matrices to leave dense, written like `targets`; they still count.",
-        effect="A pattern that matches nothing is an error.",
     )
     embeddings: Literal["keep", "allocate"] = option(
         "keep",

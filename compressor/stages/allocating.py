@@ -8,7 +8,7 @@ written to a file before the block is reported done, so that an interrupted stag
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from math import isfinite
 from pathlib import Path
@@ -23,6 +23,7 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.formats.files import link_checkpoint
 from compressor.formats.shards import TORCH_DTYPES
 from compressor.formats.sizes import STORED
+from compressor.model.backward import Gradients
 from compressor.model.block import Block
 from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import DiagonalAccumulator, HessianAccumulator
@@ -139,18 +140,14 @@ def _of_tables(
 
 def _start_back(walk: BlockWalk, seed: int) -> None:
     """Gradients at the end of the last block, unless an earlier attempt has left them."""
-    layers = walk.architecture.layers
+    gradients, layers = Gradients(walk), walk.architecture.layers
     walk.keep()
     try:
-        walk.gradients(layers)
+        gradients.at(layers)
     except ResumeError:
-        walk.save_gradients(layers, _last_gradients(walk, seed))
-
-
-def _last_gradients(walk: BlockWalk, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for batch, hidden in enumerate(walk.outputs()):
-        yield walk.sampled_gradient(batch, hidden, generator)
+        generator = torch.Generator().manual_seed(seed)
+        outputs = enumerate(walk.outputs())
+        gradients.save(layers, (gradients.sampled(i, out, generator) for i, out in outputs))
 
 
 class _Seen:
@@ -219,13 +216,11 @@ def _measure_block(
     schemes: dict[str, tuple[WeightScheme, ...]],
 ) -> Losses:
     """Losses of one block's grids; the gradients that enter it are then on disk."""
-    block, upstream = walk.kept(index), walk.gradients(index + 1)
+    block = walk.kept(index)
     chosen = [matrix for matrix in block.matrices if matrix.info.name in schemes]
     tokens = sum(int(batch.mask.sum()) for batch in walk.batches)
     seen = _Seen(block, {matrix.info.name for matrix in chosen}, tokens, walk.device)
-    walk.save_gradients(
-        index, (block.backward(batch, upstream[batch], seen) for batch in range(len(upstream)))
-    )
+    Gradients(walk).pass_through(block, seen)
     dtype = TORCH_DTYPES[STORED[walk.architecture.dtype]]
     losses: Losses = {}
     for _, members in groupby(chosen, lambda matrix: matrix.info.input_group):

@@ -54,6 +54,21 @@ def precision_option() -> Any:
     )
 
 
+def minutes_option() -> Any:
+    """The option `minutes` of stages that train: `Schedule.seconds` of `compressor.training`."""
+    return option(
+        None,
+        "Stop after the update that ends past so many minutes; rates then fall with the clock.",
+        effect="The result depends on the speed of the machine; what was left out is reported.",
+        gt=0,
+    )
+
+
+def patterns_option(default: tuple[str, ...], what: str, **rules: Any) -> Any:
+    """An option that selects matrices by patterns."""
+    return option(default, what, effect="A pattern that matches nothing is an error.", **rules)
+
+
 def redefault(parent: FieldInfo, default: Any, *, effect: str = "", source: str = "") -> Any:
     """The option of a parent with another default; its words and rules stay where not given.
 

@@ -6,7 +6,14 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from compressor.stages.base import Need, ReportProblem, StageConfig, option, precision_option
+from compressor.stages.base import (
+    Need,
+    ReportProblem,
+    StageConfig,
+    minutes_option,
+    option,
+    precision_option,
+)
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
@@ -110,12 +117,7 @@ class TrainedDraftConfig(DraftConfig):
         effect="More than tokens / (length · batch_size) reads the text again.",
         ge=0,
     )
-    minutes: float | None = option(
-        None,
-        "End training at the first checkpoint after so long. What was left out is reported; the "
-        "result then depends on the machine.",
-        gt=0,
-    )
+    minutes: float | None = minutes_option()
     probes: int = option(
         4,
         "Times that acceptance on development text is looked at during training: at the last "
@@ -126,7 +128,16 @@ class TrainedDraftConfig(DraftConfig):
         le=12,
     )
     precision: Literal["auto", "fp32", "bf16"] = precision_option()
-    learning_rate: float = option(1e-3, "At its peak; AdamW, cosine.", gt=0)
+    learning_rate: float = option(1e-3, "At its peak; a linear rise, then a cosine.", gt=0)
+    matrix_rate: float | None = option(
+        None,
+        "Train matrices by Muon at this rate, at its peak, and only embedding, head and vectors by "
+        "AdamW at `learning_rate`; without it AdamW trains all.",
+        effect="Steps as long in every direction of a matrix: more is learnt from little text by "
+        "matrices that begin far from where they end, and good ones are spoiled.",
+        source="Jordan et al. 2024, Muon; rates as in Liu et al. 2025, arXiv:2502.16982",
+        gt=0,
+    )
     loss: Literal["kl", "tv", "ce", "lk_hybrid"] = option(
         "lk_hybrid",
         "`kl`: forward KL; `tv`: one minus the probability of acceptance; `ce`: the target's most "
@@ -186,5 +197,6 @@ class TrainedDraftConfig(DraftConfig):
         return Schedule(
             steps=self.steps,
             learning_rate=self.learning_rate,
+            matrix_rate=self.matrix_rate,
             seconds=None if self.minutes is None else 60 * self.minutes,
         )

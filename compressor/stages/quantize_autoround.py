@@ -118,16 +118,13 @@ class QuantizeAutoround(RounderConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Learn the rounding of every block on inputs from the blocks rounded before it."""
-        import torch
-
-        from compressor.model.precision import working_dtype
+        from compressor.model.precision import calibration_dtype
         from compressor.stages.learning import learned
         from compressor.stages.rounding import round_model
         from compressor.stages.solving import nearest
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
-        own = self.precision == "auto"
-        dtype = working_dtype(checkpoint, context.device) if own else torch.float32
+        dtype = calibration_dtype(self.precision, checkpoint, context.device)
         return round_model(
             self,
             nearest(self.grid),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 from pydantic import model_validator
 
-from compressor.stages.base import ReportProblem, StageConfig, option
+from compressor.stages.base import ReportProblem, StageConfig, option, patterns_option
 from compressor.stages.overrides import GroupSize, Override, group_of, overridden
 from compressor.stages.weight_formats import (
     FORMATS,
@@ -72,17 +72,15 @@ class RounderConfig(StageConfig):
         "and what GPTQ calibrates on, are rounded inputs.",
         source="LLM.int8, arXiv:2208.07339; ZeroQuant, arXiv:2206.01861",
     )
-    targets: tuple[str, ...] = option(
+    targets: tuple[str, ...] = patterns_option(
         ("linear",),
         "Matrices to round: `linear` for all of the decoder blocks, `attention`, `mlp`, a role "
         "(`q`, `down`, …), a glob over names, or `re:` and a regular expression.",
-        effect="A pattern that matches nothing is an error.",
         min_length=1,
     )
-    ignore: tuple[str, ...] = option(
+    ignore: tuple[str, ...] = patterns_option(
         (),
         "Matrices to leave alone, written like `targets`; wins over them.",
-        effect="A pattern that matches nothing is an error.",
     )
     embeddings: Literal["keep", "quantize"] = option(
         "keep",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compressor.stages.base import ReportProblem, StageConfig, option
+from compressor.stages.base import ReportProblem, StageConfig, option, patterns_option
 from compressor.stages.quantize_base import checked_choice
 from compressor.types import ActivationScheme, WeightScheme
 
@@ -49,16 +49,14 @@ class QuantizeBnb(StageConfig):
         source="LLM.int8, section 3.2",
         ge=0,
     )
-    targets: tuple[str, ...] = option(
+    targets: tuple[str, ...] = patterns_option(
         ("linear",),
         "Matrices to round, as in `quantize.rtn`.",
-        effect="A pattern that matches nothing is an error.",
         min_length=1,
     )
-    ignore: tuple[str, ...] = option(
+    ignore: tuple[str, ...] = patterns_option(
         (),
         "Matrices to leave alone, written like `targets`; wins over them.",
-        effect="A pattern that matches nothing is an error.",
     )
 
     @property

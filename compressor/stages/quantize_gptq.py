@@ -227,16 +227,13 @@ class QuantizeGptq(RounderConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Round every target on inputs that passed through the blocks rounded before it."""
-        import torch
-
-        from compressor.model.precision import working_dtype
+        from compressor.model.precision import calibration_dtype
         from compressor.stages.robust import robust_gptq
         from compressor.stages.rounding import round_model
         from compressor.stages.solving import compensated
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
-        own = self.precision == "auto"
-        dtype = working_dtype(checkpoint, context.device) if own else torch.float32
+        dtype = calibration_dtype(self.precision, checkpoint, context.device)
         context = replace(context, dtype=dtype)
         if self.robust:
             result = robust_gptq(self, checkpoint, calibration, context)

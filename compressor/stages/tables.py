@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressor.formats.shards import TORCH_DTYPES
 from compressor.formats.sizes import STORED
+from compressor.model.backward import Gradients
 from compressor.model.matrices import Matrix
 from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import HessianAccumulator
@@ -112,8 +113,9 @@ def _losses(walk: BlockWalk, table: _Table) -> list[float]:
 def _gradient_moment(walk: BlockWalk, width: int) -> Tensor:
     """G [width, width] of the gradients of rows that are looked up."""
     moment = HessianAccumulator(width, walk.device)
-    for batch, gradient in enumerate(walk.gradients(0)):
-        moment.add(walk.lookup_gradient(batch, gradient))
+    gradients = Gradients(walk)
+    for batch, gradient in enumerate(gradients.at(0)):
+        moment.add(gradients.of_lookups(batch, gradient))
     return moment.matrix() / 2
 
 

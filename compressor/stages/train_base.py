@@ -14,7 +14,14 @@ from compressor.calibration import (
     require_origin,
 )
 from compressor.errors import UsageError
-from compressor.stages.base import Need, ReportProblem, StageConfig, option, precision_option
+from compressor.stages.base import (
+    Need,
+    ReportProblem,
+    StageConfig,
+    minutes_option,
+    option,
+    precision_option,
+)
 
 if TYPE_CHECKING:
     from compressor.model.architecture import Architecture
@@ -38,12 +45,7 @@ class TrainConfig(StageConfig):
         "trains some hundred tokens a second of a model of 100 million parameters.",
         ge=1,
     )
-    minutes: float | None = option(
-        None,
-        "Stop after the update that ends past so many minutes.",
-        effect="The result then depends on the speed of the machine.",
-        gt=0,
-    )
+    minutes: float | None = minutes_option()
     mix: str | None = option(
         None,
         "Shipped mix of text to train on; empty takes the recipe's calibration text.",

@@ -132,15 +132,13 @@ class TransformAwq(ScalingConfig):
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext
     ) -> StageResult:
         """Choose and fold scales block by block, on the inputs of the model as it is."""
-        import torch
-
-        from compressor.model.precision import working_dtype
+        from compressor.model.precision import calibration_dtype
         from compressor.stages.scale_search import AwqChooser
         from compressor.stages.scaling import scale_model
 
         assert calibration is not None  # calibration_need() says so; the recipe was checked
-        coarse = self.bits <= _COARSE
-        dtype = working_dtype(checkpoint, context.device) if coarse else torch.float32
+        precision = "auto" if self.bits <= _COARSE else "fp32"
+        dtype = calibration_dtype(precision, checkpoint, context.device)
         context = replace(context, dtype=dtype)
         return scale_model(self, AwqChooser(self), checkpoint, calibration.batches, context)
 

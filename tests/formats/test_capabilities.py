@@ -8,7 +8,17 @@ import pytest
 
 from compressor.errors import PlanError
 from compressor.formats.capabilities import CONTAINERS, ENGINES
-from compressor.formats.capability_table import BEGIN, END, HEADER, markdown, replaced, within
+from compressor.formats.capability_table import (
+    BEGIN,
+    END,
+    HEADER,
+    OVERVIEW,
+    SHORT,
+    markdown,
+    overview,
+    replaced,
+    within,
+)
 from compressor.plan import Plan
 from tests import runs
 from tools.engine_table import DOCUMENTS, ROOT
@@ -82,9 +92,22 @@ def test_every_row_is_in_the_table() -> None:
 
 def test_documents_show_the_table_as_it_is() -> None:
     """Else: python tools/engine_table.py."""
-    shown = {path.name: within(path.read_text("utf-8")) for path in DOCUMENTS}
-    assert shown["engines.md"] == markdown()
-    assert shown["README.md"] in (None, markdown())  # its place there is optional
+    shown = {path.name: path.read_text("utf-8") for path in DOCUMENTS}
+    assert within(shown["engines.md"]) == markdown()
+    assert within(shown["README.md"], SHORT) == overview()
+
+
+def test_the_overview_has_every_engine_and_every_container() -> None:
+    rows = overview().splitlines()[2:]
+    assert len(rows) == len(ENGINES)
+    for row, engine in zip(rows, ENGINES.values(), strict=True):
+        title, run, documents, drafts = row.strip("| ").split(" | ")
+        assert title == f"{engine.title} {engine.version}"
+        for name, limits in engine.containers.items():
+            assert f"`{name}`" in (run if limits.evidence == "run" else documents)
+            assert f"`{name}`" not in (documents if limits.evidence == "run" else run)
+        assert all((name in drafts) == (how == "run") for name, how in engine.drafts.items())
+    assert all(row.count("|") == len(OVERVIEW) + 1 for row in rows)
 
 
 def test_an_old_table_is_replaced_and_nothing_else() -> None:
@@ -92,4 +115,5 @@ def test_an_old_table_is_replaced_and_nothing_else() -> None:
     assert replaced(document) == f"before\n{BEGIN}\n{markdown()}\n{END}\nafter\n"
     assert within(document) == "old"
     assert replaced("no marks\n") == "no marks\n"
+    assert replaced(f"{SHORT}\nold\n{END}\n") == f"{SHORT}\n{overview()}\n{END}\n"
     assert (ROOT / "docs" / "engines.md").is_file()

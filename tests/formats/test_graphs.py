@@ -18,7 +18,8 @@ from compressor.formats.graphs import check, older_config
 from compressor.formats.sizes import measure
 from compressor.plan import Plan
 from compressor.programs import _ROOTS, PROGRAMS
-from compressor.recheck import form_of, verify_folder
+from compressor.recheck import verify_folder
+from compressor.reload import form_of
 from compressor.resources import builtin_model
 from tests import runs
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ResumeError
+from compressor.model.backward import Gradients
 from compressor.model.experts import place
 from compressor.model.load import load_model
 from compressor.model.walk import BlockWalk
@@ -28,22 +29,20 @@ def streamed(walk: BlockWalk, seed: int = 5) -> tuple[Seen, list[Tensor]]:
         seen[name].append((inputs, gradients))
 
     walk.keep()
-    layers = walk.architecture.layers
+    gradients, layers = Gradients(walk), walk.architecture.layers
     generator = torch.Generator().manual_seed(seed)
-    walk.save_gradients(
+    gradients.save(
         layers,
         [
-            walk.sampled_gradient(batch, hidden, generator, observe)
+            gradients.sampled(batch, hidden, generator, observe)
             for batch, hidden in enumerate(walk.outputs())
         ],
     )
     for index in reversed(range(layers)):
-        block, upstream = walk.kept(index), walk.gradients(index + 1)
-        walk.save_gradients(
-            index, [block.backward(b, upstream[b], observe) for b in range(len(upstream))]
-        )
+        block = walk.kept(index)
+        gradients.pass_through(block, observe)
         walk.release(block)
-    return seen, list(walk.gradients(0))
+    return seen, list(gradients.at(0))
 
 
 def whole(folder: Path, batches: tuple[TokenBatch, ...], walk: BlockWalk) -> Seen:
@@ -101,14 +100,14 @@ def test_an_interrupted_walk_finds_what_it_kept(
     folder = checkpoints("llama")
     first = BlockWalk(folder, BATCHES, scratch=tmp_path)
     with pytest.raises(ResumeError):
-        first.gradients(2)
+        Gradients(first).at(2)
     _, before = streamed(first)
     again = BlockWalk(folder, BATCHES, scratch=tmp_path)
     again.keep()
-    assert all(torch.equal(a, b) for a, b in zip(again.gradients(0), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(Gradients(again).at(0), before, strict=True))
     other = BlockWalk(folder, BATCHES[:1], scratch=tmp_path)
     with pytest.raises(ResumeError, match="another text"):
-        other.gradients(0)
+        Gradients(other).at(0)
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe-mixed"])
@@ -158,7 +157,7 @@ def test_gradients_of_lookups_are_those_of_the_embedding(
         chances.gather(-1, drawn).sum().backward()
     found = torch.zeros_like(table)
     for place_, batch in enumerate(BATCHES):
-        rows = walk.lookup_gradient(place_, walk.gradients(0)[place_])
+        rows = Gradients(walk).of_lookups(place_, Gradients(walk).at(0)[place_])
         found.index_add_(0, batch.input_ids[batch.mask], rows)
     padding = torch.cat([batch.input_ids[~batch.mask] for batch in BATCHES]).unique()
     keep = torch.ones(len(table), dtype=torch.bool)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor.errors import ResourceError
 from compressor.model.block import Block
 from compressor.model.parking import Parked, ParkingLot
 from compressor.model.passage import Passage
@@ -180,7 +181,7 @@ def test_a_parking_lot_gives_back_what_it_took(tmp_path: Path) -> None:
     assert {one.place for one in again} == {one.place for one in parked}  # places are used again
     assert not list((tmp_path / "new").iterdir())  # a file without a name goes with the process
     lot._opened().truncate(0)
-    with pytest.raises(OSError, match="lost bytes"):
+    with pytest.raises(ResourceError, match="lost bytes"):
         lot.fetch(again[0])
 
 

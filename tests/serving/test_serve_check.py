@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ import torch
 
 from compressor.cli import main
 from compressor.engine import RunOutcome, export_run
-from compressor.errors import ResourceError, UsageError
+from compressor.errors import ModelError, ResourceError, UsageError
 from compressor.formats import exporters
 from compressor.formats.exporters import Source
 from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
 from compressor.programs import PROGRAMS, EngineFailed
 from compressor.publish import plan_publication
+from compressor.reload import as_checkpoint
 from compressor.report.render import load_report, stale_files
 from compressor.report.schema import EngineCheck
 from compressor.report.text import to_text
@@ -31,7 +34,7 @@ from compressor.serving import check as checking
 from compressor.serving.ask import Answer, Question, ask_python, make_question
 from compressor.serving.check import compare, judge, subjects_of
 from compressor.serving.record import record
-from compressor.serving.reference import as_checkpoint, container_of
+from compressor.serving.reference import container_of
 from compressor.types import WeightScheme
 from tests import runs
 from tests.formats.helpers import quantize_checkpoint
@@ -229,14 +232,39 @@ def test_files_alone_are_compared_with_what_they_hold(tmp_path: Path, form: Any)
     )
     exporters.exporter(form).write(Source(dense, codes, 1, form), tmp_path / "out")
     assert container_of(tmp_path / "out") == (form,)
-    if form == "gguf":
-        with pytest.raises(UsageError, match=r"no config\.json"), as_checkpoint(tmp_path / "out"):
-            pass
-    with as_checkpoint(tmp_path / "out", dense if form == "gguf" else None) as folder:
+    with as_checkpoint(tmp_path / "out") as folder:
         held, ours = CheckpointReader(folder), CheckpointReader(dense)
         assert set(held) == set(ours)
         assert all(torch.equal(held[name].to(ours[name].dtype), ours[name]) for name in ours)
         assert load_model(folder).config.to_dict().get("quantization_config") is None
+        text = "The history of  the 1234 größte — don't!\n\tx = f(y)  # 中文"
+        assert load_tokenizer(folder)(text).input_ids == load_tokenizer(dense)(text).input_ids
+        model, same = (
+            load_model(folder, dtype=torch.float32),
+            load_model(dense, dtype=torch.float32),
+        )
+        ids = torch.tensor([load_tokenizer(dense)(text).input_ids])
+        assert torch.equal(model(ids).logits, same(ids).logits)
+
+
+def test_a_file_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    exporters.exporter("gguf").write(Source(builtin_model("tiny"), {}, 1, "gguf"), tmp_path)
+    file = tmp_path / "model.gguf"
+    name = b"general.architecture"
+    data = bytearray(file.read_bytes())
+    at = data.index(b"llama", data.index(name) + len(name))
+    data[at : at + 5] = b"lemma"
+    file.write_bytes(data)
+    with (
+        pytest.raises(ModelError, match=r"does not read model\.gguf.*lemma"),
+        as_checkpoint(tmp_path),
+    ):
+        pass
+    graph = tmp_path / "graph"
+    graph.mkdir()
+    (graph / "model.onnx").touch()
+    with pytest.raises(UsageError, match="nothing here reads weights"), as_checkpoint(graph):
+        pass
 
 
 def test_an_engine_that_fails_says_why(tmp_path: Path, question: Question) -> None:
@@ -312,3 +340,43 @@ def test_the_question_has_windows_of_one_length(question: Question) -> None:
     tokenizer = load_tokenizer(builtin_model("tiny"))
     assert len(make_question(tokenizer, 64).windows[0]) == 32
     assert tokenizer.decode(question.windows[0]) in question.text
+
+
+def test_processor_time_is_that_of_the_busiest_process() -> None:
+    """Waiting counts by the clock only; work of a child counts, beside a parent that waits."""
+    from compressor.serving.drivers.answer import CLOCKS
+
+    def rest() -> None:
+        time.sleep(0.3)
+
+    def work() -> None:
+        began = time.process_time()
+        while time.process_time() - began < 0.3:
+            pass
+
+    assert CLOCKS["wall"](rest) >= 0.3
+    assert CLOCKS["processor"](rest) < 0.2
+    assert CLOCKS["processor"](work) >= 0.28
+
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfor _ in sys.stdin: sum(range(10**7)); print(flush=True)",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+
+    def ask_child() -> None:
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.stdout.readline()
+
+    ask_child()  # it has started
+    assert CLOCKS["processor"](ask_child) > 0.02
+    child.stdin.close()
+    child.wait()

@@ -9,6 +9,7 @@ import torch
 
 from compressor import resources
 from compressor.calibration import CalibrationConfig, build_batches
+from compressor.model.backward import Gradients
 from compressor.model.load import load_model, load_tokenizer
 from compressor.model.walk import BlockWalk
 from compressor.numerics.rtn import rtn
@@ -32,9 +33,8 @@ def walked(batches: tuple[TokenBatch, ...], scratch: Path) -> BlockWalk:
     walk = BlockWalk(TINY, batches, scratch=scratch)
     _start_back(walk, seed=0)
     for index in reversed(range(walk.architecture.layers)):
-        block, upstream = walk.kept(index), walk.gradients(index + 1)
-        back = (block.backward(b, upstream[b], lambda *_: None) for b in range(len(upstream)))
-        walk.save_gradients(index, back)
+        block = walk.kept(index)
+        Gradients(walk).pass_through(block, lambda *_: None)
         walk.release(block)
     return walk
 

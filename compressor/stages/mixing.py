@@ -92,33 +92,12 @@ def search(
     found = _tried(stage, mixes, checkpoint, batches, context)
     scores = [_score(stage, distances) for distances in found]
     best = min(range(len(mixes)), key=lambda number: (scores[number], number))
-    mix = mixes[best]
-    if stage.robust:
-        mix = replace(mix, weights=_protecting(stage, mix, checkpoint, batches, context))
-    result = prune_mix(mix, checkpoint, batches, context)
+    result = prune_mix(mixes[best], checkpoint, batches, context)
     tried = (
         f"{s.layers} blocks, {s.heads}/{s.kv_heads} heads, {s.channels} channels" for s in shapes
     )
     notes = {f"held-out KL, {mix}": score for mix, score in zip(tried, scores, strict=True)}
-    notes |= {f"weight of {name}": share for name, share in (mix.weights or {}).items()}
     return replace(result, notes=result.notes | notes)
-
-
-def _protecting(
-    stage: PruneSearch,
-    mix: Mix,
-    checkpoint: Path,
-    batches: Sequence[TokenBatch],
-    context: StageContext,
-) -> dict[str, float]:
-    """Shares of domains that lean towards those that a mix is farthest from the parent on."""
-    progress = context.scratch / "leaning.json"
-    if not progress.is_file():
-        rows = spread_rows(batches, stage.trial_tokens)
-        atomic_write_json(progress, Held(checkpoint, context).trial(mix, rows))
-    found, names = json.loads(progress.read_text()), domains_of(batches)
-    shares = _leaning(_shares(batches), found, names, stage.radius)
-    return dict(zip(names, shares.tolist(), strict=True))
 
 
 def _score(stage: PruneSearch, distances: Mapping[str, float]) -> float:

@@ -65,14 +65,6 @@ class PruneSearch(WidthConfig):
     propagate: float = option(0.5, "As in `prune.obs`.", ge=0, le=1)
     align: float = option(0.5, "As in `prune.obs`.", ge=0, le=1)
 
-    robust: bool = option(
-        False,
-        "Let the second moments of the mix that is done lean towards the domains that lose most.",
-        effect="One more trial; the worst domain loses less, the others a little more.",
-        source="DRPruning, arXiv:2411.14055, section 3, without training",
-    )
-    radius: float = option(0.1, "As in `prune.obs`.", ge=0)
-
     @property
     def label(self) -> str:
         """Such as `Search -20 %`."""

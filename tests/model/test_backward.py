@@ -125,7 +125,7 @@ def test_gradients_of_experts_are_those_of_their_weights(
     walk = BlockWalk(folder, BATCHES, scratch=tmp_path)
     seen, _ = streamed(walk)
     model = load_model(folder).requires_grad_()
-    assert [*differentiated(model, BATCHES)]
+    list(differentiated(model, BATCHES))
     experts = [m for m in walk.architecture.matrices if m.expert is not None]
     assert not any(".gate." in name or name.endswith(".gate") for name in seen)  # no routers
     reached = 0
@@ -150,7 +150,7 @@ def test_gradients_of_lookups_are_those_of_the_embedding(
     module = model.get_input_embeddings()
     table = torch.nn.Parameter(module.weight.detach().clone())
     module.weight = table  # apart from a tied head
-    assert [*differentiated(model, BATCHES)]
+    list(differentiated(model, BATCHES))
     found = torch.zeros_like(table)
     for place_, batch in enumerate(BATCHES):
         rows = Gradients(walk).of_lookups(place_, Gradients(walk).at(0)[place_])

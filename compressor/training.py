@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,10 @@ from compressor.formats.atomic import replacing
 from compressor.progress import Observer
 from compressor.team import ALONE, Team
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 _FLOOR = 0.1  # of the peak learning rate, at the end of the cosine
 
 
@@ -36,6 +39,8 @@ class Schedule:
     Attributes:
         steps: updates in all.
         learning_rate: at its peak; a linear rise, then a cosine down to a tenth.
+        matrix_rate: of matrices that Muon trains, at the same peak, in steps whose root mean square
+            is that of AdamW (Liu et al. 2025, arXiv:2502.16982); None trains all by AdamW.
         warmup: share of the steps in which it rises.
         clip: largest norm of the gradient.
         betas, weight_decay: of AdamW.
@@ -48,6 +53,7 @@ class Schedule:
     learning_rate: float
     warmup: float = 0.05
     clip: float = 0.5
+    matrix_rate: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     seconds: float | None = None
@@ -109,6 +115,7 @@ def fit(
     label: str = "train",
     watch: Callable[[int], None] | None = None,
     *,
+    matrices: Collection[str] = (),
     beside: Sequence[Group] = (),
     team: Team = ALONE,
 ) -> Fit:
@@ -124,6 +131,8 @@ def fit(
         label: of the progress.
         watch: called with the number of finished steps, before every step and at the end; it may
             look at the parameters, and may be called for the same number again.
+        matrices: names of those that Muon trains if the schedule has a rate for them; none may be
+            a share of a matrix.
         beside: more parameters; what clips gradients leaves theirs alone.
         team: processes that train together; `parameters` may be shares, and the leader writes.
 
@@ -131,12 +140,9 @@ def fit(
         NumericalError: a loss is not finite.
         ResumeError: the checkpoint belongs to other parameters.
     """
-    optimizer = _optimizer(parameters, schedule, beside)
-    everything = dict(parameters)
-    for group in beside:
-        everything |= group.parameters
+    optimizers = _Optimizers(parameters, matrices, schedule, beside)
     path = folder / "training.safetensors"
-    losses, before = _resumed(path, everything, optimizer, team)
+    losses, before = _resumed(path, optimizers, team)
     began = time.monotonic()
     with observer.task(label, schedule.steps) as task:
         task.advance(len(losses))
@@ -146,47 +152,109 @@ def fit(
                 seconds = team.hear(seconds)  # clocks differ, and rates must not
             late = box is not None and seconds > box
             if losses and (late or step % schedule.every == 0):
-                _save(path, everything, optimizer, losses, seconds, team)
+                _save(path, optimizers, losses, seconds, team)
                 if late:
                     break
             if watch is not None:
                 watch(step)
-            rate = schedule.rate(step, seconds)
-            losses.append(_update(everything, optimizer, loss, schedule.clip, step, rate, team))
+            optimizers.set_rate(schedule.rate(step, seconds))
+            losses.append(_update(optimizers, loss, schedule.clip, step, team))
             task.advance()
     if watch is not None:
         watch(len(losses))
     return Fit(len(losses), before + time.monotonic() - began, tuple(losses))
 
 
-def _optimizer(
-    parameters: Mapping[str, Tensor], schedule: Schedule, beside: Sequence[Group]
-) -> torch.optim.AdamW:
-    """The first group follows the schedule."""
-    own = {"params": list(parameters.values()), "weight_decay": schedule.weight_decay}
-    others = [
-        {
-            "params": list(group.parameters.values()),
-            "lr": group.rate,
-            "maximize": group.maximize,
-            "weight_decay": 0.0,
+class _Optimizers:
+    """Who trains which parameter, at rates that rise and fall together.
+
+    Args:
+        parameters, matrices, schedule, beside: as `fit` takes them.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        matrices: Collection[str],
+        schedule: Schedule,
+        beside: Sequence[Group],
+    ) -> None:
+        self.own = list(parameters.values())
+        self.parameters = dict(parameters)
+        for group in beside:
+            self.parameters |= group.parameters
+        flat = set(parameters)
+        self._all: list[torch.optim.Optimizer] = []
+        if schedule.matrix_rate is not None:
+            flat -= set(matrices)
+            self._all += _muon([parameters[name] for name in sorted(matrices)], schedule)
+        own = {
+            "params": [parameter for name, parameter in parameters.items() if name in flat],
+            "weight_decay": schedule.weight_decay,
         }
-        for group in beside
+        others = [
+            {
+                "params": list(group.parameters.values()),
+                "lr": group.rate,
+                "maximize": group.maximize,
+                "weight_decay": 0.0,
+            }
+            for group in beside
+        ]
+        self._all.append(torch.optim.AdamW([own, *others], betas=schedule.betas))
+        self._ratios = [
+            optimizer.param_groups[0]["lr"] / schedule.learning_rate for optimizer in self._all[:-1]
+        ] + [1.0]
+
+    def set_rate(self, rate: float) -> None:
+        """The rate of AdamW; Muon's follows. Groups beside keep their own."""
+        for optimizer, ratio in zip(self._all, self._ratios, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * ratio
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for optimizer in self._all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update all parameters."""
+        for optimizer in self._all:
+            optimizer.step()
+
+    def moments(self, parameter: Tensor) -> tuple[str, ...]:
+        """What is kept for a parameter from step to step."""
+        return _MOMENTS[type(self._of(parameter))]
+
+    def state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The moments of a parameter, and its step; to be changed in place."""
+        found: dict[str, Tensor] = self._of(parameter).state[parameter]
+        return found
+
+    def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
+        for optimizer in self._all:
+            for group in optimizer.param_groups:
+                if any(parameter is other for other in group["params"]):
+                    return optimizer
+        raise KeyError("nobody trains this parameter")
+
+
+def _muon(matrices: Sequence[Tensor], schedule: Schedule) -> list[torch.optim.Optimizer]:
+    if not matrices or schedule.matrix_rate is None:
+        return []
+    return [
+        torch.optim.Muon(
+            matrices,
+            lr=schedule.matrix_rate,
+            weight_decay=schedule.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
     ]
-    return torch.optim.AdamW([own, *others], betas=schedule.betas)
 
 
 def _update(
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    loss: Callable[[int], Tensor],
-    clip: float,
-    step: int,
-    rate: float,
-    team: Team,
+    optimizers: _Optimizers, loss: Callable[[int], Tensor], clip: float, step: int, team: Team
 ) -> float:
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
+    optimizers.zero_grad()
     value = loss(step)
     total = float(team.add(value.detach().clone()))
     if not math.isfinite(total):
@@ -194,25 +262,21 @@ def _update(
             f"the loss of training step {step} is {total}", "lower `learning_rate`"
         )
     value.backward()  # type: ignore[no-untyped-call]
-    team.add_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
-    optimizer.step()
+    team.add_gradients(optimizers.parameters)
+    torch.nn.utils.clip_grad_norm_(optimizers.own, clip)
+    optimizers.step()
     return total
 
 
 def _save(
-    path: Path,
-    parameters: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    losses: list[float],
-    seconds: float,
-    team: Team,
+    path: Path, optimizers: _Optimizers, losses: list[float], seconds: float, team: Team
 ) -> None:
-    """Weights and both moments in one file, with the losses, whose number is the step."""
+    """Weights and their moments in one file, with the losses, whose number is the step."""
     tensors = {}
-    for name, parameter in parameters.items():
+    for name, parameter in optimizers.parameters.items():
+        state = optimizers.state(parameter)
         kinds = {"weight": parameter} | {
-            kind: optimizer.state[parameter][kind] for kind in _MOMENTS
+            kind: state[kind] for kind in optimizers.moments(parameter)
         }
         for kind, tensor in kinds.items():
             whole = team.whole(tensor)  # every process gives its share
@@ -225,26 +289,24 @@ def _save(
         save_file(tensors, temporary, facts)
 
 
-def _resumed(
-    path: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, team: Team
-) -> tuple[list[float], float]:
+def _resumed(path: Path, optimizers: _Optimizers, team: Team) -> tuple[list[float], float]:
     """Put a checkpoint into place; the losses so far and the seconds they took."""
     if not path.is_file():
         return [], 0.0
     with safe_open(path, "pt") as file:
         facts = file.metadata()
         losses, seconds = json.loads(facts["losses"]), json.loads(facts["seconds"])
-        expected = {f"{kind}.{name}" for name in parameters for kind in ("weight", *_MOMENTS)}
+        moments = {
+            name: optimizers.moments(parameter) for name, parameter in optimizers.parameters.items()
+        }
+        expected = {f"{kind}.{name}" for name in moments for kind in ("weight", *moments[name])}
         if set(file.keys()) != expected:
             raise ResumeError(f"{path} holds the training of other parameters", "remove it")
-        for name, parameter in parameters.items():
+        for name, parameter in optimizers.parameters.items():
             with torch.no_grad():
                 parameter.copy_(team.like(parameter, file.get_tensor(f"weight.{name}")))
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(len(losses))),
-                **{
-                    moment: team.like(parameter, file.get_tensor(f"{moment}.{name}"))
-                    for moment in _MOMENTS
-                },
-            }
+            state = optimizers.state(parameter)
+            state["step"] = torch.tensor(float(len(losses)))
+            for kind in moments[name]:
+                state[kind] = team.like(parameter, file.get_tensor(f"{kind}.{name}"))
     return losses, seconds

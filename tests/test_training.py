@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,57 @@ def test_rates_fall_with_the_time_if_that_ends_first() -> None:
     assert boxed.rate(20, 5.0) == free.rate(50) < free.rate(20)
     assert boxed.rate(20, 10.0) == boxed.rate(20, 11.0) == pytest.approx(0.1)
     assert free.rate(20, 10.0) == free.rate(20)
+
+
+def matrix_problem(folder: Path, schedule: Schedule, stop: int | None = None):  # type: ignore[no-untyped-def]
+    """A matrix and a vector that map inputs of very different sizes."""
+    weights = {
+        "matrix": torch.zeros(4, 6, requires_grad=True),
+        "bias": torch.zeros(4, requires_grad=True),
+    }
+    truth = torch.randn(4, 6, generator=torch.Generator().manual_seed(99))
+
+    def loss(step: int) -> Tensor:
+        if step == stop:
+            raise Killed
+        x = torch.randn(32, 6, generator=torch.Generator().manual_seed(step))
+        x = x * torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5, 0.5])
+        return (x @ weights["matrix"].T + weights["bias"] - x @ truth.T).square().mean()
+
+    done = fit(weights, loss, schedule, folder, SilentObserver(), matrices=["matrix"])
+    return weights, done
+
+
+MUON = Schedule(steps=20, learning_rate=0.01, matrix_rate=0.2, clip=1e9, every=7)
+
+
+def test_muon_moves_along_all_directions_alike(tmp_path: Path) -> None:
+    """After one step the update is U Vᵀ of the gradient, to within its iteration's tolerance."""
+    once = replace(MUON, steps=1, warmup=1.0)
+    moved, _ = matrix_problem(tmp_path / "muon", once)
+    plain, _ = matrix_problem(tmp_path / "adamw", replace(once, matrix_rate=None))
+    size = 0.2 * 0.2 * math.sqrt(6)  # rate, and what makes its root mean square that of AdamW
+    found = torch.linalg.svdvals(moved["matrix"].detach()) / size
+    assert found.min() > 0.6
+    assert found.max() < 1.3
+    assert torch.equal(moved["bias"], plain["bias"])
+    spread = torch.linalg.svdvals(plain["matrix"].detach())
+    assert spread.max() > 5 * spread.min()
+
+
+@pytest.mark.parametrize("stop", [3, 8, 20])
+def test_muon_too_goes_on_where_it_was(tmp_path: Path, stop: int) -> None:
+    whole, through = matrix_problem(tmp_path / "whole", MUON)
+    if stop < MUON.steps:
+        with pytest.raises(Killed):
+            matrix_problem(tmp_path / "cut", MUON, stop)
+    resumed, after = matrix_problem(tmp_path / "cut", MUON)
+    assert after.losses == through.losses
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        matrix_problem(tmp_path, MUON, 8)
+    with pytest.raises(ResumeError, match="other parameters"):
+        matrix_problem(tmp_path, replace(MUON, matrix_rate=None))

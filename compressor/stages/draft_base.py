@@ -128,7 +128,16 @@ class TrainedDraftConfig(DraftConfig):
         le=12,
     )
     precision: Literal["auto", "fp32", "bf16"] = precision_option()
-    learning_rate: float = option(1e-3, "At its peak; AdamW, cosine.", gt=0)
+    learning_rate: float = option(1e-3, "At its peak; a linear rise, then a cosine.", gt=0)
+    matrix_rate: float | None = option(
+        None,
+        "Train matrices by Muon at this rate, at its peak, and only embedding, head and vectors by "
+        "AdamW at `learning_rate`; without it AdamW trains all.",
+        effect="Steps as long in every direction of a matrix: more is learnt from little text by "
+        "matrices that begin far from where they end, and good ones are spoiled.",
+        source="Jordan et al. 2024, Muon; rates as in Liu et al. 2025, arXiv:2502.16982",
+        gt=0,
+    )
     loss: Literal["kl", "tv", "ce", "lk_hybrid"] = option(
         "lk_hybrid",
         "`kl`: forward KL; `tv`: one minus the probability of acceptance; `ce`: the target's most "
@@ -188,5 +197,6 @@ class TrainedDraftConfig(DraftConfig):
         return Schedule(
             steps=self.steps,
             learning_rate=self.learning_rate,
+            matrix_rate=self.matrix_rate,
             seconds=None if self.minutes is None else 60 * self.minutes,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +89,7 @@ def distil_standalone(
         probe_steps(config.steps, config.probes),
         context.scratch / PROBES,
     )
-    done = train(config, trained, loss, probes, context)
+    done = train(config, trained, loss, probes, context, _tables(student))
     _save_model(student, target, checkpoint, context.folder)
     return finish(config, "standalone", target, checkpoint, corpus, done, probes, context)
 
@@ -167,16 +167,18 @@ def narrower(
 
 def _trainable(student: Any, embeddings: bool) -> dict[str, Tensor]:
     """Parameters by name, without embedding and head unless they are asked for."""
-    kept = {} if embeddings else {
-        id(layer.weight)
-        for layer in (student.get_input_embeddings(), student.get_output_embeddings())
-    }  # fmt: skip
+    kept = set() if embeddings else {id(table) for table in _tables(student)}
     found = {}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(id(parameter) not in kept)
         if parameter.requires_grad:
             found[name] = parameter
     return found
+
+
+def _tables(model: Any) -> tuple[Tensor, Tensor]:
+    """Embedding and head; the same tensor where they are tied."""
+    return model.get_input_embeddings().weight, model.get_output_embeddings().weight
 
 
 def _save_model(student: Any, target: Any, checkpoint: Path, folder: Path) -> None:
@@ -250,10 +252,34 @@ def train(
     loss: Any,
     probes: Probes,
     context: StageContext,
+    tables: Collection[Tensor],
 ) -> Fit:
-    """Run the schedule, taking up what an interrupted run left."""
+    """Run the schedule, taking up what an interrupted run left.
+
+    Args:
+        config: options.
+        parameters: of the draft, by name.
+        loss: of a step.
+        probes: look at acceptance meanwhile.
+        context: `scratch` keeps checkpoints.
+        tables: embedding and head, a row a token: no maps between spaces, as Muon wants them.
+    """
     context.scratch.mkdir(parents=True, exist_ok=True)
-    return fit(parameters, loss, config.schedule(), context.scratch, context.observer, watch=probes)
+    rows = {id(table) for table in tables}
+    matrices = {
+        name
+        for name, parameter in parameters.items()
+        if parameter.ndim == 2 and id(parameter) not in rows
+    }
+    return fit(
+        parameters,
+        loss,
+        config.schedule(),
+        context.scratch,
+        context.observer,
+        watch=probes,
+        matrices=matrices,
+    )
 
 
 def finish(

@@ -76,7 +76,9 @@ def distil_eagle3(
         probe_steps(config.steps, config.probes),
         context.scratch / PROBES,
     )
-    done = train(config, dict(head.named_parameters()), lesson.loss, probes, context)
+    done = train(
+        config, dict(head.named_parameters()), lesson.loss, probes, context, (head.lm_head.weight,)
+    )
     _save(head, config, sizes, checkpoint, context.folder, layers)
     notes = {
         "draft_vocabulary": float(len(ids)),

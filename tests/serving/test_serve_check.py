@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -338,3 +340,43 @@ def test_the_question_has_windows_of_one_length(question: Question) -> None:
     tokenizer = load_tokenizer(builtin_model("tiny"))
     assert len(make_question(tokenizer, 64).windows[0]) == 32
     assert tokenizer.decode(question.windows[0]) in question.text
+
+
+def test_processor_time_is_that_of_the_busiest_process() -> None:
+    """Waiting counts by the clock only; work of a child counts, beside a parent that waits."""
+    from compressor.serving.drivers.answer import CLOCKS
+
+    def rest() -> None:
+        time.sleep(0.3)
+
+    def work() -> None:
+        began = time.process_time()
+        while time.process_time() - began < 0.3:
+            pass
+
+    assert CLOCKS["wall"](rest) >= 0.3
+    assert CLOCKS["processor"](rest) < 0.2
+    assert CLOCKS["processor"](work) >= 0.28
+
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfor _ in sys.stdin: sum(range(10**7)); print(flush=True)",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+
+    def ask_child() -> None:
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.stdout.readline()
+
+    ask_child()  # it has started
+    assert CLOCKS["processor"](ask_child) > 0.02
+    child.stdin.close()
+    child.wait()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches, mixes
 from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.results import Estimate
 from compressor.evaluation.session import BASE, Session
+from compressor.evaluation.statistics import Bootstrap, Floats
 from compressor.machine import activation_budget
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import resolve
 from compressor.progress import SilentObserver
+from compressor.provenance import environment
 from compressor.registry import registry
 from compressor.sessions import open_session
 from compressor.stages.base import StageConfig
@@ -105,6 +111,49 @@ class Bench:
             domain: float(np.mean(scores.kl[scores.domain == number], dtype=np.float64))
             for number, domain in enumerate(scores.domains)
         }
+
+    def against(self, first: str, name: str) -> dict[str, Estimate]:
+        """How much nearer to the original than `first` a variant is: `mean` and `worst` domain.
+
+        Both are ratios of KL less 1, with the interval from documents that are resampled together.
+        """
+        pair = [self.session.scores(variant) for variant in (first, name)]
+        sums = [np.ones_like(pair[0].kl), *(scores.kl for scores in pair)]
+        strata = [
+            _by_document(pair[0].cluster, sums, pair[0].domain == number)
+            for number in range(len(pair[0].domains))
+        ]
+        bootstrap = Bootstrap(strata)
+        reduced = {"mean": np.mean, "worst": np.max}
+        return {kind: bootstrap.interval(_ratio(reduce)) for kind, reduce in reduced.items()}
+
+
+def _by_document(
+    cluster: NDArray[np.int32], columns: Sequence[NDArray[Any]], rows: NDArray[np.bool_]
+) -> Floats:
+    """Sums [documents, columns] of one domain."""
+    _, place = np.unique(cluster[rows], return_inverse=True)
+    return np.stack([np.bincount(place, weights=column[rows]) for column in columns], axis=1)
+
+
+def _ratio(reduce: Callable[..., Any]) -> Callable[[Floats], Floats]:
+    """From totals [..., domains, (tokens, KL, KL)]."""
+
+    def statistic(totals: Floats) -> Floats:
+        first, other = (reduce(totals[..., column] / totals[..., 0], axis=-1) for column in (1, 2))
+        return np.asarray(other / first - 1)
+
+    return statistic
+
+
+def origin(device: torch.device) -> str:
+    """A line for the head of a table of results: the command, the commit and the machine."""
+    env = environment(device)
+    command = shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return (
+        f"`python {command}` at commit `{env.commit}`; {env.hardware.cores} cores "
+        f"({env.hardware.cpu}), torch {env.torch}"
+    )
 
 
 def stage(options: dict[str, Any]) -> StageConfig:

@@ -3,25 +3,25 @@
 
     python benchmarks/recovery.py --model cache/SmolLM2-135M-Instruct --minutes 20 \
         [--tokens 1000000] [--precision bf16] [--prune '{method: prune.search, …}'] \
-        [--suite quick] [--documents N] [-o out/recovery] [--results FILE.md]
+        [--pruned FOLDER] [--training '{length: 256, …}'] [--suite quick] \
+        [--documents N] [-o out/recovery] [--results FILE.md]
 
-The model is pruned once, then distilled from the original for so many minutes twice: with the
-domains' shares as they are in the text (`static`), and leaning to the worst (`dro`). Every result
-is rounded to 4 bits (GPTQ, groups of 64); beside them stands the original, unpruned, at as many
-bytes by mixed precision. KL to the original by domain on the suite, fp32. What OUT holds already is
-not run again.
+The model is pruned once (or taken from `--pruned`), then distilled from the original for so many
+minutes twice: with the domains' shares as they are in the text (`static`), and leaning to the worst
+(`dro`). Every result is rounded to 4 bits (GPTQ, groups of 64); beside them stands the original,
+unpruned, at as many bytes by mixed precision. KL to the original by domain on the suite, fp32. What
+OUT holds already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import Bench, Kept, kl_row, parameters, stage
+from bench import Bench, Kept, kl_row, origin, parameters, stage
 from ruamel.yaml import YAML
 
 from compressor.calibration import CalibrationSet
@@ -40,6 +40,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=1_000_000, help="if the time suffices")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--prune", default=PRUNE, help="a stage in YAML")
+    parser.add_argument("--pruned", type=Path, help="a checkpoint of the model, pruned already")
+    parser.add_argument("--training", default="{}", help="further options of recover.distill, YAML")
     parser.add_argument("--suite", default="quick")
     parser.add_argument("--documents", type=int)
     parser.add_argument("--samples", type=int, default=64)
@@ -64,6 +66,11 @@ class Arms:
         self.kept.get(name, self._row, name, start, stages, folder)
         return folder
 
+    def taken(self, name: str, folder: Path) -> Path:
+        """A checkpoint that is there already, with its row."""
+        self.kept.get(name, self._measured, name, folder, 0.0, (), {})
+        return folder
+
     def _row(
         self, name: str, start: Path | None, stages: tuple[dict[str, Any], ...], folder: Path
     ) -> dict[str, Any]:
@@ -72,12 +79,17 @@ class Arms:
         folder.parent.mkdir(exist_ok=True)
         shutil.move(ran.checkpoint, folder)
         result = ran.results[-1]
+        return self._measured(name, folder, ran.seconds, result.metrics, result.notes)
+
+    def _measured(
+        self, name: str, folder: Path, seconds: float, metrics: Any, notes: Any
+    ) -> dict[str, Any]:
         return {
             "kl": self.bench.kl(name, folder),
-            "bytes": round(checkpoint_bytes(folder, result.metrics)),
+            "bytes": round(checkpoint_bytes(folder, metrics)),
             "parameters": parameters(folder),
-            "seconds": ran.seconds,
-            "notes": dict(result.notes),
+            "seconds": seconds,
+            "notes": dict(notes),
         }
 
 
@@ -113,12 +125,15 @@ def main() -> None:
         bench = Bench(options.model, options.out, suite=options.suite, documents=options.documents)
         calibration = bench.calibration("default", options.samples, options.length)
         arms = Arms(bench, calibration, Kept(options.out / "rows.jsonl"), options.out)
-        pruned = arms.made("pruned", None, YAML(typ="safe").load(io.StringIO(options.prune)))
+        prune, more = (YAML(typ="safe").load(text) for text in (options.prune, options.training))
+        taken = options.pruned
+        pruned = arms.taken("pruned", taken) if taken else arms.made("pruned", None, prune)
         dense = {"pruned": pruned}
         for sampler in ("static", "dro"):
             training = {
                 "method": "recover.distill", "mix": "default", "tokens": options.tokens,
                 "minutes": options.minutes, "precision": options.precision, "sampler": sampler,
+                **more,
             }  # fmt: skip
             dense[f"recovered, {sampler}"] = arms.made(f"recovered, {sampler}", pruned, training)
         rounded = [f"{name}, W4" for name in dense]
@@ -133,7 +148,7 @@ def main() -> None:
         text = "\n".join(table(arms.kept, names))
     print(text)
     if options.results:
-        options.results.write_text(text + "\n")
+        options.results.write_text(f"{origin(bench.session.device)}\n\n{text}\n")
 
 
 if __name__ == "__main__":

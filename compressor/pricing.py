@@ -151,7 +151,7 @@ def _activation_bytes(stage: StageConfig, before: Architecture) -> int:
 
 def runs_parent(stage: StageConfig) -> bool:
     """Whether the stage runs its parent beside the model it changes."""
-    asks = ("propagate", "robust", "runs_parent")
+    asks = ("propagate", "align", "robust", "runs_parent")
     return any(getattr(stage, name, False) for name in asks)
 
 

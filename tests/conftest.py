@@ -5,11 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from compressor.formats import llama_quantize
 from compressor.recipe import Recipe
 from tests import runs
 from tests.command import Compress, Result, leave
+
+settings.register_profile("ours", deadline=None)  # a busy machine fails no example
+settings.load_profile("ours")
 
 SMALL_RECIPE = """\
 calibration: {samples: 4, length: 64, batch_size: 2}

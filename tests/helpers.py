@@ -1,8 +1,10 @@
-"""What tests of stages share: a context, a run held to promises and plan, a kill in training."""
+"""What tests share: a context, a run held to promises and plan, a kill in training, a full disk."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,17 @@ def checked_run(
     assert {name: reader.shape(name) for name in reader} == dict(planned.tensors())
     assert Architecture.from_config(read_config(context.folder)).parameters == planned.parameters
     return result
+
+
+@contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """Within it, the operating system refuses to let a file of this process grow beyond `size`."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class Killed(Exception):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,19 +18,9 @@ from compressor.formats.shards import save_tensors
 from compressor.journal import Journal
 from compressor.model.activations import ActivationStore
 from compressor.model.parking import ParkingLot
+from tests.helpers import files_end_at
 
 SMALL, LARGE = 1 << 12, 1 << 16
-
-
-@contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """Within it, the operating system refuses to let a file of this process grow beyond `size`."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def _cache(folder: Path) -> None:

@@ -27,6 +27,7 @@ from compressor.provenance import file_sha256
 from compressor.recipe import load_recipe
 from compressor.report.numbers import size
 from tests.command import Compress
+from tests.helpers import files_end_at
 from tests.place import (
     PARTS,
     RECIPE,
@@ -41,7 +42,6 @@ from tests.place import (
     rewind,
     spoil,
 )
-from tests.test_disk import files_end_at
 
 __all__ = ["finished", "place"]  # fixtures
 

@@ -20,6 +20,7 @@ from compressor.plan import make_plan
 from compressor.recheck import verify_folder
 from compressor.recipe import load_recipe
 from compressor.reload import form_of
+from compressor.report.text import to_text
 from compressor.resources import builtin_model
 from compressor.sections import ExportConfig
 from tests import runs
@@ -56,6 +57,8 @@ def test_all_deliverables_are_in_the_report(finished: RunOutcome) -> None:
     assert "llama-server -m deliverable/gguf/model.gguf" in card
     assert "| dense | deliverable/dense |" in card
     assert "no engine loaded it here" in card
+    for item in report.deliverables:
+        assert f"\n{item.path} " in to_text(report)
 
 
 def test_a_deliverable_is_added_and_nothing_is_done_again(

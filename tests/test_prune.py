@@ -26,6 +26,8 @@ from compressor.stages import mixing
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
 from compressor.stages.prune_width import PruneWidth
+from compressor.stages.unit_choice import aligned
+from compressor.stages.unit_inputs import Inputs, token_weights
 from compressor.types import BlockRecord, StageResult, TokenBatch
 from compressor.verify import verify_result, verify_tensors
 from tests.helpers import checked_run, stage_context
@@ -314,15 +316,42 @@ def test_a_block_that_is_gone_is_made_up_for(tmp_path: Path, other_text: Calibra
     base = loss(TINY, other_text)
     shape = replace(shape_of(Architecture.from_config(read_config(TINY))), layers=3)
     harm = {}
-    for share in (0.0, 0.5):
-        folder = tmp_path / str(share)
-        mix = mixing.Mix(shape, (0, 2, 3), damping=2.0, shrinkage=0.0, propagate=share)
+    for share, align in ((0.0, 0.0), (0.5, 0.0), (0.0, 1.0)):
+        folder = tmp_path / f"{share}-{align}"
+        mix = mixing.Mix(shape, (0, 2, 3), 2.0, shrinkage=0.0, propagate=share, align=align)
         result = mixing.prune_mix(mix, TINY, text.batches, context(folder))
         verify_tensors(TINY, folder, result.changed, removed=result.removed, renamed=result.renamed)
-        assert bool(result.changed) == (share > 0)
+        roles = {name.split(".")[-2] for name in result.changed}
+        undone = {"o_proj", "down_proj"} if share else set()
+        seen = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if align else set()
+        assert roles == undone | seen
         assert not any(".layers.0." in name for name in result.changed)
-        harm[share] = loss(folder, other_text) - base
-    assert harm[0.5] < 0.9 * harm[0.0]
+        harm[share, align] = loss(folder, other_text) - base
+    assert harm[0.5, 0.0] < 0.9 * harm[0.0, 0.0]
+    assert harm[0.0, 1.0] < 0.99 * harm[0.0, 0.0]
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_matrix_is_fitted_to_what_is_left_of_its_inputs(share: float) -> None:
+    """What the parent's inputs are linearly told by is undone: W' X = W X_parent where s = 1."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, lost, weight = (torch.randn(8, n, generator=generator) for n in (200, 8, 6))
+    parents, weight = inputs + 0.3 * lost @ inputs, weight.T
+    seen = Inputs(
+        hessian=2 / 200 * inputs @ inputs.T,
+        mean=inputs.mean(1),
+        drift=2 / 200 * (parents - inputs) @ inputs.T,
+    )
+    found = aligned(1e-7, share)(weight, seen).float() @ inputs
+    wanted = weight @ ((1 - share) * inputs + share * parents)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(weight @ inputs, wanted, atol=0.1)
+
+
+def test_tokens_count_relative_to_the_size_of_their_stream() -> None:
+    """A stream a thousand times as large, as a first token's may be, does not decide alone."""
+    stream = torch.tensor([[1000.0, 1000.0], [1.0, 1.0], [3.0, 3.0]])
+    torch.testing.assert_close(token_weights(stream), torch.tensor([1e-6, 1.0, 1 / 9]))
 
 
 def test_a_robust_stage_weighs_domains_and_keeps_the_best_round(

@@ -144,6 +144,22 @@ def test_the_plan_refuses_in_a_sentence(case: str, recipe_file: Callable[..., ob
         make_plan(recipe, read_config(TINY), "builtin:tiny")
 
 
+def test_the_hint_names_a_width_that_works() -> None:
+    """Without rounders: a multiple of 8 that the five heads divide."""
+    architecture = Architecture.from_config(read_config(TINY))
+    found: list[tuple[str, str, str | None]] = []
+    PruneHidden(hidden=300).plan(architecture, lambda *words: found.append(words))
+    assert found == [
+        (
+            "hidden",
+            "300 channels are no multiple of 8, which `multiple` or a rounder after it asks for",
+            "write 280",
+        )
+    ]
+    PruneHidden(hidden=280).plan(architecture, lambda *words: found.append(words))
+    assert len(found) == 1
+
+
 def test_a_budget_is_met_by_a_width_that_works() -> None:
     architecture = Architecture.from_config(read_config(TINY))
     target = PruneHidden(ratio=0.2).target(architecture)

@@ -16,11 +16,12 @@ from ruamel.yaml import YAML
 from compressor import publish as publishing
 from compressor import reload
 from compressor.cli import main
-from compressor.engine import run_recipe
+from compressor.engine import RunOutcome, run_recipe
 from compressor.errors import AccessError, ResourceError, UsageError, VerificationError
 from compressor.licences import licence_gate
 from compressor.publish import plan_publication, publish, require_access
 from compressor.recipe import load_recipe
+from compressor.report.render import load_report
 from compressor.resources import builtin_model
 from tests.hub_server import TOKEN, Hub
 
@@ -121,6 +122,9 @@ def test_a_dry_run_touches_no_network(run: Path, hub: Hub, api: HfApi) -> None:
     assert not hub.requests
     assert not planned.revisions
     assert planned.repositories[1].bytes > 5_000_000
+    outcome = RunOutcome(run, load_report(run))
+    assert outcome.publish("me/tiny", dry_run=True, api=api) == planned
+    assert not hub.requests
     assert not (run / "publish.json").exists()
 
 

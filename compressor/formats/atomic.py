@@ -1,14 +1,16 @@
 """Files that are either absent or whole, whatever moment the process dies at.
 
-Every write goes to a hidden temporary name in the same folder, is flushed to the device, and
-is renamed; the folder entry is flushed last. A temporary name left by a killed process is never
-read, is overwritten by the next attempt, and `remove_partial` clears it.
+Every write goes to a hidden temporary folder beside the file, is flushed to the device, and is
+renamed; the folder entry is flushed last. A temporary folder left by a killed process is never
+read, is made anew by the next attempt, and `remove_partial` clears it. It is a folder because
+libraries write to temporary names of their own before they rename to ours: safetensors does.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +31,13 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         ResourceError: the file system refused (full, read-only, no permission).
     """
-    temporary = path.with_name(f".{path.name}{_SUFFIX}")
+    work = path.with_name(f".{path.name}{_SUFFIX}")
+    temporary = work / path.name
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            _remove(work)
+            work.mkdir(parents=True)
             # A library may create the file closed to other users; the umask should decide.
-            temporary.unlink(missing_ok=True)
             temporary.touch()
             mode = temporary.stat().st_mode
             yield temporary
@@ -42,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
             flush(temporary)
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(work)
         flush(path.parent)
 
 
@@ -77,6 +80,13 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Clear temporary names that a killed process left in `folder`."""
+    """Clear what a killed process left half-written in `folder`."""
     for path in folder.glob(f".*{_SUFFIX}"):
-        path.unlink()
+        _remove(path)
+
+
+def _remove(work: Path) -> None:
+    if work.is_dir():
+        shutil.rmtree(work)
+    else:
+        work.unlink(missing_ok=True)

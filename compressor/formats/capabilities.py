@@ -159,8 +159,10 @@ ENGINES: Mapping[str, Engine] = {
             "float-quantized": _ROUND,
             "mxfp4-pack-quantized": _ROUND,
             "nvfp4-pack-quantized": _ROUND,
-            "gptq": Limits(_GPTQ_WIDTHS, multiple=32, mixed_fused=True, needs=_GPTQMODEL),
-            "awq": Limits(_FOUR, multiple=8, mixed_fused=True, needs="gptqmodel"),
+            "gptq": Limits(
+                _GPTQ_WIDTHS, multiple=32, mixed_fused=True, evidence="run", needs=_GPTQMODEL
+            ),
+            "awq": Limits(_FOUR, multiple=8, mixed_fused=True, evidence="run", needs="gptqmodel"),
             "bitsandbytes": Limits(
                 _FOUR_EIGHT,
                 _SYMMETRIC,

@@ -42,6 +42,7 @@ def to_markdown(report: Report) -> str:
         else "",
         protocol=tables.protocol_of(report),
         settings=tables.settings,
+        assurance=tables.assurance,
         duration=numbers.duration,
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
+from compressor.decoding.results import DraftSpeed
 from compressor.report import numbers
 from compressor.report.schema import Draft, Report
 from compressor.report.tables import Table, or_none
@@ -56,26 +59,6 @@ def _exits(draft: Draft) -> Table:
 
 def draft_speeds(report: Report) -> Table:
     """What every draft costs and gains, by batch size; no rows without a draft."""
-    rows = (
-        (
-            draft.label,
-            numbers.size(draft.bytes_on_disk),
-            str(speed.batch),
-            str(speed.drafted),
-            numbers.number(1 + sum(draft.measurement.greedy.by_position[: speed.drafted])),
-            numbers.number(speed.draft_cost),
-            numbers.number(speed.verify_costs[speed.drafted - 1]),
-            numbers.ratio(speed.predicted),
-            numbers.ratio(speed.measured),
-            or_none(speed.tree, numbers.ratio),
-            or_none(speed.tracked, numbers.ratio),
-            or_none(speed.untrained, numbers.ratio),
-            numbers.ratio(speed.lookup),
-            or_none(speed.assisted, numbers.ratio),
-        )
-        for draft in report.drafts
-        for speed in draft.measurement.speeds
-    )
     return Table(
         "drafts",
         "Greedy decoding with a draft against plain decoding, wall-clock on this machine. γ: "
@@ -84,24 +67,33 @@ def draft_speeds(report: Report) -> Table:
         "steps. Predicted: τ at γ / (γ c + v). Tracked: exit and γ chosen before every pass. "
         "Lookup: n-grams copied from the text. Assisted: "
         "transformers with the same draft.",
-        (
-            "draft",
-            "on disk",
-            "batch",
-            "γ",
-            "τ",
-            "c",
-            "v",
-            "predicted",
-            "measured",
-            "tree",
-            "tracked",
-            "untrained",
-            "lookup",
-            "assisted",
+        tuple(_SPEEDS),
+        tuple(
+            tuple(cell(draft, speed) for cell in _SPEEDS.values())
+            for draft in report.drafts
+            for speed in draft.measurement.speeds
         ),
-        tuple(rows),
     )
+
+
+_SPEEDS: Mapping[str, Callable[[Draft, DraftSpeed], str]] = {
+    "draft": lambda draft, _: draft.label,
+    "on disk": lambda draft, _: numbers.size(draft.bytes_on_disk),
+    "batch": lambda _, speed: str(speed.batch),
+    "γ": lambda _, speed: str(speed.drafted),
+    "τ": lambda draft, speed: numbers.number(
+        1 + sum(draft.measurement.greedy.by_position[: speed.drafted])
+    ),
+    "c": lambda _, speed: numbers.number(speed.draft_cost),
+    "v": lambda _, speed: numbers.number(speed.verify_costs[speed.drafted - 1]),
+    "predicted": lambda _, speed: numbers.ratio(speed.predicted),
+    "measured": lambda _, speed: numbers.ratio(speed.measured),
+    "tree": lambda _, speed: or_none(speed.tree, numbers.ratio),
+    "tracked": lambda _, speed: or_none(speed.tracked, numbers.ratio),
+    "untrained": lambda _, speed: or_none(speed.untrained, numbers.ratio),
+    "lookup": lambda _, speed: numbers.ratio(speed.lookup),
+    "assisted": lambda _, speed: or_none(speed.assisted, numbers.ratio),
+}
 
 
 def _draft_acceptance(draft: Draft) -> Table:

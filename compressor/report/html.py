@@ -60,6 +60,7 @@ def to_html(report: Report) -> str:
         headline=next(v for v in report.variants if v.id == report.headline),
         figures=drawn,
         settings=tables.settings,
+        assurance=tables.assurance,
         layer_keys=[key for key in drawn if key.startswith(("layers-", "mixture-"))],
         draft_keys=[
             key for key in drawn if key.startswith(("acceptance-", "speedup-", "training-"))

@@ -112,6 +112,25 @@ def deliverable_table(report: Report) -> Table:
     )
 
 
+def assurance(report: Report, item: Artifact | None, engine: str) -> str:
+    """What is known of an engine and these very files, in the words of who tries them.
+
+    Args:
+        report: that speaks of them.
+        item: the deliverable; None where a variant has a snippet and no files of its own.
+        engine: as snippets are called.
+    """
+    if item is None:
+        return "not tried on these files"
+    for check in report.engine_checks:
+        if check.sha256 == item.sha256 and check.title == engine:
+            version = check.version or "unknown version"
+            return f"verified, {version}" if check.verdict == "PASS" else "failed its check"
+    if engine == "Transformers" and item.reload_ok and item.max_logit_difference is not None:
+        return f"read back, {report.env.transformers}"
+    return "not tried on these files"
+
+
 def _read_back(item: Artifact) -> str:
     if item.embedding is not None:
         return f"embedding rounded to {item.embedding} by {item.quantizer}"

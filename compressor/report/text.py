@@ -25,6 +25,7 @@ def to_text(report: Report) -> str:
         tables.quality_table(report).without(*DROPPED),
         *_domains(report),
         draft_tables.draft_speeds(report),
+        tables.deliverable_table(report).without("format"),
         *_engines(report),
     ]
     parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compressor.programs import EngineFailed, run
 from compressor.text import evaluation_documents, evaluation_domains
@@ -36,6 +36,8 @@ class Question:
         prompt_ids: their tokens.
         tokens: how many to write after each.
         timed: how many to write to measure the speed; 0 for no measurement.
+        clock: that the speed is measured by: `wall`, or `processor` time, which other work on the
+            machine changes less.
         dtype: to compute in, as torch writes it; `auto` is the checkpoint's.
         options: of the engine itself, as its Python class takes them.
     """
@@ -46,6 +48,7 @@ class Question:
     prompt_ids: tuple[tuple[int, ...], ...]
     tokens: int = TOKENS
     timed: int = TIMED
+    clock: Literal["wall", "processor"] = "wall"
     dtype: str = "auto"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -125,6 +128,7 @@ def ask_python(driver: Sequence[str], python: Path, checkpoint: Path, question: 
         "prompts": question.prompt_ids,
         "tokens": question.tokens,
         "timed": question.timed,
+        "clock": question.clock,
         "options": dict(question.options),
     }
     done = run([python, _DRIVER, *driver, checkpoint.absolute()], stdin=json.dumps(request))

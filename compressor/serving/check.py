@@ -70,6 +70,11 @@ class Subject:
     original: Path | None = None
     like: Path | None = None
 
+    @property
+    def name(self) -> str:
+        """What tells it from others of a run: `gguf-Q4_K_M`; else its format."""
+        return self.folder.name if self.folder.name.startswith(f"{self.form}-") else self.form
+
 
 def serve_check(
     folder: Path,
@@ -97,7 +102,7 @@ def serve_check(
     subjects = subjects_of(folder, program, form)
     found = []
     for subject in subjects:
-        observer.event("ask", engine=program.title, about=subject.form)
+        observer.event("ask", engine=program.title, about=subject.name)
         found.append(check(program, where, subject, observer))
     return found
 
@@ -182,7 +187,7 @@ def check(program: Program, where: Path, subject: Subject, observer: Observer) -
     facts: dict[str, Any] = {
         "engine": program.name,
         "title": program.title,
-        "format": subject.form,
+        "format": subject.name,
         "sha256": combined_sha256(hash_files(subject.folder)),
     }
     with as_checkpoint(subject.measured or subject.folder, subject.like) as checkpoint:

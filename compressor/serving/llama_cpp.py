@@ -23,6 +23,7 @@ from compressor.serving.ask import Answer, Question
 _MAGIC = b"_logits_"
 _SPEED = re.compile(r"\n\S* *I? *common_perf_print: +eval time =.*?([\d.]+) tokens per second")
 _LOAD = re.compile(r"load time = +([\d.]+) ms")
+_ATTEMPTS = 8
 _VERSION = re.compile(r"version: (.+)")
 
 
@@ -120,9 +121,15 @@ def _continuation(written: str, prompt: tuple[int, ...], tokenizer: Any) -> list
 
 
 def _timing(programs: Path, file: Path, question: Question) -> tuple[float, float | None]:
-    """Seconds to load, and tokens a second of one text."""
+    """Seconds to load, and tokens a second of one text.
+
+    The program may end before its log is written, about one time in six; it is then run again.
+    """
     count = max(question.timed, 2)
-    done = _complete(programs, file, question.prompts[0], count, "--ignore-eos")
-    load, speed = _LOAD.search(done.stderr), _SPEED.search(done.stderr)
+    for _ in range(_ATTEMPTS):
+        done = _complete(programs, file, question.prompts[0], count, "--ignore-eos")
+        load, speed = _LOAD.search(done.stderr), _SPEED.search(done.stderr)
+        if load and speed:
+            break
     seconds = float(load[1]) / 1000 if load else 0.0
     return seconds, float(speed[1]) if speed and question.timed else None

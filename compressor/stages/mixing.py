@@ -28,13 +28,14 @@ from compressor.stages.context import StageContext
 from compressor.stages.depth import greedy, one_shot, spread_rows, write_layers
 from compressor.stages.prune_depth import PruneDepth
 from compressor.stages.pruning import Job, domains_of, prune_widths, size_notes
-from compressor.stages.unit_choice import compensated
+from compressor.stages.unit_choice import aligned, compensated
 from compressor.types import MixturePoint, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.prune_obs import PruneObs
     from compressor.stages.prune_search import PruneSearch
 
+_ALIGN_DAMPING = 0.1  # what norms put out is narrower and better conditioned than what readers see
 _HELD = 2  # windows of every domain that a mix is judged on
 
 
@@ -45,7 +46,7 @@ class Mix:
     Attributes:
         shape: sizes that are left.
         layers: the parent's blocks that stay, ascending.
-        damping, shrinkage, propagate: of the least squares; see `prune.obs`.
+        damping, shrinkage, propagate, align: of the least squares; see `prune.obs`.
         weights: of domains in second moments; None counts tokens.
     """
 
@@ -54,6 +55,7 @@ class Mix:
     damping: float
     shrinkage: float
     propagate: float
+    align: float
     weights: Mapping[str, float] | None = None
 
 
@@ -83,6 +85,7 @@ def search(
             stage.damping,
             stage.shrinkage,
             stage.propagate,
+            stage.align,
         )
         for shape in shapes
     ]
@@ -236,15 +239,18 @@ def prune_mix(
         shallow = context.scratch / "shallow"
         inner = replace(context, folder=shallow, finished=(), block_done=lambda _: None)
         shorter = write_layers(checkpoint, architecture, shape, mix.layers, inner, {})
-    parent = checkpoint if mix.propagate > 0 and architecture.prenorm else None
+    beside = architecture.prenorm and (mix.propagate > 0 or mix.align > 0)
+    parent = checkpoint if beside else None
     job = Job(
         mix.shape,
         compensated(mix.damping, mix.shrinkage, mix.propagate),
         batches,
         refits=True,
         parent=parent,
+        undoes=mix.propagate > 0,
         layers=None if whole else mix.layers,
         domain_weights=mix.weights,
+        align=aligned(_ALIGN_DAMPING, mix.align) if mix.align > 0 else None,
     )
     result = prune_widths(job, shallow, context)
     if shorter is None:

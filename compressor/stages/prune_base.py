@@ -181,14 +181,24 @@ class MultipleConfig(PruneConfig):
         """As `multiple` says."""
         return self.width_multiple
 
-    def uneven(self, size: str, asked: int | None, now: int) -> Iterator[Fault]:
-        """A number of channels that is no multiple, unless all stay."""
+    def uneven(
+        self, size: str, asked: int | None, now: int, step: int | None = None
+    ) -> Iterator[Fault]:
+        """A number of channels that is no multiple, unless all stay; what would do is one of step.
+
+        Args:
+            size: its name in `Shape`.
+            asked: channels that are to be left; None where a budget decides.
+            now: channels at present.
+            step: multiple to name in its place; by default that of the stage.
+        """
+        step = step or self.width_multiple
         if asked and asked != now and asked % self.width_multiple:
             yield Fault(
                 size,
                 f"{asked} channels are no multiple of {self.width_multiple}, which "
                 "`multiple` or a rounder after it asks for",
-                f"write {asked // self.width_multiple * self.width_multiple or now}",
+                f"write {asked // step * step or now}",
             )
 
 

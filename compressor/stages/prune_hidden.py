@@ -74,9 +74,7 @@ class PruneHidden(MultipleConfig):
         shape, budget = self.fixed(architecture), self.budget(architecture)
         if budget is None:
             return shape
-        whole = architecture.model_type in WHOLE_HEADS
-        multiple = math.lcm(self.width_multiple, architecture.heads if whole else 1)
-        at_most = self.ratio is None
+        multiple, at_most = self._step(architecture), self.ratio is None
         found = fitted(architecture, shape, "hidden", budget, multiple=multiple, at_most=at_most)
         if found.hidden == architecture.hidden and budget < architecture.parameters:
             raise ModelError(
@@ -88,7 +86,13 @@ class PruneHidden(MultipleConfig):
 
     def unsuited(self, architecture: Architecture) -> Iterator[Fault]:
         """Channels that are no multiple."""
-        yield from self.uneven("hidden", self.hidden, architecture.hidden)
+        step = self._step(architecture)
+        yield from self.uneven("hidden", self.hidden, architecture.hidden, step)
+
+    def _step(self, architecture: Architecture) -> int:
+        """What widths that work are multiples of: of what heads and rounders after it ask for."""
+        whole = architecture.model_type in WHOLE_HEADS
+        return math.lcm(self.width_multiple, architecture.heads if whole else 1)
 
     def calibration_need(self) -> Need | None:
         """What norms put out, and what they divide by, comes from text."""

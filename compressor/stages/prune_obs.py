@@ -60,6 +60,16 @@ class PruneObs(WidthConfig):
         ge=0,
         le=1,
     )
+    align: float = option(
+        0.5,
+        "Share by which the matrices that read the residual stream are fitted, by least squares, "
+        "to compute from what pruning has left of it what they did from the parent's.",
+        effect="Runs the parent beside, as `propagate` does. Matters most behind dropped blocks. "
+        "1 is better with much text (16,000 tokens), worse with little. Experts are left alone.",
+        source="LOG.md, pruning; as in Qronos, arXiv:2505.11695",
+        ge=0,
+        le=1,
+    )
 
     robust: bool = option(
         False,
@@ -92,7 +102,7 @@ class PruneObs(WidthConfig):
         """What stays, with the stage's own least squares."""
         from compressor.stages.mixing import Mix
 
-        return Mix(shape, layers, self.damping, self.shrinkage, self.propagate, weights)
+        return Mix(shape, layers, self.damping, self.shrinkage, self.propagate, self.align, weights)
 
     def calibration_need(self) -> Need | None:
         """Compensation needs the second moments of the inputs, always."""

@@ -28,10 +28,11 @@ from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import relative_loss
 from compressor.numerics.pruning import Level
 from compressor.stages.context import StageContext
-from compressor.stages.unit_inputs import Inputs, Place, measure, paired
+from compressor.stages.unit_inputs import Inputs, Place, compare, measure, paired
 from compressor.types import BlockRecord, Fallback, ModuleMetric, StageResult, TokenBatch
 
 _DOWN = ("down", "fc_out")
+_ENTRIES = {True: ("q", "k", "v", "qkv"), False: ("gate", "up", "gate_up", "fc_in")}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Choice:
 
 
 Choose = Callable[[Place, Inputs | None], Choice]
+Align = Callable[[Tensor, Inputs], Tensor]
+"""What a matrix [out, in] becomes whose inputs have drifted from the parent's; see `compare`."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,14 @@ class Job:
         batches: calibration tokens; none when `choose` wants no inputs.
         refits: whether `choose` changes the columns that stay.
         refits_bias: whether it changes biases of readers.
-        parent: checkpoint to run beside, to offer every reader the chance to undo what pruning
-            has done to the residual stream so far; also to those that lose no unit.
+        parent: checkpoint to run beside, for `undoes` and `align`.
+        undoes: with `parent`, whether `choose` is to undo what pruning has done to the residual
+            stream so far, also in readers that lose no unit.
         layers: the parent's blocks that the model still has, ascending; None for all. What the
             others added to the stream is missing from it like anything else.
         domain_weights: share of every domain in the inputs' moments; None counts tokens.
+        align: with `parent`, changes the matrices that read the residual stream; None to leave
+            them.
     """
 
     shape: Shape
@@ -80,8 +86,10 @@ class Job:
     refits: bool = False
     refits_bias: bool = False
     parent: Path | None = None
+    undoes: bool = False
     layers: Sequence[int] | None = None
     domain_weights: Mapping[str, float] | None = None
+    align: Align | None = None
 
 
 def prune_widths(job: Job, checkpoint: Path, context: StageContext) -> StageResult:
@@ -130,11 +138,12 @@ def _result(
     changed = set()
     for index in range(before.layers):
         for reader, levels in readers(before, index, job.shape):
-            stream = job.parent and _lacks(job, before, index, reader)
+            stream = job.parent and job.undoes and _lacks(job, before, index, reader)
             if job.refits and (levels or (stream and paired(before, reader.expert))):
                 changed.add(reader.tensor)
             if job.refits_bias and levels and f"{reader.name}.bias" in shapes:
                 changed.add(f"{reader.name}.bias")
+            changed.update(matrix.tensor for matrix in _entries(job, before, index, reader))
     return StageResult(
         checkpoint=folder,
         changed=tuple(sorted(changed)),
@@ -212,6 +221,15 @@ def readers(
             yield matrix, ((Level(1, shape.channels),) if wide else ())
 
 
+def _entries(job: Job, architecture: Architecture, index: int, reader: Matrix) -> list[Matrix]:
+    """Matrices that compute what a reader reads from a stream that is no longer the parent's."""
+    drifted = job.parent and _lacks(job, architecture, index, reader)
+    if not (job.align and drifted and paired(architecture, reader.expert)):
+        return []
+    roles = _ENTRIES[reader.role == "o"]
+    return [matrix for matrix in architecture.block(index) if matrix.role in roles]
+
+
 def _head_levels(architecture: Architecture, shape: Shape) -> tuple[Level, ...]:
     """Key-value heads with all that share them first, then queries of those that stay."""
     now = shape_of(architecture)
@@ -241,13 +259,17 @@ def _prune_block(
             if levels
             or (
                 original
+                and job.undoes
                 and paired(architecture, info.expert)
                 and _lacks(job, architecture, block.index, info)
             )
         ]
         measured: dict[str, Inputs] = {}
+        shares = _shares(job)
+        if original:
+            for info, _ in half:
+                _align(job, block, original, _entries(job, architecture, block.index, info))
         if job.batches and places:
-            shares = _shares(job)
             measured = measure(architecture, places, original, onward=onward, shares=shares)
         for place in places:
             choice = job.choose(place, measured.get(place.reader.info.input_group))
@@ -258,6 +280,18 @@ def _prune_block(
                 keep = _kept(architecture, keep, place, choice.columns.tolist())
     block.forward()
     return keep, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
+
+
+def _align(job: Job, block: Block, original: Block, entries: Sequence[Matrix]) -> None:
+    """Let matrices compute from the pruned stream what they did from the parent's."""
+    if not entries or job.align is None:
+        return
+    inputs = compare(block, original, entries[0].role, _shares(job))
+    if inputs is None:
+        return
+    for info in entries:
+        matrix = block.matrix(info.name)
+        matrix.set_weight(job.align(matrix.weight, inputs))
 
 
 def _shares(job: Job) -> tuple[float, ...] | None:

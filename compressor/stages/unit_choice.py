@@ -23,7 +23,7 @@ from compressor.numerics.pruning import (
     wanda_scores,
 )
 from compressor.stages.context import StageContext
-from compressor.stages.pruning import Choice, Choose
+from compressor.stages.pruning import Align, Choice, Choose
 from compressor.stages.unit_inputs import Inputs, Place
 from compressor.types import TokenBatch
 
@@ -79,6 +79,23 @@ def compensated(damping: float, shrinkage: float, propagate: float) -> Choose:
         return Choice(columns, refitted(target, moment, columns), target)
 
     return choose
+
+
+def aligned(damping: float, share: float) -> Align:
+    """Fit a matrix to the parent's inputs from those that pruning has left: W (I + s C H⁻¹).
+
+    Args:
+        damping: ridge, as a share of the mean of H's diagonal.
+        share: s, of what can be told from the inputs that are left.
+    """
+
+    def align(weight: Tensor, inputs: Inputs) -> Tensor:
+        assert inputs.drift is not None
+        target = weight.double()
+        lack = share * target @ inputs.drift.double()
+        return shifted(target, ridged(inputs.hessian, damping), lack)
+
+    return align
 
 
 def wanda(place: Place, inputs: Inputs | None, weight: Tensor) -> Tensor:

@@ -82,6 +82,28 @@ def test_it_computes_the_rounded_weights(
         assert found["to_original"] > 3 * found["difference"]
 
 
+@pytest.mark.parametrize(
+    ("form", "scheme"),
+    [
+        ("gptq", WeightScheme(4, 64)),
+        ("gptq", WeightScheme(4, 64, "asymmetric")),
+        ("awq", WeightScheme(4, 64, "asymmetric")),
+    ],
+    ids=["W4", "W4 asymmetric, v2", "W4 AWQ"],
+)
+def test_transformers_loads_it_through_gptqmodel(
+    python: Path, tmp_path: Path, question: Question, form: Any, scheme: WeightScheme
+) -> None:
+    """`AutoModelForCausalLM.from_pretrained`, with optimum and GPTQModel's kernels beside it."""
+    dense, out = written(tmp_path, form, lambda m: scheme if ".layers." in m else None)
+    answer = ask(PROGRAMS["transformers"], python, out, load_tokenizer(dense), question)
+    found = compare(dense, question, answer, builtin_model("tiny"))
+    print(form, scheme, answer.version, answer.dtype, found)
+    assert judge(found)[0] == "PASS", found
+    assert found["to_original"] > 3 * found["difference"]
+    assert ENGINES["transformers"].containers[form].evidence == "run"
+
+
 def test_mixed_grids_are_looked_up_by_name(
     python: Path, tmp_path: Path, question: Question
 ) -> None:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from compressor.errors import ModelError, ResourceError
+from compressor.formats import atomic
 from compressor.formats.atomic import atomic_write_json, atomic_write_text, replacing
 from compressor.formats.files import checkpoint_bytes, checkpoint_files
 from compressor.formats.headers import INDEX, SINGLE, read_json
-from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
+from compressor.formats.shards import CheckpointReader, CheckpointWriter, save_tensors, shard_name
 
 from .helpers import logits, same_tensors
 
@@ -218,14 +219,36 @@ def test_kill_between_write_and_rename_then_resume(tmp_path: Path) -> None:
     assert all(torch.equal(tensors[f"layer.{n}"], torch.full((4096,), n)) for n in range(3))
 
 
-def test_partial_file_is_never_read(sharded: Path) -> None:
+def test_what_a_killed_process_left_is_never_read_and_goes(sharded: Path) -> None:
+    """Also what safetensors had not renamed yet, under a name of its own."""
     partial = sharded / f".{shard_name(7)}.partial"
-    partial.write_bytes(b"half a sh")
+    for left in (partial, sharded / f".{shard_name(8)}.partial"):
+        left.mkdir()
+        (left / shard_name(7)).write_bytes(b"half a sh")
+        (left / ".tmpA1b2C3").write_bytes(b"half a sh")
     writer = CheckpointWriter(sharded)
     assert not writer.has_shard(shard_name(7))
     assert partial.name not in writer.shards()
     writer.write_shard(shard_name(7), {"x": torch.ones(2)})
     assert not partial.exists()
+    atomic.remove_partial(sharded)
+    assert not list(sharded.glob(".*"))
+
+
+def test_safetensors_writes_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before our rename, it has left nothing but the folder that the next write clears."""
+
+    def die(*_: object) -> None:
+        monkeypatch.undo()
+        seen.extend(path.name for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    seen: list[str] = []
+    monkeypatch.setattr(atomic.os, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_tensors(tmp_path / "codes", {"x": torch.ones(2)}, {})
+    assert seen == [".codes.partial"]
+    assert not list(tmp_path.iterdir())
 
 
 def interrupt(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,17 @@ def streamed(walk: BlockWalk, seed: int = 5) -> tuple[Seen, list[Tensor]]:
     return seen, list(gradients.at(0))
 
 
+def differentiated(model: nn.Module, batches: Sequence[TokenBatch]) -> Iterator[TokenBatch]:
+    """Each batch after the likelihood of tokens drawn for it has gone backward through a model."""
+    generator = torch.Generator().manual_seed(5)
+    for batch in batches:
+        logits = model(batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        chances = torch.log_softmax(logits[batch.mask].float(), -1)
+        drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
+        chances.gather(-1, drawn).sum().backward()
+        yield batch
+
+
 def whole(folder: Path, batches: tuple[TokenBatch, ...], walk: BlockWalk) -> Seen:
     """The same by one backward pass through the model as transformers loads it."""
     model = load_model(folder)
@@ -61,13 +72,8 @@ def whole(folder: Path, batches: tuple[TokenBatch, ...], walk: BlockWalk) -> See
     for name in names:
         path = walk.architecture.module_tensor(f"{name}.weight").removesuffix(".weight")
         model.get_submodule(path).register_forward_hook(listen(name))
-    generator = torch.Generator().manual_seed(5)
     seen: Seen = defaultdict(list)
-    for batch in batches:
-        logits = model(batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        chances = torch.log_softmax(logits[batch.mask].float(), -1)
-        drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-        chances.gather(-1, drawn).sum().backward()
+    for batch in differentiated(model, batches):
         for name, (inputs, output) in outputs.items():
             assert output.grad is not None
             flat = (t.reshape(-1, t.shape[-1])[batch.mask.flatten()] for t in (inputs, output.grad))
@@ -119,12 +125,7 @@ def test_gradients_of_experts_are_those_of_their_weights(
     walk = BlockWalk(folder, BATCHES, scratch=tmp_path)
     seen, _ = streamed(walk)
     model = load_model(folder).requires_grad_()
-    generator = torch.Generator().manual_seed(5)
-    for batch in BATCHES:
-        logits = model(batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        chances = torch.log_softmax(logits[batch.mask].float(), -1)
-        drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-        chances.gather(-1, drawn).sum().backward()
+    list(differentiated(model, BATCHES))
     experts = [m for m in walk.architecture.matrices if m.expert is not None]
     assert not any(".gate." in name or name.endswith(".gate") for name in seen)  # no routers
     reached = 0
@@ -149,12 +150,7 @@ def test_gradients_of_lookups_are_those_of_the_embedding(
     module = model.get_input_embeddings()
     table = torch.nn.Parameter(module.weight.detach().clone())
     module.weight = table  # apart from a tied head
-    generator = torch.Generator().manual_seed(5)
-    for batch in BATCHES:
-        logits = model(batch.input_ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        chances = torch.log_softmax(logits[batch.mask].float(), -1)
-        drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-        chances.gather(-1, drawn).sum().backward()
+    list(differentiated(model, BATCHES))
     found = torch.zeros_like(table)
     for place_, batch in enumerate(BATCHES):
         rows = Gradients(walk).of_lookups(place_, Gradients(walk).at(0)[place_])

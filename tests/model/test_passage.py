@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from compressor.model.block import Block
 from compressor.model.parking import Parked, ParkingLot
 from compressor.model.passage import Passage
 from compressor.model.walk import BlockWalk
+from tests.helpers import files_end_at
 from tests.model.conftest import VARIANTS
 from tests.model.test_walk import BATCHES, Checkpoints
 
@@ -166,6 +168,20 @@ def test_parked_forwards_hold_next_to_nothing(
     weights = {p.untyped_storage().data_ptr() for p in block.module.parameters()}
     assert all(p.storage.data_ptr() not in weights for p in first._parked)
     assert all(p.numel() and p.untyped_storage().nbytes() for p in block.module.parameters())
+
+
+def test_a_full_disk_ends_a_walk_that_parks(
+    checkpoints: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, and what stands still unwinds with the walk."""
+    monkeypatch.setattr("compressor.model.walk.ROOM_BESIDE_PARKED", 0)
+    walk = BlockWalk(checkpoints("llama"), BATCHES, scratch=tmp_path, parks=True)
+    block = next(walk.blocks())
+    with files_end_at(16), pytest.raises(ResourceError, match=f"cannot write {tmp_path}: "):
+        block.capture(lambda *_: None, ["model.layers.0.mlp.out"])
+    assert block._standing
+    del block, walk
+    gc.collect()
 
 
 def test_a_parking_lot_gives_back_what_it_took(tmp_path: Path) -> None:

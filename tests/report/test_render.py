@@ -25,7 +25,7 @@ from compressor.report.render import (
     stale_files,
     write_report,
 )
-from compressor.report.schema import Facts, Report
+from compressor.report.schema import EngineCheck, Facts, Report
 from compressor.report.snippets import load_snippets
 from compressor.report.text import to_text
 from tests.report import example
@@ -364,6 +364,38 @@ def test_snippets_name_the_path() -> None:
     assert list(found) == ["Transformers", "vLLM", "SGLang"]
     assert all("out/artifact" in code for code in found.values())
     compile(found["Transformers"], "snippet", "exec")
+
+
+def test_snippets_say_what_was_tried() -> None:
+    """An engine that was not asked, or failed, or was asked about other files, is not verified."""
+    facts = example.facts()
+    *others, last = facts.variants
+    assert last.artifact is not None
+    snippets = load_snippets(last.artifact.path, "compressed-tensors")
+    variants = (*others, last.model_copy(update={"load_snippets": snippets}))
+    check = EngineCheck(
+        engine="vllm", title="vLLM", version="0.32.0", format="compressed-tensors",
+        sha256=last.artifact.sha256, verdict="PASS", detail="it computes what was measured",
+        arithmetic="bfloat16", tokens=100, difference=0.01, largest=0.1, bias=0.0, allowed=0.04,
+        to_original=0.2, prompts=3, same_text=3, gap=0.0, gap_allowed=0.2, load_seconds=1.0,
+        tokens_per_second=10.0,
+    )  # fmt: skip
+
+    def shown(**changes: object) -> tuple[str, ...]:
+        checks = (check.model_copy(update=changes),) if changes else ()
+        report = build_report(
+            facts.model_copy(update={"variants": variants, "engine_checks": checks})
+        )
+        text, page = card.to_markdown(report), rendered(report)["report.html"]
+        assert "Transformers (read back, 5.23.0):" in text
+        said = re.findall(r"^vLLM \((.*)\):$", text, re.MULTILINE)
+        assert said == re.findall(r"<p>vLLM \((.*)\)</p>", page)
+        return tuple(said)
+
+    assert shown(verdict="PASS") == ("verified, 0.32.0",)
+    assert shown(verdict="FAIL") == ("failed its check",)
+    assert shown() == shown(sha256="of other files") == ("not tried on these files",)
+    assert shown(title="SGLang") == ("not tried on these files",)
 
 
 def test_settings_leave_out_only_what_is_empty_or_off() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from compressor.programs import EngineFailed
 from compressor.serving.ask import Question
-from compressor.serving.llama_cpp import _LOAD, _SPEED, read_logits
+from compressor.serving.llama_cpp import _LOAD, _SPEED, _timing, read_logits
 
 VOCABULARY, LENGTH = 7, 6
 WINDOWS = ((1, 2, 3, 4, 5, 6), (0, 6, 5, 4, 3, 2))
@@ -82,3 +83,23 @@ def test_times_are_read_from_what_it_prints() -> None:
     assert speed is not None
     assert load is not None
     assert (speed[1], load[1]) == ("2222.38", "6.01")
+
+
+PROGRAM = """#!/bin/sh
+echo run >> {folder}/runs
+echo "common_perf_print:        load time =       6.01 ms" >&2
+[ "$(wc -l < {folder}/runs)" -lt {good} ] && exit 0
+echo "common_perf_print:        eval time = 1 ms / 31 runs ( 0.45 ms, 22.5 tokens per second)" >&2
+"""
+
+
+@pytest.mark.parametrize(("good", "speed", "runs"), [(1, 22.5, 1), (3, 22.5, 3), (99, None, 8)])
+def test_a_log_without_its_end_is_asked_for_again(
+    tmp_path: Path, good: int, speed: float | None, runs: int
+) -> None:
+    program = tmp_path / "llama-completion"
+    program.write_text(PROGRAM.format(folder=tmp_path, good=good))
+    program.chmod(0o755)
+    asked = replace(question(), prompts=("The",), timed=32)
+    assert _timing(tmp_path, tmp_path / "file", asked) == (0.00601, speed)
+    assert len((tmp_path / "runs").read_text().splitlines()) == runs

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from compressor.formats.exporters import Source
 from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
 from compressor.programs import PROGRAMS, EngineFailed
+from compressor.programs import run as run_program
 from compressor.publish import plan_publication
 from compressor.reload import as_checkpoint
 from compressor.report.render import load_report, stale_files
@@ -30,7 +33,7 @@ from compressor.resources import builtin_model
 from compressor.sections import ExportConfig
 from compressor.serving import check as checking
 from compressor.serving.ask import Answer, Question, ask_python, make_question
-from compressor.serving.check import compare, judge, subjects_of
+from compressor.serving.check import Subject, compare, judge, subjects_of
 from compressor.serving.record import record
 from compressor.serving.reference import container_of
 from compressor.types import WeightScheme
@@ -218,6 +221,9 @@ def test_what_an_engine_loads_is_chosen(finished: RunOutcome) -> None:
         subjects_of(folder, PROGRAMS["llama.cpp"])
     with pytest.raises(UsageError, match="has no gptq"):
         subjects_of(folder, PROGRAMS["vllm"], "gptq")
+    names = ("gguf", "gguf-Q4_K_M", "gguf-embedding-Q8_0", "some-folder")
+    told = [Subject(Path("run") / name, "gguf").name for name in names]
+    assert told == [*names[:3], "gguf"]
     (bare,) = subjects_of(builtin_model("tiny"), PROGRAMS["vllm"])
     assert (bare.form, bare.measured, bare.original) == ("dense", None, None)
 
@@ -332,9 +338,58 @@ def test_where_engines_are_looked_for(tmp_path: Path, monkeypatch: pytest.Monkey
     assert PROGRAMS["transformers"].find() == Path(sys.executable)
 
 
+def test_vllm_computes_what_the_file_says_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "VLLM_CPU_INT4_W4A8"
+    monkeypatch.delenv(name, raising=False)
+    show = [sys.executable, "-c", f"import os; print(os.environ['{name}'])"]
+    assert run_program(show).stdout == "0\n"
+    monkeypatch.setenv(name, "1")  # as it would serve
+    assert run_program(show).stdout == "1\n"
+
+
 def test_the_question_has_windows_of_one_length(question: Question) -> None:
     assert {len(row) for row in question.windows} == {128}
     assert question.length == 129
     tokenizer = load_tokenizer(builtin_model("tiny"))
     assert len(make_question(tokenizer, 64).windows[0]) == 32
     assert tokenizer.decode(question.windows[0]) in question.text
+
+
+def test_processor_time_is_that_of_the_busiest_process() -> None:
+    """Waiting counts by the clock only; work of a child counts, beside a parent that waits."""
+    from compressor.serving.drivers.answer import CLOCKS
+
+    def rest() -> None:
+        time.sleep(0.3)
+
+    def work() -> None:
+        began = time.process_time()
+        while time.process_time() - began < 0.3:
+            pass
+
+    assert CLOCKS["wall"](rest) >= 0.3
+    assert CLOCKS["processor"](rest) < 0.2
+    assert CLOCKS["processor"](work) >= 0.28
+
+    child = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys\nfor _ in sys.stdin: sum(range(10**7)); print(flush=True)",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+
+    def ask_child() -> None:
+        child.stdin.write("\n")
+        child.stdin.flush()
+        child.stdout.readline()
+
+    ask_child()  # it has started
+    assert CLOCKS["processor"](ask_child) > 0.02
+    child.stdin.close()
+    child.wait()

@@ -54,9 +54,14 @@ ENVIRONMENTS: Mapping[str, Environment] = {
         remove=("torchvision", "torchaudio", "torchcodec"),
     ),
     # The pins are those of the peer in the benchmarks; it asks for torch 2.14.1, runs on 2.13.0.
+    # With optimum beside it, transformers loads `gptq` files there.
     "gptqmodel": Environment(
         "7.7.0",
-        _pinned(ROOT / "benchmarks/peers/requirements/gptqmodel.txt", "gptqmodel==7.7.0"),
+        _pinned(
+            ROOT / "benchmarks/peers/requirements/gptqmodel.txt",
+            "gptqmodel==7.7.0",
+            "optimum==2.3.0",
+        ),
         "gptqmodel",
     ),
     # optimum-onnx 0.1.0 wants transformers below 4.58 and optimum 2.1.

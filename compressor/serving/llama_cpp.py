@@ -24,6 +24,7 @@ _MAGIC = b"_logits_"
 _SPEED = re.compile(r"\n\S* *I? *common_perf_print: +eval time =.*?([\d.]+) tokens per second")
 _LOAD = re.compile(r"load time = +([\d.]+) ms")
 _ATTEMPTS = 8
+_LAST = "total time ="  # of what it writes, nearly
 _VERSION = re.compile(r"version: (.+)")
 
 
@@ -110,8 +111,13 @@ def read_logits(path: Path, question: Question) -> NDArray[np.float64]:
 
 
 def _complete(programs: Path, file: Path, prompt: str, tokens: int, *more: str) -> Any:
+    """The program may end before its text and its log are written; it is then run again."""
     options = ("-n", tokens, "--temp", 0, "-t", _threads(), "-no-cnv", "--no-warmup", *more)
-    return run([programs / "llama-completion", "-m", file, "-p", prompt, *options])
+    for _ in range(_ATTEMPTS):
+        done = run([programs / "llama-completion", "-m", file, "-p", prompt, *options])
+        if _LAST in done.stderr:
+            break
+    return done
 
 
 def _continuation(written: str, prompt: tuple[int, ...], tokenizer: Any) -> list[int]:
@@ -121,15 +127,9 @@ def _continuation(written: str, prompt: tuple[int, ...], tokenizer: Any) -> list
 
 
 def _timing(programs: Path, file: Path, question: Question) -> tuple[float, float | None]:
-    """Seconds to load, and tokens a second of one text.
-
-    The program may end before its log is written, about one time in six; it is then run again.
-    """
+    """Seconds to load, and tokens a second of one text."""
     count = max(question.timed, 2)
-    for _ in range(_ATTEMPTS):
-        done = _complete(programs, file, question.prompts[0], count, "--ignore-eos")
-        load, speed = _LOAD.search(done.stderr), _SPEED.search(done.stderr)
-        if load and speed:
-            break
+    done = _complete(programs, file, question.prompts[0], count, "--ignore-eos")
+    load, speed = _LOAD.search(done.stderr), _SPEED.search(done.stderr)
     seconds = float(load[1]) / 1000 if load else 0.0
     return seconds, float(speed[1]) if speed and question.timed else None

@@ -36,9 +36,8 @@ def llama(tool: str, *arguments: Any, says: str = "") -> subprocess.CompletedPro
 
 def complete(model: Path, prompt: str, tokens: int) -> str:
     """Greedy text, the prompt included."""
-    done = llama(
-        "completion", "-m", model, "-p", prompt, "-n", tokens, "-no-cnv", "--no-warmup", *GREEDY
-    )
+    options = ("-m", model, "-p", prompt, "-n", tokens, "-no-cnv", "--no-warmup", *GREEDY)
+    done = llama("completion", *options, says="total time =")  # else some of the text may be lost
     return done.stdout.rstrip("\n")  # it ends with empty lines of its own
 
 

@@ -90,6 +90,7 @@ echo run >> {folder}/runs
 echo "common_perf_print:        load time =       6.01 ms" >&2
 [ "$(wc -l < {folder}/runs)" -lt {good} ] && exit 0
 echo "common_perf_print:        eval time = 1 ms / 31 runs ( 0.45 ms, 22.5 tokens per second)" >&2
+echo "common_perf_print:       total time =       2 ms" >&2
 """
 
 

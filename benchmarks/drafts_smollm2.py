@@ -23,7 +23,7 @@ import torch
 from bench import stage
 from drafting import finished
 
-from compressor.calibration import CalibrationConfig, build_batches
+from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.load import load_draft
@@ -120,9 +120,7 @@ def main() -> None:
     samples = max(16, min(768, drafter.tokens // 512))  # type: ignore[attr-defined]
     with observer(quiet=False) as watcher:
         calibration = build_batches(CalibrationConfig(samples=samples, length=256), tokenizer)
-        with Meter() as meter:
-            folder = finished(drafter, base, calibration, options.out / "draft", watcher)
-        cost = kept_cost(options.out / "cost.json", meter)
+        folder, cost = made(options.out, drafter, base, calibration, watcher)
         prompts = chat_prompts(tokenizer, options.prompts)
         lines = []
         for name in options.decode:
@@ -138,12 +136,16 @@ def main() -> None:
         options.results.write_text(text)
 
 
-def kept_cost(path: Path, meter: Meter) -> dict[str, float]:
-    """What making the draft cost, from the attempt that made it."""
+def made(
+    out: Path, drafter: Any, base: Path, calibration: CalibrationSet, watcher: Observer
+) -> tuple[Path, dict[str, float]]:
+    """The draft, and what the attempt that ended it cost."""
+    path = out / "cost.json"
+    with Meter() as meter:
+        folder = finished(drafter, base, calibration, out / "draft", watcher)
     if not path.is_file():
-        cost = {"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}
-        path.write_text(json.dumps(cost))
-    return dict(json.loads(path.read_text()))
+        path.write_text(json.dumps({"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}))
+    return folder, dict(json.loads(path.read_text()))
 
 
 def measured(

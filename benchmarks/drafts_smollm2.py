@@ -23,12 +23,13 @@ import torch
 from bench import stage
 from drafting import finished
 
-from compressor.calibration import CalibrationConfig, build_batches
+from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.load import load_draft
 from compressor.decoding.measure import Protocol, measure_draft
 from compressor.decoding.results import WORTHWHILE, DraftMeasurement
+from compressor.meter import Meter
 from compressor.model.load import load_model, load_tokenizer, resolve
 from compressor.numerics.speculative import limiting_term
 from compressor.progress import Observer, observer
@@ -119,16 +120,32 @@ def main() -> None:
     samples = max(16, min(768, drafter.tokens // 512))  # type: ignore[attr-defined]
     with observer(quiet=False) as watcher:
         calibration = build_batches(CalibrationConfig(samples=samples, length=256), tokenizer)
-        folder = finished(drafter, base, calibration, options.out / "draft", watcher)
+        folder, cost = made(options.out, drafter, base, calibration, watcher)
         prompts = chat_prompts(tokenizer, options.prompts)
         lines = []
         for name in options.decode:
             found = measured(options, base, drafter, folder, prompts, name, watcher)
             lines += [*report(options, folder, found, name), ""]
+        lines.append(
+            f"Text and training: {cost['seconds'] / 60:.0f} minutes (the attempt that ended them), "
+            f"{cost['peak_bytes'] / 2**30:.1f} GiB at the peak."
+        )
     text = "\n".join(lines)
     print(text)
     if options.results:
         options.results.write_text(text)
+
+
+def made(
+    out: Path, drafter: Any, base: Path, calibration: CalibrationSet, watcher: Observer
+) -> tuple[Path, dict[str, float]]:
+    """The draft, and what the attempt that ended it cost."""
+    path = out / "cost.json"
+    with Meter() as meter:
+        folder = finished(drafter, base, calibration, out / "draft", watcher)
+    if not path.is_file():
+        path.write_text(json.dumps({"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}))
+    return folder, dict(json.loads(path.read_text()))
 
 
 def measured(

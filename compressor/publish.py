@@ -19,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor import reload
 from compressor.disk import link_or_copy
 from compressor.errors import AccessError, ModelError, UsageError, VerificationError
 from compressor.formats.atomic import atomic_write_text
-from compressor.formats.files import GRAPHS, checkpoint_files
+from compressor.formats.files import checkpoint_files
 from compressor.formats.sizes import measure
 from compressor.hub import Uploads, client, creation_problem, hub_errors
 from compressor.licences import licence_gate
@@ -33,6 +32,7 @@ from compressor.report.card import SHOWN, to_markdown
 from compressor.report.render import load_report, rendered, to_json
 from compressor.report.schema import Artifact, Facts, Report, RoleBytes, Variant
 from compressor.report.snippets import load_snippets
+from compressor.serving.words import continued, require_engine
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -106,12 +106,15 @@ def publish(
     Raises:
         UsageError: no report, no deliverable, or not a repository's name.
         AccessError: the licence or the Hub forbids it, or there is no token.
-        ResourceError: the Hub cannot be reached or failed; the command can be repeated.
+        ResourceError: the Hub cannot be reached or failed, or the engine that a graph is tried in
+            is not installed; the command can be repeated.
         VerificationError: the run changed since it was verified, or the Hub gave back other bytes.
     """
     planned = plan_publication(run, repo, public=public)
     if dry_run:
         return planned
+    for repository in planned.repositories:
+        require_engine(repository.artifact.format)
     hub = client(api)
     with hub_errors(repo):
         hub.whoami()
@@ -280,7 +283,7 @@ def _publish_one(
     )
     revision = commit.oid or branch
     uploads.put(name, "revision", revision)
-    _prove(api, name, revision, folder, repository.artifact.format)
+    _prove(api, name, revision, folder)
     shutil.rmtree(folder, ignore_errors=True)
     if public and not pr:
         api.update_repo_settings(name, private=False)
@@ -305,7 +308,7 @@ def _stage(repository: Repository, folder: Path) -> None:
         link_or_copy(item, target)
 
 
-def _prove(api: HfApi, name: str, revision: str, folder: Path, form: str) -> None:
+def _prove(api: HfApi, name: str, revision: str, folder: Path) -> None:
     """Download what was uploaded, compare every byte, load it and write a few tokens."""
     with tempfile.TemporaryDirectory(prefix="compress-publish-") as work:
         found = Path(api.snapshot_download(name, revision=revision, local_dir=work))
@@ -315,8 +318,7 @@ def _prove(api: HfApi, name: str, revision: str, folder: Path, form: str) -> Non
                 raise VerificationError(
                     f"{name} at {revision}: {there.relative_to(found)} is not what was uploaded"
                 )
-        if form not in GRAPHS.values():  # its engine was asked about the same bytes
-            reload.continued(found)
+        continued(found)
 
 
 def _collect(api: HfApi, planned: Publication, uploads: Uploads, repo: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.errors import CompressorError, ModelError
+from compressor.errors import CompressorError, ModelError, ResourceError
 from compressor.formats import exporters
 from compressor.formats.capabilities import ENVIRONMENTS
 from compressor.formats.files import checkpoint_files
@@ -19,10 +19,11 @@ from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_model, read_config, resolve
 from compressor.provenance import combined_sha256, hash_files
-from compressor.reload import continued, form_of
+from compressor.reload import form_of
 from compressor.report.render import load_report
 from compressor.report.schema import Report, Variant
 from compressor.requantize import relative_error
+from compressor.serving.words import continued
 from compressor.verify import value_problems, verify_weights
 
 _OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros", "weight_format")
@@ -225,4 +226,7 @@ def _loaded(folder: Path, names: set[str]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _generation(folder: Path) -> Found:
-    return _graph(folder) or (True, repr(continued(folder)))
+    try:
+        return True, repr(continued(folder))
+    except ResourceError as error:  # an engine that is not on this machine says nothing of files
+        return None, f"{error.message}: {error.hint}"

@@ -24,8 +24,8 @@ from compressor.formats.shards import SHARD_BYTES, CheckpointWriter, shard_name
 from compressor.model.load import load_model, load_tokenizer
 from compressor.model.quiet import quiet
 
-_PROMPT = "The"
-_TOKENS = 8
+PROMPT = "The"
+TOKENS = 8
 _LOADED_BY_TRANSFORMERS = ("dense", "compressed-tensors", "bitsandbytes")
 
 
@@ -51,10 +51,10 @@ def continued(folder: Path) -> str:
     """
     with quiet(), as_checkpoint(folder) as checkpoint:
         tokenizer, model = load_tokenizer(checkpoint), load_model(checkpoint)
-        inputs: Any = tokenizer(_PROMPT, return_tensors="pt")
+        inputs: Any = tokenizer(PROMPT, return_tensors="pt")
         with torch.inference_mode():
             logits = model(**inputs).logits
-            ids = model.generate(**inputs, max_new_tokens=_TOKENS, do_sample=False)[0]
+            ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0]
     if not torch.isfinite(logits).all():
         raise VerificationError(f"{folder} computes NaN or infinity")
     return str(tokenizer.decode(ids))

@@ -19,6 +19,7 @@ from compressor.cli import main
 from compressor.engine import RunOutcome, run_recipe
 from compressor.errors import AccessError, ResourceError, UsageError, VerificationError
 from compressor.licences import licence_gate
+from compressor.programs import PROGRAMS
 from compressor.publish import plan_publication, publish, require_access
 from compressor.recipe import load_recipe
 from compressor.report.render import load_report
@@ -377,6 +378,18 @@ def test_a_recipe_publishes_and_its_repetition_only_that(
     failed = run_recipe(failing, "builtin:tiny", tmp_path / "failed")
     assert failed.verdict == "FAIL"
     assert "me/other" not in hub.repos
+
+
+def test_what_could_not_be_tried_after_it_is_not_uploaded(
+    run: Path, hub: Hub, api: HfApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if only ONNX Runtime read GGUF files, and it is not here."""
+    monkeypatch.setattr("compressor.serving.words.ENVIRONMENTS", {"gguf": "onnxruntime"})
+    program = PROGRAMS["onnxruntime"]
+    monkeypatch.setenv(program.variable, str(tmp_path / "nowhere"))
+    with pytest.raises(ResourceError, match=f"there is no {program.title}"):
+        publish(run, "me/tiny", api=api)
+    assert not hub.repos
 
 
 def test_what_came_back_writes_text(

@@ -55,7 +55,12 @@ def test_graphs_compute_the_rounded_model(finished: RunOutcome) -> None:
     assert (
         "log-probabilities that its engine computes" in (finished.folder / "README.md").read_text()
     )
-    assert not [check for check in verify_folder(finished.folder) if check.passed is False]
+    checks = verify_folder(finished.folder)
+    assert not [check for check in checks if check.passed is False]
+    words = [check.detail for check in checks if check.name == "generation"]
+    assert len(words) == 2
+    assert words[0] == words[1]
+    assert words[0].startswith("'The ")
 
 
 def test_a_finished_graph_is_asked_again(finished: RunOutcome) -> None:

@@ -107,7 +107,11 @@ def test_layers_with_rotary_settings_of_their_own_are_refused(tmp_path: Path) ->
         (("openvino_model.xml", "openvino_model.bin"), "openvino"),
     ],
 )
-def test_a_folder_of_a_graph_is_known(tmp_path: Path, names: tuple[str, str], form: str) -> None:
+def test_a_folder_of_a_graph_is_known(
+    tmp_path: Path, names: tuple[str, str], form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = PROGRAMS[ENVIRONMENTS[form]]
+    monkeypatch.setenv(program.variable, str(tmp_path))
     folder = tmp_path / form
     folder.mkdir()
     for name in names:
@@ -121,6 +125,7 @@ def test_a_folder_of_a_graph_is_known(tmp_path: Path, names: tuple[str, str], fo
     checks = {item.name: item for item in verify_folder(folder)}
     assert checks["files"].passed
     assert checks["generation"].passed is None
+    assert f"there is no {program.title}" in checks["generation"].detail
     assert ENVIRONMENTS[form] in checks["weights"].detail
 
 

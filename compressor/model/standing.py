@@ -8,7 +8,9 @@ from compressor.model.memory import return_memory
 from compressor.model.parking import ParkingLot
 from compressor.model.passage import Passage
 
-_PER_TRIM = 4  # forwards, after as many of which memory is given back
+# Forwards, after as many of which memory is given back. Every page given back is cleared by the
+# kernel before it serves again; forwards that are parked leave few holes between them.
+_PER_TRIM, _PER_TRIM_PARKED = 4, 16
 
 
 class Standing(dict[int, Passage]):
@@ -60,7 +62,7 @@ class Standing(dict[int, Passage]):
             self[other].park(lot, set(self._owned(other)))
         if self._crowded() and not lot:
             self.pop(batch).abandon()
-        elif len(self) % _PER_TRIM == 0:
+        elif len(self) % (_PER_TRIM_PARKED if lot else _PER_TRIM) == 0:
             return_memory()  # what a forward has freed lies between what it holds
 
     def end(self, passed: str | None) -> None:

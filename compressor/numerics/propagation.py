@@ -17,10 +17,10 @@ from torch import Tensor
 
 from compressor.numerics.gptq import HessianFactor
 from compressor.numerics.hessian import (
-    TOKENS_AT_ONCE,
     exact_products,
     full_precision,
     normalisation,
+    pieces,
     require_finite,
 )
 
@@ -55,7 +55,7 @@ class DriftAccumulator:
         # apart than a factor of two, it is rounded to bf16, as the units would round it.
         working = common if common == torch.bfloat16 else torch.float32
         with exact_products(common):
-            streams = (torch.split(rows, TOKENS_AT_ONCE) for rows in (reference, inputs))
+            streams = (pieces(rows, self._sum.device) for rows in (reference, inputs))
             for pair in zip(*streams, strict=True):
                 x, y = (rows.to(self._sum.device, working) for rows in pair)
                 self._sum.addmm_((x - y).to(self._sum).T, y.to(self._sum))

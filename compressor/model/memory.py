@@ -7,7 +7,7 @@ import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers what mallopt sets
-_KEPT, _LARGEST = 128 << 20, 32 << 20  # bytes; glibc maps what is larger by itself, whatever one asks
+_KEPT, _LARGEST = 128 << 20, 32 << 20  # bytes; what is larger, glibc maps by itself in any case
 
 
 def return_memory() -> None:

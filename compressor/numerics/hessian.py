@@ -6,7 +6,7 @@ tr(D H Dᵀ)·N/2 with D = W - Ŵ and H = (2/N) X Xᵀ (Frantar et al., GPTQ, 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -93,8 +93,13 @@ class HessianAccumulator:
         Raises:
             NumericalError: no token has been seen.
         """
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) * normalisation(self.tokens)
+        full = self._sum * normalisation(self.tokens)
+        for start in range(0, len(full), _BLOCK):
+            stop = min(start + _BLOCK, len(full))
+            full[stop:, start:stop] = full[start:stop, stop:].T
+            block = full[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+        return full
 
     def diagonal(self) -> Tensor:
         """diag(H), fp32 [in]."""
@@ -192,12 +197,19 @@ def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> 
         quantized: Ŵ [out, in], dense.
         hessian: H [in, in], any scale; None means the identity.
     """
+    return relative_losses(weight, [quantized], hessian)[0]
+
+
+def relative_losses(
+    weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor | None
+) -> list[float]:
+    """`relative_loss` of several matrices Ŵ that stand for the same W."""
     dense = weight if hessian is None else weight.to(hessian)
-    lost = _energy(dense - quantized.to(dense), hessian)
     total = _energy(dense, hessian)
+    lost = [_energy(dense - other.to(dense), hessian) for other in quantized]
     if total == 0:
-        return 0.0 if lost == 0 else float("inf")
-    return lost / total
+        return [0.0 if loss == 0 else float("inf") for loss in lost]
+    return [loss / total for loss in lost]
 
 
 def _energy(matrix: Tensor, hessian: Tensor | None) -> float:

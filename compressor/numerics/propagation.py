@@ -91,10 +91,10 @@ def propagated_target(
     if share == 0 or factor.failed:
         return weight.float()
     dense, order = weight.float(), factor.permutation
-    with full_precision():
-        pull = dense @ drift.to(dense)
-        pull[:, factor.dead] = 0
-        step = pull[:, order] @ factor.upper.T @ factor.upper  # UᵀU = (H + λI)⁻¹
+    pull = drift.to(dense)[:, order]
+    pull[:, factor.dead[order]] = 0
+    with full_precision():  # UᵀU = (H + λI)⁻¹; the shapes decide what is multiplied first
+        step = torch.linalg.multi_dot((dense, pull, factor.upper.T, factor.upper))
     return dense.index_add(1, order, step, alpha=share)
 
 

@@ -25,7 +25,7 @@ from compressor.model.block import Block, BlockMatrix, Observer
 from compressor.model.files import read_config
 from compressor.model.serving import serving_config
 from compressor.model.walk import BlockWalk
-from compressor.numerics.hessian import HessianAccumulator, relative_loss
+from compressor.numerics.hessian import HessianAccumulator, relative_losses
 from compressor.numerics.propagation import DriftAccumulator
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
@@ -416,11 +416,14 @@ def _metric(module: str, weight: Tensor, rounded: Rounded, hessian: Tensor | Non
     simple = rtn(weight, qtensor.scheme, scale_dtype=qtensor.scale.dtype)
     target = weight if rounded.target is None else rounded.target
     shape = (weight.shape[0], weight.shape[1])
+    loss, baseline_loss = relative_losses(
+        target, [qtensor.dequantize(), simple.dequantize()], hessian
+    )
     return ModuleMetric(
         module=module,
         bits=bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype)),
-        loss=relative_loss(target, qtensor.dequantize(), hessian),
-        baseline_loss=relative_loss(target, simple.dequantize(), hessian),
+        loss=loss,
+        baseline_loss=baseline_loss,
     )
 
 

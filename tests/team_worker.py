@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.model.load import load_tokenizer
@@ -18,7 +19,7 @@ from compressor.types import TokenBatch
 from tests.helpers import stage_context
 
 DOMAINS = ("code", "prose")
-ROWS = {"tokens": 4 * 24 * 3, "batch": 4}
+ROWS: dict[str, Any] = {"tokens": 4 * 24 * 3, "batch": 4, "precision": "fp32"}
 RECOVER = RecoverDistill(
     **ROWS,
     accumulate=2,

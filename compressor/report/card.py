@@ -34,7 +34,9 @@ def to_markdown(report: Report) -> str:
         figures=[figure for figure in figures(report) if figure.key in SHOWN],
         sizes=_markdown(tables.size_table(report)),
         quality=_markdown(tables.quality_table(report)),
-        deliverables=_markdown(delivery_tables.deliverable_table(report)) if report.deliverables else "",
+        deliverables=_markdown(delivery_tables.deliverable_table(report))
+        if report.deliverables
+        else "",
         engines=_engines(report),
         drafts=_markdown(draft_tables.draft_speeds(report)) if report.drafts else "",
         domains=_markdown(tables.domain_table(report, report.headline))

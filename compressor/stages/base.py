@@ -64,6 +64,11 @@ def minutes_option() -> Any:
     )
 
 
+def in_seconds(minutes: float | None) -> float | None:
+    """What such an option bounds, as clocks count it."""
+    return None if minutes is None else 60 * minutes
+
+
 def patterns_option(default: tuple[str, ...], what: str, **rules: Any) -> Any:
     """An option that selects matrices by patterns."""
     return option(default, what, effect="A pattern that matches nothing is an error.", **rules)

@@ -20,6 +20,7 @@ from compressor.model.load import load_model, load_tokenizer
 from compressor.model.precision import trains_in_half
 from compressor.numerics.recovery import hidden_distance, logit_divergence
 from compressor.stages.adapters import adapt, merged
+from compressor.stages.base import in_seconds
 from compressor.stages.context import StageContext
 from compressor.stages.sampling import Leaning, Rows, Sampler, Source
 from compressor.team import ALONE, Team
@@ -210,7 +211,7 @@ def schedule(stage: TrainConfig, steps: int) -> Schedule:
         warmup=_WARMUP,
         clip=_CLIP,
         weight_decay=stage.weight_decay,
-        seconds=None if stage.minutes is None else 60 * stage.minutes,
+        seconds=in_seconds(stage.minutes),
         every=_EVERY,
     )
 

@@ -10,6 +10,7 @@ from compressor.stages.base import (
     Need,
     ReportProblem,
     StageConfig,
+    in_seconds,
     minutes_option,
     option,
     precision_option,
@@ -205,5 +206,5 @@ class TrainedDraftConfig(DraftConfig):
             steps=self.steps,
             learning_rate=self.learning_rate,
             matrix_rate=self.matrix_rate,
-            seconds=None if self.minutes is None else 60 * self.minutes,
+            seconds=in_seconds(self.minutes),
         )

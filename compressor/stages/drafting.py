@@ -35,6 +35,7 @@ from compressor.model.precision import trains_in_half, working_dtype
 from compressor.model.quiet import quiet
 from compressor.numerics.distillation import divergence
 from compressor.numerics.speculative import Sampling
+from compressor.stages.base import in_seconds
 from compressor.stages.context import StageContext
 from compressor.stages.draft_base import TrainedDraftConfig
 from compressor.stages.prune_width import PruneWidth
@@ -242,7 +243,7 @@ def read_corpus(
         batch=config.batch_size,
         seed=config.seed,
         own_requests=config.requests == "own",
-        seconds=None if config.writing_minutes is None else 60 * config.writing_minutes,
+        seconds=in_seconds(config.writing_minutes),
     )
     batches = draft_text(
         CachedModel(target),

@@ -6,6 +6,7 @@ Every function takes the student's logits z (q = softmax z) and gives one number
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,15 +14,31 @@ from torch import Tensor
 from torch.nn import functional
 
 Loss = Literal["kl", "tv", "ce", "lk_hybrid"]
+Total = Callable[[Tensor], Tensor]
+"""Sum of a tensor over all processes that train together."""
 
 HYBRID_RATE = 3.0  # η of LK-λ; its authors take 10 for weak heads
 ROWS = 64  # positions at once: a few MB, which stay in the cache while they are worked on
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    """The `Total` of one process."""
+    return tensor
+
+
 def divergence(
-    kind: Loss, logits: Tensor, teacher: Tensor, mask: Tensor, top: int | None = None
+    kind: Loss,
+    logits: Tensor,
+    teacher: Tensor,
+    mask: Tensor,
+    top: int | None = None,
+    *,
+    total: Total = _alone,
 ) -> Tensor:
-    """Mean loss over the positions that count.
+    """Mean loss over the positions that count; 0 without any.
+
+    Of processes that train together each has some of the positions: what it gets is its part of
+    the sum, divided by the positions of all.
 
     Args:
         kind: `kl`: Σ p log(p/q); `tv`: 1 - Σ min(p, q), one minus the probability of acceptance;
@@ -34,20 +51,20 @@ def divergence(
         mask: bool [...].
         top: keep only so many of the teacher's likeliest tokens, renormalised (HASS, Zhang et al.
             2024, arXiv:2408.15766); None keeps all.
+        total: sums over processes; called as often by each, whatever it has.
     """
-    logits, teacher = logits[mask], teacher[mask]
-    teacher = truncated(teacher, top)
-    if not len(logits):
-        return logits.sum() * 0.0
-    if kind == "kl":
-        return forward_kl(logits, teacher).mean()
-    if kind == "tv":
-        return total_variation(logits, teacher).mean()
+    logits, teacher = logits[mask], truncated(teacher[mask], top)
+    count = total(mask.sum()).clamp(min=1)
     if kind == "ce":
-        return functional.cross_entropy(logits.float(), teacher.argmax(-1))
-    variation = total_variation(logits, teacher).mean()
-    share = torch.exp(-HYBRID_RATE * (1 - variation.detach()))
-    return share * forward_kl(logits, teacher).mean() + (1 - share) * variation
+        aim = teacher.argmax(-1)
+        return functional.cross_entropy(logits.float(), aim, reduction="sum") / count
+    if kind == "kl":
+        return forward_kl(logits, teacher).sum() / count
+    variation = total_variation(logits, teacher).sum() / count
+    if kind == "tv":
+        return variation
+    share = torch.exp(-HYBRID_RATE * (1 - total(variation.detach().clone())))
+    return share * forward_kl(logits, teacher).sum() / count + (1 - share) * variation
 
 
 def forward_kl(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -72,7 +89,14 @@ def truncated(teacher: Tensor, top: int | None) -> Tensor:
 
 
 def teach(
-    states: Tensor, weight: Tensor, teacher: Tensor, places: Tensor, mask: Tensor, kind: Loss
+    states: Tensor,
+    weight: Tensor,
+    teacher: Tensor,
+    places: Tensor,
+    mask: Tensor,
+    kind: Loss,
+    *,
+    total: Total = _alone,
 ) -> Tensor:
     """`divergence` of the logits states @ weightᵀ, without ever holding all of them.
 
@@ -87,10 +111,10 @@ def teach(
         teacher: p, [M, V].
         places: which of its rows belongs to each state, int64 [N].
         mask: bool [N], which positions count.
-        kind: as for `divergence`.
+        kind, total: as for `divergence`.
     """
     inputs = states.to(teacher.dtype), weight.to(teacher.dtype)
-    found: Tensor = _Taught.apply(*inputs, teacher, places, mask, kind)  # type: ignore[no-untyped-call]
+    found: Tensor = _Taught.apply(*inputs, teacher, places, mask, kind, total)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -106,10 +130,11 @@ class _Taught(torch.autograd.Function):
         places: Tensor,
         mask: Tensor,
         kind: Loss,
+        total: Total,
     ) -> Tensor:
         """The loss, fp32 scalar; arguments as of `teach`. Keeps q [N, V]."""
         kept = torch.empty(len(states), len(weight), dtype=states.dtype, device=states.device)
-        totals, count = torch.zeros(2, dtype=torch.float64, device=states.device), mask.sum()
+        sums = torch.zeros(3, dtype=torch.float64, device=states.device)
         for rows in range(0, len(states), ROWS):
             part = slice(rows, rows + ROWS)
             p, logits = _wanted(teacher[places[part]], kind), (states[part] @ weight.T).float()
@@ -118,16 +143,20 @@ class _Taught(torch.autograd.Function):
             kept[part] = q
             kl = (torch.special.xlogy(p, p) - p * log_q).sum(-1)
             variation = 1 - torch.minimum(p, q).sum(-1)
-            totals += torch.stack([kl, variation])[:, mask[part]].sum(-1)
-        kl, variation = (totals / count.clamp(min=1)).tolist()
+            found = torch.stack([kl, variation, torch.ones_like(kl)])
+            sums += found[:, mask[part]].sum(-1)
+        whole = total(sums.clone())  # of all processes
+        count = whole[2].clamp(min=1)
+        kl, variation, everywhere = torch.stack([sums[0], sums[1], whole[1]]).div(count).tolist()
         shares = {
             "kl": (1.0, 0.0),
             "ce": (1.0, 0.0),  # the divergence from one token, which has no entropy
             "tv": (0.0, 1.0),
-            "lk_hybrid": (mixed := math.exp(-HYBRID_RATE * (1 - variation)), 1 - mixed),
+            "lk_hybrid": (mixed := math.exp(-HYBRID_RATE * (1 - everywhere)), 1 - mixed),
         }
         ctx.shares, ctx.kind = shares[kind], kind
-        ctx.save_for_backward(states, weight, teacher, places, mask / count.clamp(min=1), kept)
+        shared = (mask / count).float()
+        ctx.save_for_backward(states, weight, teacher, places, shared, kept)
         return states.new_tensor(
             ctx.shares[0] * kl + ctx.shares[1] * variation, dtype=torch.float32
         )
@@ -145,7 +174,7 @@ class _Taught(torch.autograd.Function):
                 below = q * (q < p)
                 found += ctx.shares[1] * (q * below.sum(-1, keepdim=True) - below)
             of_logits[part] = found.mul_(above[0] * shares[part, None])
-        return of_logits @ weight, of_logits.T @ states, None, None, None, None
+        return of_logits @ weight, of_logits.T @ states, *[None] * 5
 
 
 def _wanted(teacher: Tensor, kind: Loss) -> Tensor:

@@ -71,6 +71,8 @@ class DraftConfig(StageConfig):
 class TrainedDraftConfig(DraftConfig):
     """A draft that learns from text what its target says."""
 
+    shared: ClassVar[bool] = True
+
     tokens: int = option(
         40_000,
         "Tokens of text to distil on.",
@@ -153,6 +155,11 @@ class TrainedDraftConfig(DraftConfig):
         source="HASS, arXiv:2408.15766, takes 10",
         ge=1,
     )
+
+    @property
+    def windows_at_once(self) -> int:
+        """Rows of an update."""
+        return self.batch_size
 
     @property
     def rows(self) -> int:

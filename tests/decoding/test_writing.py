@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 import torch
 
 from compressor import resources
-from compressor.decoding import corpus
+from compressor.decoding import writing
 from compressor.decoding.cached import CachedModel
-from compressor.decoding.corpus import OWN, TextOptions, draft_text
 from compressor.decoding.prompts import as_prompt, asking
+from compressor.decoding.writing import OWN, TextOptions, draft_text
 from compressor.model.load import load_model, load_tokenizer
 from compressor.progress import SilentObserver
 from compressor.types import TokenBatch
@@ -91,7 +92,7 @@ def test_without_a_template_there_are_no_requests(tmp_path: Path) -> None:
 def test_writing_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "_TOGETHER", 2)
+    monkeypatch.setattr(writing, "_TOGETHER", 2)
     whole = written(tmp_path, OPTIONS)
     kept = sorted((tmp_path / "written").glob("*.safetensors"))
     assert len(kept) == 3
@@ -101,8 +102,58 @@ def test_writing_goes_on_where_it_was_interrupted(
     assert [path.stat().st_mtime_ns for path in (kept[0], kept[2])] == times
 
 
+def times(folder: Path) -> list[int]:
+    return [path.stat().st_mtime_ns for path in sorted((folder / "written").glob("*.safetensors"))]
+
+
+def test_more_text_takes_over_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "_TOGETHER", 4)
+    written(tmp_path, OPTIONS)  # batches of 4 and 2 rows
+    before = times(tmp_path)
+    more = replace(OPTIONS, rows=20)  # 4, 4 and 2
+    found = written(tmp_path, more)
+    after = times(tmp_path)
+    assert (len(before), len(after)) == (2, 3)
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+    assert found == written(tmp_path / "new", more)
+    assert times(tmp_path) == after
+    assert written(tmp_path, OPTIONS) == written(tmp_path / "old", OPTIONS)  # and less again
+
+
+OTHERS = {
+    "seed": {"seed": 2},
+    "length": {"length": 20},
+    "prompt": {"prompt": 5},
+    "temperatures": {"temperatures": (0.5, 1.0)},
+    "requests": {"own_requests": True},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_text_of_other_options_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    monkeypatch.setattr(writing, "_TOGETHER", 3)
+    options = replace(OPTIONS, **OTHERS[other])
+    written(tmp_path, OPTIONS)
+    assert written(tmp_path, options) == written(tmp_path / "new", options)
+
+
+def test_text_of_another_target_or_template_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = written(tmp_path, OPTIONS)
+    plain = written(tmp_path, OPTIONS, None)
+    assert plain == written(tmp_path / "plain", OPTIONS, None) != first
+    other = CachedModel(load_model(resources.builtin_model("tiny"), "cpu", torch.float32))
+    other.model.model.norm.weight.data.neg_()
+    monkeypatch.setattr(sys.modules[__name__], "target", lambda: other)
+    found = written(tmp_path, OPTIONS, None)
+    assert found == written(tmp_path / "other", OPTIONS, None) != plain
+
+
 def test_a_time_box_keeps_the_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus, "_TOGETHER", 2)
+    monkeypatch.setattr(writing, "_TOGETHER", 2)
     rows = written(tmp_path, replace(OPTIONS, seconds=1e-9))
     assert len(rows) == 4
     given = {tuple(ids.tolist()) for ids in text()[0].input_ids}

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 from compressor.numerics.distillation import (
     ROWS,
     Loss,
+    Total,
     divergence,
     forward_kl,
     teach,
@@ -93,6 +98,49 @@ def test_teaching_is_the_divergence_of_the_logits(kind: Loss) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+def together(loss: Callable[[Tensor, Total], Tensor], shares: list[Tensor]) -> list[Tensor]:
+    """A loss on each share, at once, as by processes that add up what they find."""
+    said, meeting = [torch.zeros(())] * len(shares), threading.Barrier(len(shares), timeout=30)
+
+    def work(rank: int) -> Tensor:
+        def total(tensor: Tensor) -> Tensor:
+            said[rank] = tensor
+            meeting.wait()
+            found = torch.stack(said).sum(0)
+            meeting.wait()
+            return found
+
+        return loss(shares[rank], total)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        return list(pool.map(work, range(len(shares))))
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_parts_of_processes_add_up_to_the_whole(kind: Loss) -> None:
+    """Value and gradients, of unequal shares, one of which has no position."""
+    generator = torch.Generator().manual_seed(5)
+    states = torch.randn(9, 6, generator=generator).requires_grad_()
+    weight = torch.randn(11, 6, generator=generator).requires_grad_()
+    teacher = torch.randn(9, 11, generator=generator).mul(2).softmax(-1)
+    mask = torch.tensor([True] * 7 + [False] * 2)
+    shares = [torch.tensor([0, 3, 4, 5, 6, 7]), torch.tensor([1, 2]), torch.tensor([8])]
+
+    def of_logits(rows: Tensor, total: Total) -> Tensor:
+        return divergence(kind, (states @ weight.T)[rows], teacher[rows], mask[rows], total=total)
+
+    def of_states(rows: Tensor, total: Total) -> Tensor:
+        return teach(states[rows], weight, teacher, rows, mask[rows], kind, total=total)
+
+    whole = divergence(kind, states @ weight.T, teacher, mask)
+    wanted = torch.autograd.grad(whole, (states, weight))
+    for loss in (of_logits, of_states):
+        found = torch.stack(together(loss, shares)).sum()
+        assert float(found.detach()) == pytest.approx(float(whole.detach()), rel=1e-5)
+        for ours, theirs in zip(torch.autograd.grad(found, (states, weight)), wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
 def test_teaching_in_half_precision_is_near() -> None:

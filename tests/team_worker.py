@@ -36,9 +36,9 @@ RECOVER = RecoverDistill(
     checkpointing=True,
 )
 # Batches of 4, 4 and 1 rows, half of them written by the target; every batch is read twice.
-DRAFT = {
-    "tokens": 9 * 24, "length": 24, "prompt": 6, "batch_size": 4, "steps": 6, "probes": 1,
-    "drafted": 2,
+DRAFT: dict[str, Any] = {
+    "precision": "fp32", "tokens": 9 * 24, "length": 24, "prompt": 6, "batch_size": 4, "steps": 6,
+    "probes": 1, "drafted": 2,
 }  # fmt: skip
 EAGLE = DraftEagle3(
     **DRAFT, vocab=256, ttt_steps=2, features=(0, 1, 1), start="random", matrix_rate=None

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.decoding import writing
@@ -24,7 +25,7 @@ from compressor.types import TokenBatch
 from tests.helpers import stage_context
 
 DOMAINS = ("code", "prose")
-ROWS = {"tokens": 4 * 24 * 3, "batch": 4}
+ROWS: dict[str, Any] = {"tokens": 4 * 24 * 3, "batch": 4, "precision": "fp32"}
 RECOVER = RecoverDistill(
     **ROWS,
     accumulate=2,
@@ -35,9 +36,9 @@ RECOVER = RecoverDistill(
     checkpointing=True,
 )
 # Batches of 4, 4 and 1 rows, half of them written by the target; every batch is read twice.
-DRAFT = {
-    "tokens": 9 * 24, "length": 24, "prompt": 6, "batch_size": 4, "steps": 6, "probes": 1,
-    "drafted": 2,
+DRAFT: dict[str, Any] = {
+    "precision": "fp32", "tokens": 9 * 24, "length": 24, "prompt": 6, "batch_size": 4, "steps": 6,
+    "probes": 1, "drafted": 2,
 }  # fmt: skip
 EAGLE = DraftEagle3(
     **DRAFT, vocab=256, ttt_steps=2, features=(0, 1, 1), start="random", matrix_rate=None

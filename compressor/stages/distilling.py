@@ -279,8 +279,9 @@ def distance(stage: TrainConfig, teacher: Any, student: Any, part: Part) -> Tens
             expected = teacher(ids, **asked)
         found = student(ids, **asked)
     logits, options = found.logits, {"top": stage.top_k, "temperature": stage.temperature}
-    divergence = logit_divergence(expected.logits[mask], logits[mask], **options)  # type: ignore[arg-type]
-    total = divergence.sum() / part.tokens
+    pair = (found.flatten(0, 1) for found in (expected.logits, logits))
+    divergence = logit_divergence(*pair, **options)  # type: ignore[arg-type]
+    total = divergence[mask.flatten()].sum() / part.tokens
     if stage.hidden_states:
         aim, here = (model.hidden_states[-1][mask].float() for model in (expected, found))
         energy = part.team.add(aim.square().sum())

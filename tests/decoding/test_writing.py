@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from compressor.decoding.prompts import as_prompt, asking
 from compressor.decoding.writing import OWN, TextOptions, draft_text
 from compressor.model.load import load_model, load_tokenizer
 from compressor.progress import SilentObserver
+from compressor.team import ALONE, Team
 from compressor.types import TokenBatch
 
 TEMPLATE = (
@@ -45,8 +49,13 @@ def text() -> list[TokenBatch]:
     return [TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 10)]
 
 
-def written(folder: Path, options: TextOptions, template: str | None = TEMPLATE) -> list[Any]:
-    batches = draft_text(target(), text(), tokenizer(template), options, folder, SilentObserver())
+def written(
+    folder: Path, options: TextOptions, template: str | None = TEMPLATE, team: Team = ALONE
+) -> list[Any]:
+    model = target() if team.alone else CachedModel(target().model)  # each has a cache of its own
+    batches = draft_text(
+        model, text(), tokenizer(template), options, folder, SilentObserver(), team
+    )
     return [
         (ids[mask].tolist(), domain)
         for batch in batches
@@ -158,3 +167,53 @@ def test_a_time_box_keeps_the_shares(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(rows) == 4
     given = {tuple(ids.tolist()) for ids in text()[0].input_ids}
     assert sum(tuple(row) in given for row, _ in rows) == 2
+
+
+@dataclass(frozen=True)
+class Threads(Team):
+    """A process of a team, as a thread."""
+
+    said: list[Any] = ...  # type: ignore[assignment]
+    meeting: threading.Barrier = ...  # type: ignore[assignment]
+
+    def gather(self, said: Any) -> list[Any]:
+        self.said[self.rank] = said
+        self.meeting.wait()
+        heard = list(self.said)
+        self.meeting.wait()
+        return heard
+
+    def hear(self, said: Any) -> Any:
+        return self.gather(said)[0]
+
+
+def by_threads(size: int, folder: Path, options: TextOptions) -> Sequence[list[Any]]:
+    said, meeting = [None] * size, threading.Barrier(size, timeout=60)
+    team = [Threads(rank, size, said, meeting) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda one: written(folder, options, None, one), team))
+
+
+def test_what_is_written_does_not_depend_on_who_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writing, "_TOGETHER", 2)
+    options = replace(OPTIONS, rows=20)  # five batches
+    alone = written(tmp_path / "alone", options, None)
+    assert by_threads(3, tmp_path / "three", options) == [alone] * 3
+    for number in (0, 3):
+        (tmp_path / "three" / "written" / f"{number:06d}.safetensors").unlink()
+    before = times(tmp_path / "three")
+    assert by_threads(2, tmp_path / "three", options) == [alone] * 2
+    assert [time for time in times(tmp_path / "three") if time in before] == before
+
+
+def test_a_time_box_ends_all_processes_after_the_same_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they wrote at once is used, and one process that goes on takes no more and no less."""
+    monkeypatch.setattr(writing, "_TOGETHER", 2)
+    options = replace(OPTIONS, rows=20, seconds=1e-9)
+    one, two = by_threads(2, tmp_path, options)
+    assert len(one) == 8  # two batches of two rows, and as much of the corpus
+    assert one == two == written(tmp_path, options, None)

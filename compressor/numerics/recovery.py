@@ -6,6 +6,7 @@ arXiv:1503.02531: the student must put mass wherever the teacher does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -56,10 +57,7 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
         values = torch.empty(len(student), dtype=torch.float32, device=student.device)
         slope = torch.empty_like(student) if ctx.needs_input_grad[1] else None
-        logits = _CACHED if student.device.type == "cpu" else _LAUNCHED
-        tokens = max(1, logits // student.shape[-1])
-        for start in range(0, len(student), tokens):
-            part = slice(start, start + tokens)
+        for part in cached_parts(student):
             expected = _log_softmax(teacher[part], temperature)
             found = _log_softmax(student[part], temperature)
             shares = expected.exp()
@@ -74,6 +72,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
         (slope,) = ctx.saved_tensors
         return None, slope * gradient[:, None].to(slope), None
+
+
+def cached_parts(logits: Tensor) -> Iterator[slice]:
+    """Rows of [tokens, vocabulary] that are best worked on together, one part after the other."""
+    room = _CACHED if logits.device.type == "cpu" else _LAUNCHED
+    rows = max(1, room // logits.shape[-1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:

@@ -79,9 +79,9 @@ def distil_standalone(
         ids, mask = corpus.ids(number), corpus.mask(number)
         with half_products(config, corpus.device):
             with torch.no_grad():
-                teacher = head.logits(corpus.hidden(number)[mask]).softmax(-1)
-            logits = student(ids, use_cache=False).logits[mask]
-        return _distance(config, logits, teacher, corpus.team)
+                teacher = head.logits(corpus.hidden(number)).softmax(-1)
+            logits = student(ids, use_cache=False).logits
+        return _distance(config, logits, teacher, mask, corpus.team)
 
     probes = Probes(
         CachedModel(target),
@@ -125,9 +125,9 @@ def on_policy_loss(
     ids, counts = own.input_ids.to(corpus.device), own.mask.to(corpus.device)
     with half_products(config, corpus.device):
         with torch.no_grad():
-            teacher = target(ids, use_cache=False).logits[counts].float().softmax(-1)
-        logits = student(ids, use_cache=False).logits[counts]
-    return _distance(config, logits, teacher, corpus.team)
+            teacher = target(ids, use_cache=False).logits.softmax(-1)
+        logits = student(ids, use_cache=False).logits
+    return _distance(config, logits, teacher, counts, corpus.team)
 
 
 def _continued(
@@ -138,10 +138,11 @@ def _continued(
     return decode(CachedModel(student), prompts, limits, sampling=drawn, seed=seed).tokens
 
 
-def _distance(config: DraftStandalone, logits: Tensor, teacher: Tensor, team: Team) -> Tensor:
-    """A process's part of the loss over the positions of all, each of which counts."""
-    everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    return divergence(config.loss, logits, teacher, everywhere, config.top_k, total=team.add)
+def _distance(
+    config: DraftStandalone, logits: Tensor, teacher: Tensor, mask: Tensor, team: Team
+) -> Tensor:
+    """A process's part of the loss over the positions of all."""
+    return divergence(config.loss, logits, teacher, mask, config.top_k, total=team.add)
 
 
 def narrower(

@@ -13,7 +13,7 @@ quickstart: $(VENV)/ready
 # One thread a process: several processes that each start a thread a core slow each other down.
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/ready browser lint types
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches, mixes
 from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.measure import TokenScores
 from compressor.evaluation.results import Estimate
 from compressor.evaluation.session import BASE, Session
 from compressor.evaluation.statistics import Bootstrap, Floats
@@ -117,15 +118,19 @@ class Bench:
 
         Both are ratios of KL less 1, with the interval from documents that are resampled together.
         """
-        pair = [self.session.scores(variant) for variant in (first, name)]
-        sums = [np.ones_like(pair[0].kl), *(scores.kl for scores in pair)]
-        strata = [
-            _by_document(pair[0].cluster, sums, pair[0].domain == number)
-            for number in range(len(pair[0].domains))
-        ]
-        bootstrap = Bootstrap(strata)
-        reduced = {"mean": np.mean, "worst": np.max}
-        return {kind: bootstrap.interval(_ratio(reduce)) for kind, reduce in reduced.items()}
+        return nearer(self.session.scores(first), self.session.scores(name))
+
+
+def nearer(first: TokenScores, other: TokenScores) -> dict[str, Estimate]:
+    """As `Bench.against`, of scores of the same text."""
+    sums = [np.ones_like(first.kl), first.kl, other.kl]
+    strata = [
+        _by_document(first.cluster, sums, first.domain == number)
+        for number in range(len(first.domains))
+    ]
+    bootstrap = Bootstrap(strata)
+    reduced = {"mean": np.mean, "worst": np.max}
+    return {kind: bootstrap.interval(_ratio(reduce)) for kind, reduce in reduced.items()}
 
 
 def _by_document(
@@ -187,3 +192,11 @@ def kl_row(kl: dict[str, float]) -> str:
     """Cells of a Markdown row: every domain in the order of names, mean, worst."""
     values = [kl[domain] for domain in sorted(kl)]
     return " | ".join(f"{v:.4f}" for v in [*values, sum(values) / len(values), max(values)])
+
+
+def percent(difference: Estimate) -> str:
+    """A relative difference with its interval."""
+    text = f"{100 * difference.value:+.1f} %"
+    if difference.low is None or difference.high is None:
+        return text
+    return f"{text} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"

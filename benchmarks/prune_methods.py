@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Bench, Kept, kl_row, origin, parameters, stage
+from bench import Bench, Kept, kl_row, origin, parameters, percent, stage
 from safetensors.torch import save_file
 
 from compressor.calibration import CalibrationSet
@@ -76,12 +76,7 @@ def beside(bench: Bench, first: str, text: str) -> str:
     """Two cells: differences of the mean and of the worst KL."""
     if first == text:
         return "– | –"
-    found = bench.against(first, text)
-    return " | ".join(
-        f"{100 * e.value:+.1f} %"
-        + ("" if e.low is None else f" ({100 * e.low:+.1f} to {100 * (e.high or 0):+.1f})")
-        for e in found.values()
-    )
+    return " | ".join(map(percent, bench.against(first, text).values()))
 
 
 def table(bench: Bench, rows: dict[str, dict[str, Any]], seen: frozenset[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from compressor.decoding.assisted import settings
-from compressor.decoding.binding import read_binding, tokenizer_sha256
+from compressor.decoding.binding import Kind, read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.early_exit import TrackedExitDraft
 from compressor.decoding.load import load_draft
@@ -218,12 +218,14 @@ def facts(
         trained_tokens=binding.trained_tokens,
         measurement=measurement,
         worthwhile=measurement.worthwhile,
-        outlook=None if measurement.worthwhile else outlook(measurement, parent.checkpoint),
+        outlook=None
+        if measurement.worthwhile
+        else outlook(measurement, parent.checkpoint, binding.kind),
         curve=binding.curve,
     )
 
 
-def outlook(measurement: DraftMeasurement, target: Path) -> Outlook:
+def outlook(measurement: DraftMeasurement, target: Path, kind: Kind) -> Outlook:
     """Why a draft does not pay at batch 1, and from which size of target on it would.
 
     What the formula leaves out, measured over predicted speed-up, is taken as it is.
@@ -231,12 +233,13 @@ def outlook(measurement: DraftMeasurement, target: Path) -> Outlook:
     Args:
         measurement: of the draft.
         target: its checkpoint.
+        kind: of the draft; a standalone one stays as it is on a larger target, others grow with it.
     """
     speed, shares = measurement.speeds[0], measurement.greedy.by_position
     limit = limiting_term(shares, speed.draft_cost, speed.verify_costs)
     wanted = WORTHWHILE * speed.predicted / speed.measured
     scale = paying_scale(shares, speed.draft_cost, speed.verify_costs, wanted)
-    if measurement.exit is not None:  # its steps grow with the target
+    if kind != "standalone":
         scale = None
     parameters = Architecture.from_config(read_config(target)).parameters
     return Outlook(

@@ -2,9 +2,9 @@
 
 `torchrun` or `accelerate launch` starts the same command several times. One process leads: it alone
 plans, writes, measures and reports. The others wait, and run beside it the stages that train: each
-holds its share of the weights, of their gradients and of the moments (FSDP2), and sees its share of
-the windows of every update. What they compute together is what one process computes alone, but for
-the order of sums.
+sees its share of the windows of every update. It holds its share of the weights, of their gradients
+and of the moments (FSDP2), or all of a draft, which is small. What they compute together is what
+one process computes alone, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -71,6 +71,22 @@ class Team:
 
             distributed.all_reduce(tensor)
         return tensor
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if not self.alone:
+            import torch
+
+            self.add(torch.zeros(()))
+
+    def gather(self, said: Any) -> list[Any]:
+        """What every process says, by its number: any objects."""
+        heard = [said] * self.size
+        if not self.alone:
+            from torch import distributed
+
+            distributed.all_gather_object(heard, said)
+        return heard
 
     def add_gradients(self, parameters: Mapping[str, Tensor]) -> None:
         """Sum the gradients of parameters that every process has whole."""

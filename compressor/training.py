@@ -183,13 +183,10 @@ class _Optimizers:
         self.parameters = dict(parameters)
         for group in beside:
             self.parameters |= group.parameters
-        flat = set(parameters)
-        self._all: list[torch.optim.Optimizer] = []
-        if schedule.matrix_rate is not None:
-            flat -= set(matrices)
-            self._all += _muon([parameters[name] for name in sorted(matrices)], schedule)
+        by_muon = set() if schedule.matrix_rate is None else set(matrices)
         own = {
-            "params": [parameter for name, parameter in parameters.items() if name in flat],
+            "params": [parameters[name] for name in parameters if name not in by_muon],
+            "lr": schedule.learning_rate,
             "weight_decay": schedule.weight_decay,
         }
         others = [
@@ -201,15 +198,31 @@ class _Optimizers:
             }
             for group in beside
         ]
-        self._all.append(torch.optim.AdamW([own, *others], betas=schedule.betas))
-        self._ratios = [
-            optimizer.param_groups[0]["lr"] / schedule.learning_rate for optimizer in self._all[:-1]
-        ] + [1.0]
+        self._all: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW([own, *others], betas=schedule.betas)
+        ]
+        if schedule.matrix_rate is not None and by_muon:
+            self._all.append(
+                torch.optim.Muon(
+                    [parameters[name] for name in parameters if name in by_muon],
+                    lr=schedule.matrix_rate,
+                    weight_decay=schedule.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        self._peaks = [optimizer.param_groups[0]["lr"] for optimizer in self._all]
+        self._trained_by = {
+            parameter: optimizer
+            for optimizer in self._all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
 
     def set_rate(self, rate: float) -> None:
         """The rate of AdamW; Muon's follows. Groups beside keep their own."""
-        for optimizer, ratio in zip(self._all, self._ratios, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * ratio
+        adamw, *_ = self._peaks
+        for optimizer, peak in zip(self._all, self._peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * rate / adamw
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -223,32 +236,12 @@ class _Optimizers:
 
     def moments(self, parameter: Tensor) -> tuple[str, ...]:
         """What is kept for a parameter from step to step."""
-        return _MOMENTS[type(self._of(parameter))]
+        return _MOMENTS[type(self._trained_by[parameter])]
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The moments of a parameter, and its step; to be changed in place."""
-        found: dict[str, Tensor] = self._of(parameter).state[parameter]
+        found: dict[str, Tensor] = self._trained_by[parameter].state[parameter]
         return found
-
-    def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
-        for optimizer in self._all:
-            for group in optimizer.param_groups:
-                if any(parameter is other for other in group["params"]):
-                    return optimizer
-        raise KeyError("nobody trains this parameter")
-
-
-def _muon(matrices: Sequence[Tensor], schedule: Schedule) -> list[torch.optim.Optimizer]:
-    if not matrices or schedule.matrix_rate is None:
-        return []
-    return [
-        torch.optim.Muon(
-            matrices,
-            lr=schedule.matrix_rate,
-            weight_decay=schedule.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
-    ]
 
 
 def _update(

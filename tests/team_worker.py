@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
+from compressor.decoding import writing
 from compressor.model.load import load_tokenizer
 from compressor.stages import distilling, masking
+from compressor.stages.draft_base import TrainedDraftConfig
+from compressor.stages.draft_eagle3 import DraftEagle3
+from compressor.stages.draft_standalone import DraftStandalone
 from compressor.stages.prune_dro import PruneDro
 from compressor.stages.recover_distill import RecoverDistill
 from compressor.stages.train_base import TrainConfig
 from compressor.team import Team, assembled
+from compressor.training import Schedule
 from compressor.types import TokenBatch
 from tests.helpers import stage_context
 
 DOMAINS = ("code", "prose")
-ROWS = {"tokens": 4 * 24 * 3, "batch": 4}
+ROWS: dict[str, Any] = {"tokens": 4 * 24 * 3, "batch": 4, "precision": "fp32"}
 RECOVER = RecoverDistill(
     **ROWS,
     accumulate=2,
@@ -28,6 +35,22 @@ RECOVER = RecoverDistill(
     measure_every=2,
     checkpointing=True,
 )
+# Batches of 4, 4 and 1 rows, half of them written by the target; every batch is read twice.
+DRAFT: dict[str, Any] = {
+    "precision": "fp32", "tokens": 9 * 24, "length": 24, "prompt": 6, "batch_size": 4, "steps": 6,
+    "probes": 1, "drafted": 2,
+}  # fmt: skip
+EAGLE = DraftEagle3(
+    **DRAFT, vocab=256, ttt_steps=2, features=(0, 1, 1), start="random", matrix_rate=None
+)
+DRAFTS: dict[str, TrainedDraftConfig] = {
+    "eagle3": EAGLE,
+    "eagle3-resumed": EAGLE,
+    # Muon orthogonalises in bf16, which makes much of little: at a small rate it stays little.
+    "standalone": DraftStandalone(
+        **DRAFT, on_policy=0.34, continued=8, intermediate=32, matrix_rate=1e-4
+    ),
+}
 CASES: dict[str, TrainConfig] = {
     "recover": RECOVER,
     "resumed": RECOVER,
@@ -51,13 +74,23 @@ def text(tokenizer: Path) -> CalibrationSet:
 
 
 def run(case: str, parents: Path, folder: Path, words: CalibrationSet, team: Team) -> None:
-    """Train; what stands in the result goes to `result.json` beside the folder."""
+    """Train; the notes of the result go to a file beside the folder."""
     context = stage_context(folder / case, original=parents / "whole", team=team)
-    result = CASES[case].run(parents / "pruned", words, context)
+    if case in DRAFTS:
+        result = DRAFTS[case].run(parents / "whole", words, context)
+    else:
+        result = CASES[case].run(parents / "pruned", words, context)
     if team.leads:
         (folder / f"{case}.json").write_text(json.dumps(dict(result.notes)))
     else:
         assert not result.changed
+
+
+def often(
+    schedule: Callable[[TrainedDraftConfig], Schedule],
+) -> Callable[[TrainedDraftConfig], Schedule]:
+    """The same schedule with a checkpoint in the middle."""
+    return lambda config: replace(schedule(config), every=3)
 
 
 def main(parents: Path, folder: Path, cases: list[str]) -> None:
@@ -65,6 +98,8 @@ def main(parents: Path, folder: Path, cases: list[str]) -> None:
     distilling._HELD = 3  # more than a turn of two processes, and not a multiple
     distilling._EVERY = 1
     masking._FISHER_WINDOWS = 5
+    writing._TOGETHER = 2
+    TrainedDraftConfig.schedule = often(TrainedDraftConfig.schedule)  # type: ignore[method-assign]
     words = text(parents / "whole")
     with assembled() as team:
         for case in cases:

@@ -11,6 +11,7 @@ import pytest
 from compressor import resources
 from compressor.calibration import CalibrationConfig, build_batches
 from compressor.model.load import load_tokenizer
+from compressor.numerics.speculative import best_drafted, predicted_costs, products_share
 from compressor.progress import SilentObserver
 from compressor.stages.quantize_rtn import QuantizeRtn
 
@@ -86,3 +87,27 @@ def test_options_of_an_earlier_attempt_are_kept(tmp_path: Path) -> None:
     (tmp_path / "stage.json").write_text('{"method": "draft.eagle3", "tokens": 77}')
     options = argparse.Namespace(out=tmp_path, minutes=90.0, kind="standalone")
     assert chosen(options) == {"method": "draft.eagle3", "tokens": 77}
+
+
+def test_the_model_of_costs_is_near_what_was_measured() -> None:
+    """c within a tenth and v within 0.16; the report's weights are those of the modules."""
+    from draft_sizes import COST, VERIFY, architecture, weights
+
+    target, eagle, one = weights(architecture("SmolLM2-135M"))
+    assert target == 134_479_872  # 134,515,008 parameters but for the vectors of the norms
+    layer = 64 * 576 * (2 * (9 + 3 + 3) + 9) + 3 * 576 * 1536  # q, k and v read twice the width
+    assert eagle == layer + 49152 // 6 * 576
+    assert one == 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 49152 * 576
+    cost, verify = predicted_costs(target, eagle, len(VERIFY), products_share(VERIFY))
+    assert cost == pytest.approx(COST, rel=0.1)
+    assert verify == pytest.approx(VERIFY, abs=0.16)
+
+
+def test_what_a_speed_up_needs_gives_it() -> None:
+    from draft_sizes import needed
+
+    verify = (1.1, 1.2, 1.3, 1.4)
+    rate, drafted, length = needed(1.4, 0.06, verify)
+    shares = [rate**place for place in range(1, 5)]
+    assert best_drafted(shares, 0.06, verify) == (drafted, pytest.approx(1.4))
+    assert length == pytest.approx(1 + sum(shares[:drafted]))

@@ -439,3 +439,21 @@ def test_gates_decide_the_exit_code(place: Place, compress: Compress) -> None:
     assert found["verdict"] == "INCONCLUSIVE"
     assert [gate["verdict"] for gate in found["gates"]] == ["INCONCLUSIVE"]
     assert found["gates"][0]["estimate"] == estimate
+
+
+def test_benchmarks_print_runs_beside_each_other(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    from stage_costs import main
+
+    monkeypatch.setattr(sys, "argv", ["stage_costs.py", str(place.run), str(place.run)])
+    main()
+    _, _, first, again = capsys.readouterr().out.splitlines()
+    kl = report(place.run)["evaluations"][STAGE]["overall"]["divergence"]["mean"]["value"]
+    assert f"| {kl:.4f} |" in first
+    assert "| +0.0 % (+0.0 to +0.0) | +0.0 % (+0.0 to +0.0) |" in again
+    assert first.replace("| – | – | – |", "|") == again.replace(
+        "| +0.0 % (+0.0 to +0.0) | +0.0 % (+0.0 to +0.0) | – |", "|"
+    )

@@ -54,7 +54,7 @@ def context(folder: Path, observer=None) -> StageContext:
 
 
 def recover(pruned: Path, folder: Path, text: CalibrationSet | None, **options) -> StageResult:
-    stage = RecoverDistill(**{"tokens": 4 * 48 * 6, "batch": 4, **options})
+    stage = RecoverDistill(**{"tokens": 4 * 48 * 6, "batch": 4, "precision": "fp32", **options})
     result = stage.run(pruned, text, context(folder))
     verify_tensors(pruned, folder, result.changed, result.added)
     return result
@@ -89,7 +89,7 @@ def test_a_killed_training_ends_with_the_same_bytes(
     monkeypatch.setattr(distilling, "_EVERY", 2)
     options = {"sampler": sampler, "measure_every": 3, "tokens": 4 * 48 * 6}
     whole = recover(pruned, tmp_path / "whole", text, **options)
-    stage = RecoverDistill(batch=4, **options)
+    stage = RecoverDistill(batch=4, precision="fp32", **options)
     with pytest.raises(Killed):
         stage.run(pruned, text, context(tmp_path / "parts", Killer(4)))
     result = stage.run(pruned, text, context(tmp_path / "parts"))

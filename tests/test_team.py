@@ -14,19 +14,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from compressor.decoding import writing
+from compressor.decoding.corpus import share
 from compressor.errors import UsageError
 from compressor.following import require_shares
 from compressor.formats.shards import CheckpointReader
 from compressor.resources import builtin_model
 from compressor.stages import distilling, masking
+from compressor.stages.draft_base import TrainedDraftConfig
 from compressor.stages.prune_width import PruneWidth
 from compressor.team import ALONE, Team
+from compressor.types import TokenBatch
 from tests import team_worker
 from tests.helpers import stage_context
 from tests.model.conftest import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = ("recover", "adapters", "masks")
+DRAFTS = ("eagle3", "standalone")
 
 
 def launch(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
@@ -47,7 +52,8 @@ def launch(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in fp32, so that nothing is rounded when it is written, and a pruned one."""
     folder = tmp_path_factory.mktemp("parents")
-    build("llama", vocab_size=4096, tie_word_embeddings=True).save_pretrained(folder / "whole")
+    whole = build("llama", vocab_size=4096, tie_word_embeddings=True, max_position_embeddings=256)
+    whole.save_pretrained(folder / "whole")
     for path in builtin_model("tiny").glob("*token*"):
         shutil.copy(path, folder / "whole")
     stage = PruneWidth(score="random", intermediate=32, heads=2)
@@ -63,11 +69,16 @@ def folders(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         for module, name in ((distilling, "_HELD"), (distilling, "_EVERY")):
             patch.setattr(module, name, getattr(module, name))  # put back at the end
         patch.setattr(masking, "_FISHER_WINDOWS", masking._FISHER_WINDOWS)
-        team_worker.main(parents, one, list(CASES))
+        patch.setattr(writing, "_TOGETHER", writing._TOGETHER)
+        patch.setattr(TrainedDraftConfig, "schedule", TrainedDraftConfig.schedule)
+        team_worker.main(parents, one, [*CASES, *DRAFTS])
     for part, name in (("-scratch", "training.safetensors"), ("", "dro.jsonl")):
         (two / f"resumed{part}").mkdir()
         shutil.copy(one / f"recover{part}" / name, two / f"resumed{part}")
-    done = launch(2, "-m", "tests.team_worker", parents, two, *CASES, "resumed")
+    shutil.copytree(one / "eagle3-scratch", two / "eagle3-resumed-scratch")
+    (two / "eagle3-resumed-scratch" / "written" / "000000.safetensors").unlink()
+    cases = (*CASES, "resumed", *DRAFTS, "eagle3-resumed")
+    done = launch(2, "-m", "tests.team_worker", parents, two, *cases)
     assert not done.returncode, done.stderr[-3000:]
     return one, two
 
@@ -87,13 +98,8 @@ def test_two_processes_train_what_one_trains(
     assert moved > 1e-4  # or it would say nothing that they agree
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_losses_shares_and_checkpoints_agree(folders: tuple[Path, Path], case: str) -> None:
-    lines = [(folder / case / "dro.jsonl").read_text().splitlines() for folder in folders]
-    assert len(lines[0]) == len(lines[1]) > 1
-    for one, two in zip(*(map(json.loads, found) for found in lines), strict=True):
-        for key in ("loss", "shares", "error"):
-            assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7)
+def same_training(folders: tuple[Path, Path], case: str) -> None:
+    """Notes of the results and checkpoints of the training, but for the order of sums."""
     notes = [json.loads((folder / f"{case}.json").read_text()) for folder in folders]
     assert notes[1].pop("processes") == 2
     assert notes[1] == pytest.approx(notes[0], rel=1e-5, abs=1e-7)
@@ -103,6 +109,53 @@ def test_losses_shares_and_checkpoints_agree(folders: tuple[Path, Path], case: s
     one, two = map(load_file, files)
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_losses_shares_and_checkpoints_agree(folders: tuple[Path, Path], case: str) -> None:
+    lines = [(folder / case / "dro.jsonl").read_text().splitlines() for folder in folders]
+    assert len(lines[0]) == len(lines[1]) > 1
+    for one, two in zip(*(map(json.loads, found) for found in lines), strict=True):
+        for key in ("loss", "shares", "error"):
+            assert two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-7)
+    same_training(folders, case)
+
+
+@pytest.mark.parametrize("case", DRAFTS)
+def test_two_processes_train_the_draft_that_one_trains(
+    folders: tuple[Path, Path], case: str
+) -> None:
+    one, two = (load_file(folder / case / "model.safetensors") for folder in folders)
+    assert set(one) == set(two)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+    same_training(folders, case)
+    stood = load_file(folders[0] / f"{case}-scratch" / "training.safetensors")
+    moved = max(
+        float((one[name] - stood[f"weight.{name}"]).abs().max())
+        for name in one
+        if f"weight.{name}" in stood
+    )
+    assert moved > 1e-3  # in the second half, which the checkpoint does not hold
+    bindings = [json.loads((folder / case / "draft.json").read_text()) for folder in folders]
+    assert bindings[0] == bindings[1]  # with what was accepted while it was trained
+    texts = [sorted((folder / f"{case}-scratch" / "written").iterdir()) for folder in folders]
+    assert len(texts[0]) == len(texts[1]) == 2
+    for files in zip(*texts, strict=True):
+        rows = [load_file(file) for file in files]
+        assert all(torch.equal(rows[0][name], rows[1][name]) for name in (rows[0] | rows[1]))
+
+
+def test_a_draft_of_one_process_is_taken_up_by_two(folders: tuple[Path, Path]) -> None:
+    """In the middle, and with a part of the text to be written again."""
+    one, two = folders
+    first, second = one / "eagle3", two / "eagle3-resumed"
+    wanted, found = (load_file(folder / "model.safetensors") for folder in (first, second))
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=1e-5, rtol=0)
+    name = "written/000000.safetensors"
+    kept, again = (one / "eagle3-scratch" / name, two / "eagle3-resumed-scratch" / name)
+    assert str(load_file(kept)) == str(load_file(again))
 
 
 def test_a_checkpoint_of_one_process_is_taken_up_by_two(folders: tuple[Path, Path]) -> None:
@@ -122,11 +175,22 @@ def test_shares_and_turns_cover_everything_once() -> None:
         assert all(n < 7 for found in turns for n, _ in found)
 
 
+def test_rows_without_a_taker_count_nowhere() -> None:
+    ids, mask = torch.arange(10).view(2, 5), torch.ones(2, 5, dtype=torch.bool)
+    shares = [share(TokenBatch(ids, mask, ("a", "b")), Team(rank, 3)) for rank in range(3)]
+    assert torch.equal(torch.cat([part.input_ids[part.mask] for part in shares]), torch.arange(10))
+    assert [part.domains for part in shares] == [("a",), ("b",), ("a",)]
+    assert shares[2].input_ids.shape == (1, 5)
+    assert not shares[2].mask.any()
+
+
 RECIPE = """\
 calibration: {samples: 12, length: 24}
 stages:
   - {method: prune.width, score: magnitude, intermediate: 32}
   - {method: recover.distill, tokens: 48, batch: 2, repeats: 100}
+  - {method: draft.standalone, tokens: 96, length: 24, prompt: 6, batch_size: 2, steps: 2,
+     probes: 0, drafted: 2, prompts: 1, new_tokens: 4}
 evaluate: {documents: 1, length: 32, resamples: 100, noise_floor: false}
 export: [{format: dense}]
 """
@@ -140,8 +204,10 @@ def test_the_command_runs_in_two_processes_and_speaks_once(parents: Path, tmp_pa
     assert not done.returncode, done.stderr[-3000:]
     assert json.loads(done.stdout)["verdict"] == "NO GATES"
     assert (out / "journal.jsonl").read_text().count("run_started") == 1
-    notes = json.loads((out / "report.json").read_text())["variants"][-1]["stage"]["notes"]
-    assert notes["processes"] == 2
+    report = json.loads((out / "report.json").read_text())
+    for made in (report["variants"][-1], *report["drafts"]):
+        assert made["stage"]["notes"]["processes"] == 2
+    assert not list((out / "scratch").glob("*draft*"))
 
 
 def test_what_processes_cannot_share_is_refused(recipe_file) -> None:
@@ -150,5 +216,8 @@ def test_what_processes_cannot_share_is_refused(recipe_file) -> None:
     require_shares(recipe, Team(0, 2))
     with pytest.raises(UsageError, match="runs 2 windows at once, too few for 3 processes"):
         require_shares(recipe, Team(0, 3))
+    drafts = recipe_file("calibration: {}\nstages: [{method: draft.eagle3, batch_size: 2}]\n")
+    with pytest.raises(UsageError, match="eagle3 runs 2 windows at once"):
+        require_shares(drafts, Team(0, 3))
     with pytest.raises(UsageError, match="no stage of the recipe trains in several"):
         require_shares(recipe_file(), Team(0, 2))

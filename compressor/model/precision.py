@@ -46,4 +46,4 @@ def has_units(device: torch.device, dtype: torch.dtype) -> bool:
 
 def trains_in_half(precision: str, device: torch.device) -> bool:
     """Whether products in training are in bf16, behind `auto`, `fp32` or `bf16`."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return precision == "bf16" or (precision == "auto" and has_units(device, torch.bfloat16))

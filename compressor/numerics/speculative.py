@@ -290,3 +290,35 @@ def paying_scale(
         if rest > 0:
             found.append(drafted * draft_cost / rest)
     return min(found, default=None)
+
+
+def products_share(verify_costs: Sequence[float]) -> float:
+    """The share s of a plain step that goes into products, from measured verification.
+
+    With passes as in `predicted_costs`, v(γ) = 1 + s γ; s by least squares over γ.
+
+    Args:
+        verify_costs: v for γ = 1 … n.
+    """
+    above = sum(drafted * (cost - 1) for drafted, cost in enumerate(verify_costs, 1))
+    return above / sum(drafted**2 for drafted in range(1, len(verify_costs) + 1))
+
+
+def predicted_costs(
+    target: float, draft: float, drafted: int, products: float
+) -> tuple[float, tuple[float, ...]]:
+    """c and v(1 … γ) by the weights that draft and target read: a model, not a measurement.
+
+    A pass of n tokens over w weights takes w (b / B + 2 n / F): reading them, b bytes each at B
+    bytes a second, and then multiplying, at F operations a second for few tokens. So c is the
+    ratio of the weights, and v(γ) = 1 + s γ with s = (2 / F) / (b / B + 2 / F) for every target.
+    Attention to what stands in the cache, norms and the starting of kernels are left out; they
+    weigh most where models are small and machines fast.
+
+    Args:
+        target: weights that a pass reads: all matrices of its blocks and the head.
+        draft: weights that a step of the draft reads, in the same precision.
+        drafted: γ, the most.
+        products: s, as from `products_share`; 0 where multiplying costs nothing.
+    """
+    return draft / target, tuple(1 + products * count for count in range(1, drafted + 1))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from compressor.report import draft_tables, numbers, tables
+from compressor.report import delivery_tables, draft_tables, numbers, tables
 from compressor.report.figures import figures
 from compressor.report.html import environment
 from compressor.report.schema import Report, Variant
@@ -34,7 +34,9 @@ def to_markdown(report: Report) -> str:
         figures=[figure for figure in figures(report) if figure.key in SHOWN],
         sizes=_markdown(tables.size_table(report)),
         quality=_markdown(tables.quality_table(report)),
-        deliverables=_markdown(tables.deliverable_table(report)) if report.deliverables else "",
+        deliverables=_markdown(delivery_tables.deliverable_table(report))
+        if report.deliverables
+        else "",
         engines=_engines(report),
         drafts=_markdown(draft_tables.draft_speeds(report)) if report.drafts else "",
         domains=_markdown(tables.domain_table(report, report.headline))
@@ -42,13 +44,13 @@ def to_markdown(report: Report) -> str:
         else "",
         protocol=tables.protocol_of(report),
         settings=tables.settings,
-        assurance=tables.assurance,
+        assurance=delivery_tables.assurance,
         duration=numbers.duration,
     )
 
 
 def _engines(report: Report) -> str:
-    table = tables.engine_table(report)
+    table = delivery_tables.engine_table(report)
     return _markdown(table) if table else ""
 
 

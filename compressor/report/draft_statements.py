@@ -76,11 +76,12 @@ def draft_warnings(report: Report, document: Document) -> Iterator[Statement]:
             )
 
 
-_PAYS = {
-    True: "The same draft would pay for a target of {parameters} parameters, if it were accepted "
-    "as often and verified as cheaply.",
-    False: "No larger target would change that by itself.",
-}
+_PAYS = (
+    "The same draft would pay for a target of {parameters} parameters, if it were accepted as "
+    "often and verified as cheaply."
+)
+_NEVER = "No larger target would change that by itself."
+_GROWS = "A draft of this kind grows with its target, whose size alone changes little."
 
 
 def _outlook(report: Report, document: Document, place: int) -> Statement:
@@ -89,6 +90,7 @@ def _outlook(report: Report, document: Document, place: int) -> Statement:
     assert draft.outlook is not None
     found = ("drafts", place, "outlook")
     known = draft.outlook.paying_parameters is not None
+    never = _NEVER if draft.stage.method == "draft.standalone" else _GROWS
     parameters: dict[str, tuple[str, Style]] = {
         "parameters": (pointer(*found, "paying_parameters"), "count")
     }
@@ -97,7 +99,7 @@ def _outlook(report: Report, document: Document, place: int) -> Statement:
         f"outlook-{draft.id}",
         "{label}: what limits it most is the {limit}. Predicted with only a cheap draft: "
         "{cost}; with only free verification: {verify}; with only good acceptance: {acceptance}. "
-        + _PAYS[known],
+        + (_PAYS if known else never),
         label=_label(place),
         limit=(pointer(*found, "limit"), "text"),
         cost=(pointer(*found, "better_cost"), "ratio"),

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compressor.evaluation.results import Evaluation
-from compressor.report import draft_tables, numbers, palette, tables
+from compressor.report import delivery_tables, draft_tables, numbers, palette, tables
 from compressor.report.figures import figures
 from compressor.report.figures.base import NARROW, WIDE, Figure, compared, labels_of
 from compressor.report.schema import Report
@@ -60,7 +60,7 @@ def to_html(report: Report) -> str:
         headline=next(v for v in report.variants if v.id == report.headline),
         figures=drawn,
         settings=tables.settings,
-        assurance=tables.assurance,
+        assurance=delivery_tables.assurance,
         layer_keys=[key for key in drawn if key.startswith(("layers-", "mixture-"))],
         draft_keys=[
             key for key in drawn if key.startswith(("acceptance-", "speedup-", "training-"))
@@ -90,8 +90,8 @@ def _tables(report: Report) -> dict[str, object]:
         "stages": tables.stage_table(report),
         "notes": tables.notes_table(report),
         "drafts": draft_tables.draft_tables(report),
-        "deliverables": tables.deliverable_table(report) if report.deliverables else None,
-        "engines": tables.engine_table(report),
+        "deliverables": delivery_tables.deliverable_table(report) if report.deliverables else None,
+        "engines": delivery_tables.engine_table(report),
         "worst_tokens": tables.worst_token_table(report),
         "fallbacks": tables.fallback_table(report),
         "contamination": tables.contamination_table(report),

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from compressor.evaluation.results import GateVerdict
-from compressor.report import draft_tables, numbers, tables
+from compressor.report import delivery_tables, draft_tables, numbers, tables
 from compressor.report.schema import Report
 from compressor.report.tables import Table
 
@@ -25,7 +25,7 @@ def to_text(report: Report) -> str:
         tables.quality_table(report).without(*DROPPED),
         *_domains(report),
         draft_tables.draft_speeds(report),
-        tables.deliverable_table(report).without("format"),
+        delivery_tables.deliverable_table(report).without("format"),
         *_engines(report),
     ]
     parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
@@ -55,7 +55,7 @@ def _domains(report: Report) -> list[Table]:
 
 
 def _engines(report: Report) -> list[Table]:
-    table = tables.engine_table(report)
+    table = delivery_tables.engine_table(report)
     return [table.without("tokens", "computes in")] if table else []
 
 

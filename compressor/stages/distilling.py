@@ -20,6 +20,7 @@ from compressor.model.load import load_model, load_tokenizer
 from compressor.model.precision import trains_in_half
 from compressor.numerics.recovery import hidden_distance, logit_divergence
 from compressor.stages.adapters import adapt, merged
+from compressor.stages.base import in_seconds
 from compressor.stages.context import StageContext
 from compressor.stages.sampling import Leaning, Rows, Sampler, Source
 from compressor.team import ALONE, Team
@@ -210,7 +211,7 @@ def schedule(stage: TrainConfig, steps: int) -> Schedule:
         warmup=_WARMUP,
         clip=_CLIP,
         weight_decay=stage.weight_decay,
-        seconds=None if stage.minutes is None else 60 * stage.minutes,
+        seconds=in_seconds(stage.minutes),
         every=_EVERY,
     )
 
@@ -278,8 +279,9 @@ def distance(stage: TrainConfig, teacher: Any, student: Any, part: Part) -> Tens
             expected = teacher(ids, **asked)
         found = student(ids, **asked)
     logits, options = found.logits, {"top": stage.top_k, "temperature": stage.temperature}
-    divergence = logit_divergence(expected.logits[mask], logits[mask], **options)  # type: ignore[arg-type]
-    total = divergence.sum() / part.tokens
+    pair = (found.flatten(0, 1) for found in (expected.logits, logits))
+    divergence = logit_divergence(*pair, **options)  # type: ignore[arg-type]
+    total = divergence[mask.flatten()].sum() / part.tokens
     if stage.hidden_states:
         aim, here = (model.hidden_states[-1][mask].float() for model in (expected, found))
         energy = part.team.add(aim.square().sum())

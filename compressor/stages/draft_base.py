@@ -10,6 +10,7 @@ from compressor.stages.base import (
     Need,
     ReportProblem,
     StageConfig,
+    in_seconds,
     minutes_option,
     option,
     precision_option,
@@ -69,6 +70,8 @@ class DraftConfig(StageConfig):
 
 class TrainedDraftConfig(DraftConfig):
     """A draft that learns from text what its target says."""
+
+    shared: ClassVar[bool] = True
 
     tokens: int = option(
         40_000,
@@ -154,6 +157,11 @@ class TrainedDraftConfig(DraftConfig):
     )
 
     @property
+    def windows_at_once(self) -> int:
+        """Rows of an update."""
+        return self.batch_size
+
+    @property
     def rows(self) -> int:
         """Rows of text to distil on."""
         return max(1, round(self.tokens / self.length))
@@ -198,5 +206,5 @@ class TrainedDraftConfig(DraftConfig):
             steps=self.steps,
             learning_rate=self.learning_rate,
             matrix_rate=self.matrix_rate,
-            seconds=None if self.minutes is None else 60 * self.minutes,
+            seconds=in_seconds(self.minutes),
         )

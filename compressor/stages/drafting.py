@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,13 @@ from compressor.decoding.binding import (
     write_binding,
 )
 from compressor.decoding.cached import CachedModel
-from compressor.decoding.corpus import Corpus, Head, TextOptions, draft_text
+from compressor.decoding.corpus import Corpus, Head, share
 from compressor.decoding.decode import Limits, decode
 from compressor.decoding.probes import Probes, probe_steps
 from compressor.decoding.prompts import asking
 from compressor.decoding.proposals import ModelDraft
 from compressor.decoding.standalone import chosen_blocks, standalone
+from compressor.decoding.writing import TextOptions, draft_text
 from compressor.formats.files import copy_parent_files
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
@@ -34,11 +35,13 @@ from compressor.model.precision import trains_in_half, working_dtype
 from compressor.model.quiet import quiet
 from compressor.numerics.distillation import divergence
 from compressor.numerics.speculative import Sampling
+from compressor.stages.base import in_seconds
 from compressor.stages.context import StageContext
 from compressor.stages.draft_base import TrainedDraftConfig
 from compressor.stages.prune_width import PruneWidth
+from compressor.team import Team
 from compressor.training import Fit, fit
-from compressor.types import Fallback, StageResult
+from compressor.types import Fallback, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.draft_standalone import DraftStandalone
@@ -76,10 +79,9 @@ def distil_standalone(
         ids, mask = corpus.ids(number), corpus.mask(number)
         with half_products(config, corpus.device):
             with torch.no_grad():
-                teacher = head.logits(corpus.hidden(number)[mask]).softmax(-1)
-            logits = student(ids, use_cache=False).logits[mask]
-        everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        return divergence(config.loss, logits, teacher, everywhere, config.top_k)
+                teacher = head.logits(corpus.hidden(number)).softmax(-1)
+            logits = student(ids, use_cache=False).logits
+        return _distance(config, logits, teacher, mask, corpus.team)
 
     probes = Probes(
         CachedModel(target),
@@ -90,7 +92,8 @@ def distil_standalone(
         context.scratch / PROBES,
     )
     done = train(config, trained, loss, probes, context, _tables(student))
-    _save_model(student, target, checkpoint, context.folder)
+    if context.team.leads:
+        _save_model(student, target, checkpoint, context.folder)
     return finish(config, "standalone", target, checkpoint, corpus, done, probes, context)
 
 
@@ -106,31 +109,40 @@ def on_policy_loss(
         corpus: whose rows are begun with.
         step: which batch, and what is drawn.
     """
-    number = corpus.at(step, config.seed)
-    rows = zip(corpus.ids(number), corpus.mask(number), strict=True)
+    team, batch = corpus.team, corpus.batches[corpus.at(step, config.seed)]
+    rows = zip(batch.input_ids, batch.mask, strict=True)
     prompts = [ids[mask][: config.prompt].tolist() for ids, mask in rows]
-    written = decode(
-        CachedModel(student),
-        prompts,
-        Limits(config.continued),
-        sampling=Sampling(1.0),
-        seed=config.seed + step,
-    )
+    # One generator serves all rows of a batch, so one process writes them.
+    written = team.hear(_continued(config, student, prompts, step) if team.leads else None)
     texts = [
-        torch.tensor([*prompt, *tokens])
-        for prompt, tokens in zip(prompts, written.tokens, strict=True)
+        torch.tensor([*prompt, *tokens]) for prompt, tokens in zip(prompts, written, strict=True)
     ]
-    ids = pad_sequence(texts, batch_first=True).to(corpus.device)
+    ids = pad_sequence(texts, batch_first=True)
     places = torch.arange(ids.shape[1])[None]
     starts = torch.tensor([[len(prompt) - 1] for prompt in prompts])
     ends = torch.tensor([[len(text) - 1] for text in texts])
-    counts = ((places >= starts) & (places < ends)).to(corpus.device)
+    own = share(TokenBatch(ids, (places >= starts) & (places < ends), batch.domains), team)
+    ids, counts = own.input_ids.to(corpus.device), own.mask.to(corpus.device)
     with half_products(config, corpus.device):
         with torch.no_grad():
-            teacher = target(ids, use_cache=False).logits[counts].float().softmax(-1)
-        logits = student(ids, use_cache=False).logits[counts]
-    everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    return divergence(config.loss, logits, teacher, everywhere, config.top_k)
+            teacher = target(ids, use_cache=False).logits.softmax(-1)
+        logits = student(ids, use_cache=False).logits
+    return _distance(config, logits, teacher, counts, corpus.team)
+
+
+def _continued(
+    config: DraftStandalone, student: Any, prompts: Sequence[Sequence[int]], step: int
+) -> tuple[tuple[int, ...], ...]:
+    limits, seed = Limits(config.continued), config.seed + step
+    drawn = Sampling(1.0)
+    return decode(CachedModel(student), prompts, limits, sampling=drawn, seed=seed).tokens
+
+
+def _distance(
+    config: DraftStandalone, logits: Tensor, teacher: Tensor, mask: Tensor, team: Team
+) -> Tensor:
+    """A process's part of the loss over the positions of all."""
+    return divergence(config.loss, logits, teacher, mask, config.top_k, total=team.add)
 
 
 def narrower(
@@ -150,7 +162,7 @@ def narrower(
         context: `scratch` is used.
     """
     whole, narrow = context.scratch / "whole", context.scratch / "narrow"
-    if not (narrow / "config.json").is_file():
+    if context.team.leads and not (narrow / "config.json").is_file():
         with quiet():
             student.save_pretrained(whole)
         copy_parent_files(checkpoint, whole)
@@ -162,6 +174,7 @@ def narrower(
             block_done=lambda _: None,
         )
         PruneWidth(intermediate=channels, score="wanda").run(whole, calibration, surroundings)
+    context.team.wait()
     return load_model(narrow, context.device, torch.float32)
 
 
@@ -231,7 +244,7 @@ def read_corpus(
         batch=config.batch_size,
         seed=config.seed,
         own_requests=config.requests == "own",
-        seconds=None if config.writing_minutes is None else 60 * config.writing_minutes,
+        seconds=in_seconds(config.writing_minutes),
     )
     batches = draft_text(
         CachedModel(target),
@@ -240,10 +253,11 @@ def read_corpus(
         options,
         context.scratch,
         context.observer,
+        context.team,
     )
     # An update reads one batch: more in memory than this saves no time.
     budget = min(context.activation_budget, _HELD)
-    return Corpus(target, batches, layers, context.scratch, budget, context.observer)
+    return Corpus(target, batches, layers, context.scratch, budget, context.observer, context.team)
 
 
 def train(
@@ -260,7 +274,7 @@ def train(
         config: options.
         parameters: of the draft, by name.
         loss: of a step.
-        probes: look at acceptance meanwhile.
+        probes: look at acceptance meanwhile, in the process that leads.
         context: `scratch` keeps checkpoints.
         tables: embedding and head, a row a token: no maps between spaces, as Muon wants them.
     """
@@ -277,8 +291,9 @@ def train(
         config.schedule(),
         context.scratch,
         context.observer,
-        watch=probes,
+        watch=probes if context.team.leads else None,
         matrices=matrices,
+        team=context.team,
     )
 
 
@@ -294,7 +309,12 @@ def finish(
     layers: tuple[int, ...] = (),
     notes: Mapping[str, float] | None = None,
 ) -> StageResult:
-    """Bind the draft to its target and say what was done."""
+    """Bind the draft to its target and say what was done; the leader does."""
+    team = context.team
+    corpus.delete()
+    team.wait()  # what the engine deletes is written to no more
+    if not team.leads:
+        return StageResult(context.folder, changed=())
     mean = corpus.tokens / len(corpus.batches)
     seen = round(done.steps * mean)
     binding = Binding(
@@ -312,7 +332,7 @@ def finish(
         "text_tokens": corpus.tokens,
     }
     own |= {"first_loss": done.mean_loss(slice(20)), "last_loss": done.mean_loss()}
-    corpus.delete()
+    own |= {} if team.alone else {"processes": team.size}
     return StageResult(
         checkpoint=context.folder,
         changed=(),

@@ -65,6 +65,7 @@ def distil_eagle3(
     said = likeliest(corpus, whole)
     counts = sum((row[row >= 0].bincount(minlength=sizes.vocab) for row in said),
                  torch.zeros(sizes.vocab, dtype=torch.int64))  # fmt: skip
+    context.team.add(counts)
     ids = draft_vocabulary(counts, config.draft_vocab(sizes.vocab)).to(context.device)
     head = _begin(config, target, ids)
     lesson = Lesson(config, head, corpus, whole.rows(ids), said)
@@ -79,7 +80,8 @@ def distil_eagle3(
     done = train(
         config, dict(head.named_parameters()), lesson.loss, probes, context, (head.lm_head.weight,)
     )
-    _save(head, config, sizes, checkpoint, context.folder, layers)
+    if context.team.leads:
+        _save(head, config, sizes, checkpoint, context.folder, layers)
     notes = {
         "draft_vocabulary": float(len(ids)),
         "draft_vocabulary_coverage": float(counts[ids.cpu()].sum() / counts.sum()),
@@ -143,6 +145,7 @@ class Lesson:
                 places[:, later].flatten(),
                 counts[:, later].flatten(),
                 config.loss,
+                total=corpus.team.add,
             )
             total = total + config.decay**place * part
         return total / sum(config.decay**place for place in range(config.ttt_steps))

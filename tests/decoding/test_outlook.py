@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from compressor import resources
+from compressor.decoding.binding import Kind
 from compressor.drafts import outlook
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
@@ -16,7 +19,7 @@ def test_the_size_follows_from_the_formula_and_what_it_left_out() -> None:
     measurement = example.draft(0.9).measurement
     speed = measurement.speeds[0]
     shares, cost, verify = (0.5, 0.2, 0.05), speed.draft_cost, speed.verify_costs
-    found = outlook(measurement, TINY)
+    found = outlook(measurement, TINY, "standalone")
     lost = speed.measured / speed.predicted
     scale = paying_scale(shares, cost, verify, 1.05 / lost)
     assert scale is not None
@@ -28,6 +31,7 @@ def test_the_size_follows_from_the_formula_and_what_it_left_out() -> None:
     assert found.better_acceptance > max(found.better_cost, found.better_verify)
 
 
-def test_a_draft_that_grows_with_its_target_has_no_such_size() -> None:
-    measurement = example.draft(0.9).measurement.model_copy(update={"exit": 2})
-    assert outlook(measurement, TINY).paying_parameters is None
+@pytest.mark.parametrize("kind", ["eagle3", "early_exit"])
+def test_a_draft_that_grows_with_its_target_has_no_such_size(kind: Kind) -> None:
+    measurement = example.draft(0.9).measurement
+    assert outlook(measurement, TINY, kind).paying_parameters is None

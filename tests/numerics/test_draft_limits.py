@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from compressor.numerics.distillation import divergence, truncated
-from compressor.numerics.speculative import best_drafted, limiting_term, paying_scale
+from compressor.numerics.speculative import (
+    best_drafted,
+    limiting_term,
+    paying_scale,
+    predicted_costs,
+    products_share,
+)
 
 GOOD = [0.8**j for j in range(1, 6)]
 FREE = [1.0] * 5
@@ -46,6 +52,22 @@ def test_from_that_size_on_it_pays_exactly() -> None:
 
 def test_no_size_helps_where_verifying_eats_it_all() -> None:
     assert paying_scale([0.3, 0.1], 0.1, [1.4, 1.6], 1.05) is None
+
+
+def test_predicted_costs_are_the_ratios_of_the_times() -> None:
+    target, draft, byte, flop = 3e9, 2e8, 2 / 50e9, 1 / 400e9  # bf16 at 50 GB/s, 400 GFLOP/s
+
+    def seconds(weights: float, tokens: int) -> float:
+        return weights * (byte + 2 * tokens * flop)
+
+    once = seconds(target, 1)
+    verify = [seconds(target, drafted + 1) / once for drafted in range(1, 6)]
+    share = products_share(verify)
+    assert share == pytest.approx(2 * flop / (byte + 2 * flop))
+    cost, found = predicted_costs(target, draft, 5, share)
+    assert cost == pytest.approx(seconds(draft, 1) / once)
+    assert found == pytest.approx(verify)
+    assert predicted_costs(target, draft, 2, 0.0)[1] == (1.0, 1.0)
 
 
 def test_only_the_likeliest_tokens_are_learned() -> None:

@@ -41,6 +41,28 @@ def test_the_gradient_pulls_the_student_to_the_teacher() -> None:
     torch.testing.assert_close(student.grad, expected.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_a_few_tokens_at_a_time_are_all_of_them(
+    dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and weighted gradients against autograd's; the last part is short."""
+    monkeypatch.setattr("compressor.numerics.recovery._CACHED", 2 * 11)
+    teacher, student = logits(1).to(dtype), logits(2).to(dtype).requires_grad_()
+    weights = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0])
+    found = logit_divergence(teacher, student, temperature=temperature)
+    (gradient,) = torch.autograd.grad(found @ weights, student)
+    logs = [torch.log_softmax(x.float() / temperature, -1) for x in (teacher, student)]
+    expected = functional.kl_div(logs[1], logs[0], reduction="none", log_target=True).sum(-1)
+    expected = expected * temperature**2
+    (whole,) = torch.autograd.grad(expected @ weights, student)
+    torch.testing.assert_close(found, expected)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(
+        gradient, whole, atol=1e-6 if dtype == torch.float32 else 0.02, rtol=0.01
+    )
+
+
 def test_fewer_tokens_see_less_and_all_but_one_see_all() -> None:
     teacher, student = logits(1), logits(2)
     whole = logit_divergence(teacher, student)

@@ -195,6 +195,9 @@ def test_a_draft_replaces_nothing_and_says_when_it_does_not_pay() -> None:
     hopeless = hopeless.model_copy(update={"outlook": never})
     report = build_report(changed(drafts=(hopeless,)))
     assert any("No larger target would change that" in w.text for w in report.warnings)
+    head = hopeless.stage.model_copy(update={"method": "draft.eagle3"})
+    report = build_report(changed(drafts=(hopeless.model_copy(update={"stage": head}),)))
+    assert any("grows with its target" in w.text for w in report.warnings)
     strange = example.draft(1.4).model_copy(update={"target": "nobody"})
     with pytest.raises(ValidationError, match="drafts of unknown variants"):
         Facts.model_validate(changed(drafts=(strange,)).model_dump())

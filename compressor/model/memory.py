@@ -7,7 +7,7 @@ import os
 import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers what mallopt sets
-_KEPT, _LARGEST = 128 << 20, 32 << 20  # bytes; what is larger, glibc maps by itself in any case
+_KEPT, _LARGEST = 96 << 20, 16 << 20  # bytes
 
 
 def return_memory() -> None:
@@ -23,10 +23,11 @@ def return_memory() -> None:
 
 
 def keep_memory() -> None:
-    """Let glibc keep up to 128 MiB of freed memory until `return_memory`; the user's word stays.
+    """Let glibc keep up to 96 MiB of freed memory until `return_memory`; the user's word stays.
 
     Left to itself it returns the intermediate results of every forward, and the kernel clears each
-    page once more for the next: a tenth of the processor time of a walk.
+    page once more for the next: a tenth of the processor time of a walk. Tensors above 16 MiB, such
+    as the matrices of a solve, still go back at once: kept, they raised the peak by 40 MB.
     """
     said = os.environ.get("GLIBC_TUNABLES", "")
     mallopt = _of_glibc("mallopt")

@@ -10,7 +10,7 @@ from compressor.model.passage import Passage
 
 # Forwards, after as many of which memory is given back. Every page given back is cleared by the
 # kernel before it serves again; forwards that are parked leave few holes between them.
-_PER_TRIM, _PER_TRIM_PARKED = 4, 16
+_PER_TRIM, _PER_TRIM_PARKED = 4, 8
 
 
 class Standing(dict[int, Passage]):

@@ -23,6 +23,7 @@ from compressor.formats.sizes import bits_per_weight
 from compressor.model.architecture import Architecture
 from compressor.model.block import Block, BlockMatrix, Observer
 from compressor.model.files import read_config
+from compressor.model.memory import return_memory
 from compressor.model.serving import serving_config
 from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import HessianAccumulator, relative_losses
@@ -235,6 +236,7 @@ def round_block(
     fallbacks: list[Fallback] = []
     for wave in _waves(groups, job.sublayers):
         measured = _measure(job, block, original, groups, wave) if job.batches and wave else {}
+        return_memory()  # what forwards have freed is room for the solves
         for name in wave:
             seen = measured.pop(name, None)
             moments = seen.moments(_ratios(job, block)) if seen else None

@@ -221,7 +221,7 @@ def test_memory_goes_back_once_in_several_forwards(
             passage.passed.add("q_proj")
             standing.keep(batch, passage)
     standing.end(None)
-    assert len(returned) == (3 if parks else 12)
+    assert len(returned) == (6 if parks else 12)
 
 
 def test_what_belongs_to_others_is_not_parked(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ class _Optimizers:
             for group in beside
         ]
         self._all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([own, *others], betas=schedule.betas)
+            torch.optim.AdamW([own, *others], betas=schedule.betas, fused=True)
         ]
         if schedule.matrix_rate is not None and by_muon:
             self._all.append(
@@ -299,7 +299,7 @@ def _resumed(path: Path, optimizers: _Optimizers, team: Team) -> tuple[list[floa
             with torch.no_grad():
                 parameter.copy_(team.like(parameter, file.get_tensor(f"weight.{name}")))
             state = optimizers.state(parameter)
-            state["step"] = torch.tensor(float(len(losses)))
+            state["step"] = torch.tensor(float(len(losses)), device=parameter.device)
             for kind in moments[name]:
                 state[kind] = team.like(parameter, file.get_tensor(f"{kind}.{name}"))
     return losses, seconds

@@ -8,7 +8,8 @@
 Every stage runs once per width and calibration text (a shipped mix or one domain), groups of 64,
 fp32 on the CPU, and is scored on the suite against the original. Cells that OUT/cells.jsonl holds
 already are not run again. The table has the mean over domains and the worst ratio of a domain's
-KL to that of the first stage of the same width, which should be rounding to nearest.
+KL to that of the first stage of the same width, which should be rounding to nearest. A stage that
+reads no text runs once per width.
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ def cell(bench: Bench, key: str, rounder: StageConfig, text: CalibrationSet) -> 
     return {"kl": bench.kl(key, ran.checkpoint), "seconds": ran.seconds}
 
 
+def key_of(written: str, text: str, bits: int) -> str:
+    """Of a cell; calibration text that a stage does not read is no part of it."""
+    reads = stage_of(written, bits).calibration_need() is not None
+    return f"{written}/{text if reads else 'no text'}/{bits}"
+
+
 def table(cells: dict[str, dict[str, Any]], keys: list[tuple[str, str, int]]) -> list[str]:
     """Markdown: a row per stage, width and calibration text."""
     domains = sorted(next(iter(cells.values()))["kl"])
@@ -46,8 +53,8 @@ def table(cells: dict[str, dict[str, Any]], keys: list[tuple[str, str, int]]) ->
         "|" + "---|" * (len(domains) + 5),
     ]
     for rounder, text, bits in keys:
-        kl = cells[f"{rounder}/{text}/{bits}"]["kl"]
-        simple = cells[f"{first}/{text}/{bits}"]["kl"]
+        kl = cells[key_of(rounder, text, bits)]["kl"]
+        simple = cells[key_of(first, text, bits)]["kl"]
         worst = max(kl[domain] / simple[domain] for domain in domains)
         values = " | ".join(f"{kl[domain]:.4f}" for domain in domains)
         mean = sum(kl.values()) / len(kl)
@@ -76,7 +83,7 @@ def main() -> None:
         kept, cells = Kept(options.out / "cells.jsonl"), {}
         sets = {t: bench.calibration(t, options.samples, options.length) for t in texts}
         for written, text, bits in keys:
-            key, rounder = f"{written}/{text}/{bits}", stage_of(written, bits)
+            key, rounder = key_of(written, text, bits), stage_of(written, bits)
             cells[key] = kept.get(key, cell, bench, key, rounder, sets[text])
     print("\n".join(table(cells, keys)))
 

@@ -24,6 +24,7 @@ from compressor.errors import NumericalError, ResumeError
 from compressor.formats.atomic import replacing
 from compressor.progress import Observer
 from compressor.team import ALONE, Team
+from compressor.types import Fallback
 
 _MOMENTS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
@@ -104,6 +105,21 @@ class Fit:
         """Over some steps, the last ones by default; 0 without any."""
         kept = self.losses[steps]
         return sum(kept) / len(kept) if kept else 0.0
+
+
+def cut_short(module: str, done: Fit, steps: int, minutes: float | None) -> tuple[Fallback, ...]:
+    """What a time box left out; nothing if all was done.
+
+    Args:
+        module: whose training it was.
+        done: how it went.
+        steps: that were asked for.
+        minutes: the time box.
+    """
+    if minutes is None or done.steps >= steps:
+        return ()
+    reason = f"{minutes:g} minutes were over after {done.steps} of {steps} updates"
+    return (Fallback(module, reason, "what it had learned by then was kept"),)
 
 
 def fit(
@@ -199,7 +215,7 @@ class _Optimizers:
             for group in beside
         ]
         self._all: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([own, *others], betas=schedule.betas)
+            torch.optim.AdamW([own, *others], betas=schedule.betas, fused=True)
         ]
         if schedule.matrix_rate is not None and by_muon:
             self._all.append(
@@ -299,7 +315,7 @@ def _resumed(path: Path, optimizers: _Optimizers, team: Team) -> tuple[list[floa
             with torch.no_grad():
                 parameter.copy_(team.like(parameter, file.get_tensor(f"weight.{name}")))
             state = optimizers.state(parameter)
-            state["step"] = torch.tensor(float(len(losses)))
+            state["step"] = torch.tensor(float(len(losses)), device=parameter.device)
             for kind in moments[name]:
                 state[kind] = team.like(parameter, file.get_tensor(f"{kind}.{name}"))
     return losses, seconds

@@ -34,8 +34,7 @@ from compressor.plan import make_plan
 from compressor.progress import SilentObserver
 from compressor.stages.draft_eagle3 import DraftEagle3
 from compressor.stages.draft_standalone import DraftStandalone
-from compressor.stages.drafting import _cut_short, _without_template
-from compressor.training import Fit
+from compressor.stages.drafting import _less_text, _without_template
 from compressor.types import TokenBatch
 from tests import runs
 from tests.model.conftest import build
@@ -161,11 +160,9 @@ def test_a_time_box_is_told(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert report["drafts"][1]["stage"]["notes"]["training_steps"] == 12
     assert not report["fallbacks"]
-    box, done = DraftEagle3(steps=100, minutes=2.0), Fit(50, 121.0, (1.0,) * 50)
-    (fallback,) = _cut_short(box, box.rows, done)
-    assert fallback.reason == "2 minutes were over after 50 of 100 steps"
-    assert not _cut_short(DraftEagle3(steps=50), DraftEagle3().rows, done)
-    (fallback,) = _cut_short(DraftEagle3(steps=50, writing_minutes=3.0), 64, done)
+    box = DraftEagle3(steps=50, writing_minutes=3.0)
+    assert not _less_text(box, box.rows)
+    (fallback,) = _less_text(box, 64)
     assert fallback.reason == "3 minutes were over after 64 of 312 rows"
 
 

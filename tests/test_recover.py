@@ -123,6 +123,17 @@ def test_other_losses_train_too(tmp_path: Path, pruned: Path, text: CalibrationS
     assert sum(after.values()) < sum(before.values())
 
 
+def test_a_time_box_that_ends_training_is_in_the_report(
+    tmp_path: Path, pruned: Path, text: CalibrationSet
+) -> None:
+    minutes = 1e-9  # over after the first update
+    result = recover(pruned, tmp_path / "out", text, minutes=minutes)
+    (fallback,) = result.fallbacks
+    assert fallback.reason == "1e-09 minutes were over after 1 of 6 updates"
+    assert not recover(pruned, tmp_path / "whole", text, tokens=48 * 4).fallbacks
+    assert "up to" in RecoverDistill(minutes=1).label
+
+
 def test_shares_lean_towards_the_worst_domain(
     tmp_path: Path, pruned: Path, text: CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

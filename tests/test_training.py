@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compressor.errors import NumericalError, ResumeError
 from compressor.progress import SilentObserver
-from compressor.training import Schedule, fit
+from compressor.training import Fit, Schedule, cut_short, fit
 
 SCHEDULE = Schedule(steps=30, learning_rate=0.05, every=7)
 
@@ -121,6 +121,15 @@ def test_rates_fall_with_the_time_if_that_ends_first() -> None:
     assert boxed.rate(20, 5.0) == free.rate(50) < free.rate(20)
     assert boxed.rate(20, 10.0) == boxed.rate(20, 11.0) == pytest.approx(0.1)
     assert free.rate(20, 10.0) == free.rate(20)
+
+
+def test_what_a_time_box_leaves_out_is_told() -> None:
+    done = Fit(50, 121.0, (1.0,) * 50)
+    (fallback,) = cut_short("draft", done, 100, 2.0)
+    assert fallback.module == "draft"
+    assert fallback.reason == "2 minutes were over after 50 of 100 updates"
+    assert not cut_short("draft", done, 50, 2.0)
+    assert not cut_short("draft", done, 100, None)
 
 
 def matrix_problem(folder: Path, schedule: Schedule, stop: int | None = None):  # type: ignore[no-untyped-def]

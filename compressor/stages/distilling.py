@@ -24,8 +24,8 @@ from compressor.stages.base import in_seconds
 from compressor.stages.context import StageContext
 from compressor.stages.sampling import Leaning, Rows, Sampler, Source
 from compressor.team import ALONE, Team
-from compressor.training import Fit, Schedule, fit
-from compressor.types import StageResult, TokenBatch
+from compressor.training import Fit, Schedule, cut_short, fit
+from compressor.types import Fallback, StageResult, TokenBatch
 
 if TYPE_CHECKING:
     from compressor.stages.recover_distill import RecoverDistill
@@ -75,7 +75,7 @@ def distill(
         result,
         notes=sampling_notes(sampler) | facts(trained, rows, context.team),
         mixture=sampler.mixture(),
-        fallbacks=sampler.fallbacks(stage.method),
+        fallbacks=(*sampler.fallbacks(stage.method), *too_late(stage, trained, rows)),
     )
 
 
@@ -337,6 +337,11 @@ def sampling_notes(sampler: Sampler) -> dict[str, float]:
     if first["shares"] != last["shares"] or last["radius"]:
         found |= {f"share at the end, {k}": v for k, v in last["shares"].items()}
     return found
+
+
+def too_late(stage: TrainConfig, trained: Fit, rows: Rows) -> tuple[Fallback, ...]:
+    """What the stage's time box left out."""
+    return cut_short(stage.method, trained, stage.updates(rows.mean_length), stage.minutes)
 
 
 def facts(trained: Fit, rows: Rows, team: Team) -> dict[str, float]:

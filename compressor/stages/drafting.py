@@ -40,7 +40,7 @@ from compressor.stages.context import StageContext
 from compressor.stages.draft_base import TrainedDraftConfig
 from compressor.stages.prune_width import PruneWidth
 from compressor.team import Team
-from compressor.training import Fit, fit
+from compressor.training import Fit, cut_short, fit
 from compressor.types import Fallback, StageResult, TokenBatch
 
 if TYPE_CHECKING:
@@ -339,7 +339,8 @@ def finish(
         notes={name: float(value) for name, value in (own | dict(notes or {})).items()},
         fallbacks=(
             *_without_template(config, checkpoint),
-            *_cut_short(config, sum(len(batch.mask) for batch in corpus.batches), done),
+            *_less_text(config, sum(len(batch.mask) for batch in corpus.batches)),
+            *cut_short("draft", done, config.steps, config.minutes),
         ),
     )
 
@@ -351,13 +352,9 @@ def _without_template(config: TrainedDraftConfig, checkpoint: Path) -> tuple[Fal
     return (Fallback("draft", reason, "it continued beginnings of calibration text"),)
 
 
-def _cut_short(config: TrainedDraftConfig, rows: int, done: Fit) -> tuple[Fallback, ...]:
-    """What time boxes left out."""
-    found = []
-    if rows < config.rows:
-        reason = f"{config.writing_minutes:g} minutes were over after {rows} of {config.rows} rows"
-        found.append(Fallback("draft", reason, "it was distilled on less text"))
-    if done.steps < config.steps:
-        reason = f"{config.minutes:g} minutes were over after {done.steps} of {config.steps} steps"
-        found.append(Fallback("draft", reason, "the draft of that step was kept"))
-    return tuple(found)
+def _less_text(config: TrainedDraftConfig, rows: int) -> tuple[Fallback, ...]:
+    """What the time box of writing left out."""
+    if rows >= config.rows:
+        return ()
+    reason = f"{config.writing_minutes:g} minutes were over after {rows} of {config.rows} rows"
+    return (Fallback("draft", reason, "it was distilled on less text"),)

@@ -38,6 +38,7 @@ from compressor.stages.distilling import (
     sampling_notes,
     schedule,
     spread,
+    too_late,
     trainable,
     training_rows,
 )
@@ -104,7 +105,11 @@ def prune_with_masks(
         result,
         notes=result.notes | sampling_notes(sampler) | facts(trained, rows, context.team),
         mixture=sampler.mixture(),
-        fallbacks=(*sampler.fallbacks(stage.method), *late),
+        fallbacks=(
+            *sampler.fallbacks(stage.method),
+            *too_late(stage, trained, rows),
+            *late,
+        ),
     )
 
 

@@ -42,9 +42,10 @@ class RecoverDistill(TrainConfig):
 
     @property
     def label(self) -> str:
-        """Such as `Distilled 1.0M tokens`."""
+        """Such as `Distilled 1.0M tokens`, or fewer where a time box may end it."""
         size = f"{self.tokens / 1e6:.1f}M" if self.tokens >= 10**5 else f"{self.tokens:,}"
-        return f"Distilled {size} tokens" + (" (DRO)" if self.sampler == "dro" else "")
+        most = "" if self.minutes is None else "up to "
+        return f"Distilled {most}{size} tokens" + (" (DRO)" if self.sampler == "dro" else "")
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The same architecture; refuses what would fail after an hour."""

@@ -1,9 +1,13 @@
-"""Give freed memory back to the operating system."""
+"""Give freed memory back to the operating system, and not before."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # as malloc.h numbers what mallopt sets
+_KEPT, _LARGEST = 96 << 20, 16 << 20  # bytes
 
 
 def return_memory() -> None:
@@ -13,7 +17,25 @@ def return_memory() -> None:
     that a tensor of the same size has left. Walking blocks of 13 MB, the process grew by 9 MB
     per block although nothing was alive; trimmed between blocks, it does not grow.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def keep_memory() -> None:
+    """Let glibc keep up to 96 MiB of freed memory until `return_memory`; the user's word stays.
+
+    Left to itself it returns the intermediate results of every forward, and the kernel clears each
+    page once more for the next: a tenth of the processor time of a walk. Tensors above 16 MiB, such
+    as the matrices of a solve, still go back at once: kept, they raised the peak by 40 MB.
+    """
+    said = os.environ.get("GLIBC_TUNABLES", "")
+    mallopt = _of_glibc("mallopt")
+    if mallopt and "MALLOC_TRIM_THRESHOLD_" not in os.environ and "glibc.malloc" not in said:
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, _KEPT)
+
+
+def _of_glibc(name: str) -> ctypes._NamedFuncPointer | None:
+    """A function that only some C libraries have."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -8,7 +8,9 @@ from compressor.model.memory import return_memory
 from compressor.model.parking import ParkingLot
 from compressor.model.passage import Passage
 
-_PER_TRIM = 4  # forwards, after as many of which memory is given back
+# Forwards, after as many of which memory is given back. Every page given back is cleared by the
+# kernel before it serves again; forwards that are parked leave few holes between them.
+_PER_TRIM, _PER_TRIM_PARKED = 4, 8
 
 
 class Standing(dict[int, Passage]):
@@ -30,6 +32,7 @@ class Standing(dict[int, Passage]):
     ) -> None:
         super().__init__()
         self._sizes, self._room, self._lot, self._owned = sizes, room, lot, owned
+        self._kept = 0
 
     def take(
         self, batch: int, ahead: Collection[str] = (), *, anew: bool = False
@@ -60,14 +63,20 @@ class Standing(dict[int, Passage]):
             self[other].park(lot, set(self._owned(other)))
         if self._crowded() and not lot:
             self.pop(batch).abandon()
-        elif len(self) % _PER_TRIM == 0:
-            return_memory()  # what a forward has freed lies between what it holds
+        else:
+            self._give_back(_PER_TRIM_PARKED if lot else _PER_TRIM)
 
     def end(self, passed: str | None) -> None:
         """End those that have passed a tensor, or all."""
         for batch, passage in list(self.items()):
             if passed is None or passed in passage.passed:
                 self.pop(batch).abandon()
+
+    def _give_back(self, forwards: int) -> None:
+        """Once in so many forwards: what one has freed lies between what it holds."""
+        self._kept += 1
+        if self._kept % forwards == 0:
+            return_memory()
 
     def _crowded(self) -> bool:
         held = [batch for batch, passage in self.items() if not passage.is_parked]

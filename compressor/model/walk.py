@@ -31,7 +31,7 @@ from compressor.model.architecture import ROOM_BESIDE_PARKED, Architecture, held
 from compressor.model.block import Block
 from compressor.model.files import read_config
 from compressor.model.matrices import Matrix
-from compressor.model.memory import return_memory
+from compressor.model.memory import keep_memory, return_memory
 from compressor.model.parking import ParkingLot
 from compressor.model.reader import TensorReader
 from compressor.model.skeleton import Skeleton
@@ -81,6 +81,8 @@ class BlockWalk:
         self.device, self.dtype = torch.device(device), dtype
         self.scratch, self.memory_budget = scratch, memory_budget
         self.lot = ParkingLot(scratch) if parks and self.device.type == "cpu" else None
+        if self.lot:
+            keep_memory()
         self.domains = tuple(sorted({name for batch in batches for name in batch.domains}))
         self._changed: dict[str, Tensor] = {}
         self.skeleton = Skeleton(checkpoint, self.architecture, self.device, dtype)

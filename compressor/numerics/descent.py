@@ -26,7 +26,7 @@ def coordinate_descent(
     *,
     order: Tensor,
     sweeps: int,
-    block_size: int = 32,
+    block_size: int = 64,
 ) -> QTensor:
     """Better codes on the same grid.
 

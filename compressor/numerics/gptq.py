@@ -26,6 +26,7 @@ from compressor.types import QTensor, WeightScheme
 _DAMPING_FACTOR = 10.0
 _SMALLEST_RETRY = 1e-4
 _LARGEST_DAMPING = 1.0
+_PANEL = 256  # columns of an inverse found at a time
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _check_hessian(hessian: Tensor, damping: float) -> None:
         raise ValueError(f"a Hessian is square, not {list(hessian.shape)}")
     if damping < 0:
         raise ValueError(f"damping is a share of the mean diagonal, at least 0, not {damping}")
-    if not torch.isfinite(hessian).all():
+    if not all(extreme.isfinite() for extreme in hessian.aminmax()):  # one pass, no mask
         raise NumericalError("the Hessian of a layer holds NaN or infinity")
 
 
@@ -237,11 +238,19 @@ def _inverse_factor(damped: Tensor, order: Tensor) -> Tensor | None:
     lower, info = torch.linalg.cholesky_ex(damped)
     if int(info):
         return None
-    inverse = damped.zero_().fill_diagonal_(1)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    upper = inverse.float().flip(0, 1)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    upper = _inverse_lower(lower, out=damped.zero_()).float().flip(0, 1)
+    return upper if all(extreme.isfinite() for extreme in upper.aminmax()) else None
+
+
+def _inverse_lower(lower: Tensor, out: Tensor) -> Tensor:
+    """L⁻¹ of a lower triangular L [in, in], into `out`, which holds zeros.
+
+    Panel by panel of its columns, which are zero above the diagonal: a third of the operations.
+    """
+    for start in range(0, len(lower), _PANEL):
+        panel = out[start:, start : start + _PANEL].fill_diagonal_(1)
+        panel.copy_(torch.linalg.solve_triangular(lower[start:, start:], panel, upper=False))
+    return out
 
 
 def reverse_order(matrix: Tensor, order: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ tr(D H Dᵀ)·N/2 with D = W - Ŵ and H = (2/N) X Xᵀ (Frantar et al., GPTQ, 20
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from compressor.errors import NumericalError
 
 _BLOCK = 256
-TOKENS_AT_ONCE = 2048  # widened to fp32 at a time: memory for a copy, against reads of the sum
 
 
 @contextmanager
@@ -43,6 +42,15 @@ def exact_products(inputs: torch.dtype) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+def pieces(inputs: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Rows of [tokens, in] in parts, as many as are widened to fp32 and multiplied at a time.
+
+    A core's product is fastest while its factors stay in the second-level cache; larger units
+    rather read the sum more seldom.
+    """
+    return torch.split(inputs, 512 if device.type == "cpu" else 2048)
+
+
 class HessianAccumulator:
     """Sums X Xᵀ over batches in fp32. Same batches in the same order: the same bits.
 
@@ -62,7 +70,7 @@ class HessianAccumulator:
             NumericalError: the inputs hold NaN or infinity, or their squares overflow fp32.
         """
         with exact_products(inputs.dtype):
-            for part in torch.split(inputs, TOKENS_AT_ONCE):
+            for part in pieces(inputs, self._sum.device):
                 self._add_rows(part.to(self._sum))
         require_finite(self._sum.diagonal())
         self.tokens += inputs.shape[0]
@@ -85,8 +93,13 @@ class HessianAccumulator:
         Raises:
             NumericalError: no token has been seen.
         """
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).T) * normalisation(self.tokens)
+        full = self._sum * normalisation(self.tokens)
+        for start in range(0, len(full), _BLOCK):
+            stop = min(start + _BLOCK, len(full))
+            full[stop:, start:stop] = full[start:stop, stop:].T
+            block = full[start:stop, start:stop]
+            block.copy_(block.triu() + block.triu(1).T)
+        return full
 
     def diagonal(self) -> Tensor:
         """diag(H), fp32 [in]."""
@@ -184,12 +197,19 @@ def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> 
         quantized: Ŵ [out, in], dense.
         hessian: H [in, in], any scale; None means the identity.
     """
+    return relative_losses(weight, [quantized], hessian)[0]
+
+
+def relative_losses(
+    weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor | None
+) -> list[float]:
+    """`relative_loss` of several matrices Ŵ that stand for the same W."""
     dense = weight if hessian is None else weight.to(hessian)
-    lost = _energy(dense - quantized.to(dense), hessian)
     total = _energy(dense, hessian)
+    lost = [_energy(dense - other.to(dense), hessian) for other in quantized]
     if total == 0:
-        return 0.0 if lost == 0 else float("inf")
-    return lost / total
+        return [0.0 if loss == 0 else float("inf") for loss in lost]
+    return [loss / total for loss in lost]
 
 
 def _energy(matrix: Tensor, hessian: Tensor | None) -> float:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from compressor.numerics.gptq import HessianFactor
 from compressor.numerics.hessian import (
-    TOKENS_AT_ONCE,
     exact_products,
     full_precision,
     normalisation,
+    pieces,
     require_finite,
 )
 
@@ -55,7 +55,7 @@ class DriftAccumulator:
         # apart than a factor of two, it is rounded to bf16, as the units would round it.
         working = common if common == torch.bfloat16 else torch.float32
         with exact_products(common):
-            streams = (torch.split(rows, TOKENS_AT_ONCE) for rows in (reference, inputs))
+            streams = (pieces(rows, self._sum.device) for rows in (reference, inputs))
             for pair in zip(*streams, strict=True):
                 x, y = (rows.to(self._sum.device, working) for rows in pair)
                 self._sum.addmm_((x - y).to(self._sum).T, y.to(self._sum))
@@ -91,10 +91,10 @@ def propagated_target(
     if share == 0 or factor.failed:
         return weight.float()
     dense, order = weight.float(), factor.permutation
-    with full_precision():
-        pull = dense @ drift.to(dense)
-        pull[:, factor.dead] = 0
-        step = pull[:, order] @ factor.upper.T @ factor.upper  # UᵀU = (H + λI)⁻¹
+    pull = drift.to(dense)[:, order]
+    pull[:, factor.dead[order]] = 0
+    with full_precision():  # UᵀU = (H + λI)⁻¹; the shapes decide what is multiplied first
+        step = torch.linalg.multi_dot((dense, pull, factor.upper.T, factor.upper))
     return dense.index_add(1, order, step, alpha=share)
 
 

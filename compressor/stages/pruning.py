@@ -25,7 +25,7 @@ from compressor.model.matrices import Matrix
 from compressor.model.shape import Shape, resized, shape_of
 from compressor.model.surgery import BlockKeep, cut_block, pruned_config
 from compressor.model.walk import BlockWalk
-from compressor.numerics.hessian import relative_loss
+from compressor.numerics.hessian import relative_losses
 from compressor.numerics.pruning import Level
 from compressor.stages.context import StageContext
 from compressor.stages.unit_inputs import Inputs, Place, compare, measure, paired
@@ -319,11 +319,12 @@ def _install(place: Place, choice: Choice, measured: Mapping[str, Inputs]) -> Mo
     hessian = inputs.hessian if inputs else None
     target = choice.target.to(before)
     stored = place.block.tensor(place.reader.info.tensor)
+    loss, baseline_loss = relative_losses(target, [place.reader.weight, plain], hessian)
     return ModuleMetric(
         module=place.reader.info.name,
         bits=8.0 * stored.element_size(),
-        loss=relative_loss(target, place.reader.weight, hessian),
-        baseline_loss=relative_loss(target, plain, hessian),
+        loss=loss,
+        baseline_loss=baseline_loss,
     )
 
 

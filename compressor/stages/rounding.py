@@ -23,9 +23,10 @@ from compressor.formats.sizes import bits_per_weight
 from compressor.model.architecture import Architecture
 from compressor.model.block import Block, BlockMatrix, Observer
 from compressor.model.files import read_config
+from compressor.model.memory import return_memory
 from compressor.model.serving import serving_config
 from compressor.model.walk import BlockWalk
-from compressor.numerics.hessian import HessianAccumulator, relative_loss
+from compressor.numerics.hessian import HessianAccumulator, relative_losses
 from compressor.numerics.propagation import DriftAccumulator
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
@@ -235,6 +236,7 @@ def round_block(
     fallbacks: list[Fallback] = []
     for wave in _waves(groups, job.sublayers):
         measured = _measure(job, block, original, groups, wave) if job.batches and wave else {}
+        return_memory()  # what forwards have freed is room for the solves
         for name in wave:
             seen = measured.pop(name, None)
             moments = seen.moments(_ratios(job, block)) if seen else None
@@ -416,11 +418,14 @@ def _metric(module: str, weight: Tensor, rounded: Rounded, hessian: Tensor | Non
     simple = rtn(weight, qtensor.scheme, scale_dtype=qtensor.scale.dtype)
     target = weight if rounded.target is None else rounded.target
     shape = (weight.shape[0], weight.shape[1])
+    loss, baseline_loss = relative_losses(
+        target, [qtensor.dequantize(), simple.dequantize()], hessian
+    )
     return ModuleMetric(
         module=module,
         bits=bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype)),
-        loss=relative_loss(target, qtensor.dequantize(), hessian),
-        baseline_loss=relative_loss(target, simple.dequantize(), hessian),
+        loss=loss,
+        baseline_loss=baseline_loss,
     )
 
 

@@ -7,6 +7,8 @@ strictest measure, which also catches a mapping of the checkpoint held open.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +95,51 @@ def test_twice_the_depth_takes_no_more_memory(tmp_path: Path) -> None:
     assert peak(deep, tmp_path / "b") < 1.1 * shallow
     # The test notices blocks that stay alive as the fp32 they are computed with.
     assert peak(deep, tmp_path / "c", "leak") > 1.15 * shallow
+
+
+HOLD = """
+import ctypes, os, sys
+sys.path.insert(0, sys.argv[1])
+from compressor.model.memory import keep_memory, return_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = libc.memset.argtypes = None
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+def use():
+    places = [ctypes.c_void_p(libc.malloc(8 << 20)) for _ in range(8)]
+    for place in places:
+        libc.memset(place, 1, ctypes.c_size_t(8 << 20))
+    for place in places:
+        libc.free(place)
+
+keep_memory()
+before = resident()
+use()
+held = resident() - before
+return_memory()
+print(held, resident() - before)
+"""
+
+
+def freed(**environment: str) -> list[int]:
+    """MiB of 64 that stay with the process once freed, and once given back."""
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", HOLD, root]
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=mine | environment
+    )
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_freed_memory_stays_until_it_is_given_back() -> None:
+    held, returned = freed()
+    assert held > 56
+    assert returned < 8
+    said, _ = freed(MALLOC_TRIM_THRESHOLD_="131072")
+    assert said < 8

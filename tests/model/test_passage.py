@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from compressor.errors import ResourceError
+from compressor.model import standing as standing_module
 from compressor.model.block import Block
 from compressor.model.parking import Parked, ParkingLot
 from compressor.model.passage import Passage
+from compressor.model.standing import Standing
 from compressor.model.walk import BlockWalk
 from tests.helpers import files_end_at
 from tests.model.conftest import VARIANTS
@@ -199,6 +201,27 @@ def test_a_parking_lot_gives_back_what_it_took(tmp_path: Path) -> None:
     lot._opened().truncate(0)
     with pytest.raises(ResourceError, match="lost bytes"):
         lot.fetch(again[0])
+
+
+@pytest.mark.parametrize("parks", [False, True])
+def test_memory_goes_back_once_in_several_forwards(
+    parks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted over all passes: how many stand at one time says nothing."""
+    returned: list[int] = []
+    monkeypatch.setattr(standing_module, "return_memory", lambda: returned.append(1))
+    lot = ParkingLot(tmp_path) if parks else None
+    standing = Standing(lambda _: 1, AMPLE, lot, lambda _: ())
+    for _ in range(12):
+        for batch in range(4):
+            taken = standing.take(batch)
+            if taken:
+                taken.abandon()
+            passage = Passage(lambda: torch.zeros(1))
+            passage.passed.add("q_proj")
+            standing.keep(batch, passage)
+    standing.end(None)
+    assert len(returned) == (6 if parks else 12)
 
 
 def test_what_belongs_to_others_is_not_parked(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.gptq import GPTQOutcome, damped, factorize, gptq
+from compressor.numerics.gptq import GPTQOutcome, _inverse_lower, damped, factorize, gptq
 from compressor.numerics.grid import Grid, fit_grid, round_to_grid
 from compressor.numerics.hessian import relative_loss
 from compressor.types import QTensor, WeightScheme
@@ -449,3 +449,14 @@ def test_curvature_of_a_hessian_that_cannot_be_factorised_weighs_all_inputs_alik
     factor = factorize(indefinite)
     assert factor.failed
     assert torch.equal(factor.curvature(), torch.ones(4))
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 600])
+def test_a_triangle_is_inverted_panel_by_panel(width: int) -> None:
+    lower = normal(width, width, seed=9).double().tril() / width**0.5
+    lower.diagonal().add_(2)
+    inverse = _inverse_lower(lower, torch.zeros_like(lower))
+    assert torch.equal(inverse, inverse.tril())
+    torch.testing.assert_close(inverse, torch.linalg.inv(lower), rtol=0, atol=1e-13)
+    wrong = _inverse_lower(lower.T.contiguous(), torch.zeros_like(lower))
+    assert width == 1 or (wrong - torch.linalg.inv(lower)).abs().max() > 1e-3

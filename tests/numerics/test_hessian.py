@@ -14,7 +14,9 @@ from compressor.numerics.hessian import (
     HessianAccumulator,
     exact_products,
     full_precision,
+    pieces,
     relative_loss,
+    relative_losses,
     row_losses,
 )
 
@@ -46,6 +48,40 @@ def test_matrix_is_twice_the_second_moment(block: int, monkeypatch: pytest.Monke
     torch.testing.assert_close(
         accumulator.diagonal().double(), expected.diagonal(), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("block", [32, 256])
+def test_the_lower_half_mirrors_the_upper(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "_BLOCK", block)
+    accumulator = accumulated(inputs(200, 300))
+    upper = accumulator._sum.triu()
+    assert torch.equal(accumulator.matrix(), (upper + upper.triu(1).T) * (2 / 200))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_change_only_the_order_of_sums(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (inputs(2048, 96) / 10).to(dtype)
+    assert [len(piece) for piece in pieces(x, torch.device("cpu"))] == [512] * 4
+    assert [len(piece) for piece in pieces(x, torch.device("meta"))] == [2048]
+    cut = accumulated(x)
+    monkeypatch.setattr(hessian_module, "pieces", lambda rows, _: (rows,))
+    whole = accumulated(x).matrix()
+    assert cut.tokens == 2048
+    torch.testing.assert_close(cut.matrix(), whole, rtol=0, atol=1e-6 * float(whole.max()))
+
+
+def test_losses_of_one_weight_are_those_of_each() -> None:
+    random = torch.Generator().manual_seed(3)
+    weight, *others = torch.randn(3, 20, 32, generator=random)
+    hessian = accumulated(inputs(100, 32)).matrix()
+    for moment in (hessian, None):
+        together = relative_losses(weight, others, moment)
+        assert together == [relative_loss(weight, other, moment) for other in others]
+        assert together[0] != together[1]
+    nothing = torch.zeros(2, 32)
+    assert relative_losses(nothing, [nothing, others[0][:2]], None) == [0.0, float("inf")]
 
 
 def test_matrix_is_exactly_symmetric_and_repeatable() -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.errors import NumericalError
+from compressor.numerics import propagation as propagation_module
 from compressor.numerics.gptq import factorize, gptq
 from compressor.numerics.grid import fit_grid
 from compressor.numerics.hessian import HessianAccumulator, shrink
@@ -101,6 +102,34 @@ def test_mutants_miss_the_ridge_solution() -> None:
     for name, (wrong, moment) in mutants.items():
         target = propagated_target(weight, wrong, moment, share=1)
         assert (target - exact).norm() > 0.05 * moved, name
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_the_target_does_not_depend_on_what_is_multiplied_first(rows: int) -> None:
+    """More rows than inputs or fewer: the products are associated the other way."""
+    original, rounded = streams(600, 48, 0.1)
+    rounded[:, 5] = 0
+    weight = normal(rows, 48, seed=4)
+    hessian, drift = moments(original, rounded)
+    factor = factorize(hessian, damping=0.1)
+    upper, order = factor.upper.double(), factor.permutation
+    pull = weight.double() @ drift.double()
+    pull[:, 5] = 0
+    step = (pull[:, order] @ upper.T) @ upper
+    expected = weight.double().index_add(1, order, step, alpha=0.5)
+    found = propagated_target(weight, factor, drift, share=0.5)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(found[:, 5], weight[:, 5])
+    assert (found - weight).abs().max() > 0.01
+
+
+def test_pieces_of_both_streams_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, rounded = (stream.bfloat16() for stream in streams(1300, 64, 0.1))
+    _, cut = moments(original, rounded)
+    monkeypatch.setattr(propagation_module, "pieces", lambda rows, _: (rows,))
+    _, whole = moments(original, rounded)
+    assert not torch.equal(cut, torch.zeros_like(cut))
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
 
 
 def test_no_share_and_no_drift_leave_the_weight_bit_for_bit() -> None:

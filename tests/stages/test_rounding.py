@@ -58,13 +58,17 @@ def on_grid(shape: torch.Size) -> Tensor:
 
 
 def stage_run(
-    stage: RounderConfig, parent: Path, out: Path
+    stage: RounderConfig, parent: Path, out: Path, rows: int = 4
 ) -> tuple[StageResult, list[BlockRecord]]:
+    """Of four rows of text, so many in a batch."""
     records: list[BlockRecord] = []
     context = stage_context(out, block_done=records.append)
     ids = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(2))
-    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 4)
-    return stage.run(parent, CalibrationSet((batch,), (), {}, ""), context), records
+    batches = tuple(
+        TokenBatch(part, torch.ones_like(part, dtype=torch.bool), ("prose",) * len(part))
+        for part in ids.split(rows)
+    )
+    return stage.run(parent, CalibrationSet(batches, (), {}, ""), context), records
 
 
 STAGES = [
@@ -92,6 +96,20 @@ def test_what_lies_on_the_grid_stays_and_is_reported(
     }
     assert next(m.loss for m in result.metrics if m.module == QUERY) == 0
     verify_tensors(parent, tmp_path / "out", result.changed)
+
+
+def test_how_text_is_batched_changes_only_the_order_of_sums(tmp_path: Path) -> None:
+    parent = checkpoint(tmp_path / "parent")
+    stage = QuantizeGptq(group_size=16, precision="float32")
+    together, apart = (
+        [metric.loss for metric in stage_run(stage, parent, tmp_path / str(rows), rows)[0].metrics]
+        for rows in (4, 1)
+    )
+    assert len(together) == 14
+    assert min(together) > 0
+    assert apart == pytest.approx(together, rel=0.02)
+    other = stage_run(stage.model_copy(update={"damping": 0.5}), parent, tmp_path / "other")[0]
+    assert [metric.loss for metric in other.metrics] != pytest.approx(together, rel=0.02)
 
 
 def test_an_embedding_on_its_grid_stays(tmp_path: Path) -> None:

@@ -396,6 +396,8 @@ evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false, every_s
     stored = tmp_path / "run" / "stages" / "01-prune.search"
     reader = CheckpointReader(stored)
     assert sizes[1] == sum(reader.info(name).nbytes for name in reader)
+    notes = outcome.report.variants[1].stage.notes
+    assert not any(name.startswith("held-out KL") for name in notes)  # nothing to choose between
 
 
 REFUSED = {

@@ -89,6 +89,8 @@ def search(
         )
         for shape in shapes
     ]
+    if len(mixes) == 1:
+        return prune_mix(mixes[0], checkpoint, batches, context)
     found = _tried(stage, mixes, checkpoint, batches, context)
     scores = [_score(stage, distances) for distances in found]
     best = min(range(len(mixes)), key=lambda number: (scores[number], number))
@@ -128,9 +130,7 @@ def _tried(
     batches: Sequence[TokenBatch],
     context: StageContext,
 ) -> list[dict[str, float]]:
-    """KL to the parent in nats per token by domain, for every mix; none is tried where one is."""
-    if len(mixes) == 1:
-        return [{"": 0.0}]
+    """KL to the parent in nats per token by domain, for every mix."""
     progress = context.scratch / "trials.json"
     found: list[dict[str, float]] = json.loads(progress.read_text()) if progress.is_file() else []
     rows = spread_rows(batches, stage.trial_tokens)

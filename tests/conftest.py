@@ -30,8 +30,8 @@ gates: {max_kl: 5.0}
 LONG = frozenset(
     f"test_{name}"
     for name in (
-        "shipped_recipes", "readme", "allocate_runs", "allocate", "resume", "engine", "memory",
-        "team", "wheel", "dro_benchmark", "prune", "kv",
+        "shipped_recipes", "resume", "readme", "requantize", "memory", "engine", "publish",
+        "publish_text", "team", "prune", "wheel", "recover", "allocate_runs", "drafts",
     )
 )  # fmt: skip
 

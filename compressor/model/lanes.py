@@ -46,7 +46,7 @@ class Lanes:
         self.count = count
         self._share = max(1, torch.get_num_threads() // count)
         self._threads = [
-            ThreadPoolExecutor(1, "lane", self._enter, (index,)) for index in range(count)
+            ThreadPoolExecutor(1, "lane", _enter, (index, self._share)) for index in range(count)
         ]
 
     @classmethod
@@ -76,7 +76,7 @@ class Lanes:
     def here(self) -> int:
         """The lane that the calling thread is; 0 outside of all."""
         lane: int = getattr(_here, "lane", 0)
-        return lane
+        return lane if self.count > 1 else 0
 
     def each(self, task: Callable[[int], Result], batches: Iterable[int]) -> Iterator[Result]:
         """Results of a task for each batch, in order, as many at the same time as there are lanes.
@@ -109,6 +109,8 @@ class Lanes:
             return task()
         return self._threads[lane].submit(task).result()
 
-    def _enter(self, index: int) -> None:
-        _here.lane = index
-        torch.set_num_threads(self._share)
+
+def _enter(index: int, threads: int) -> None:
+    """Begin a thread; no method, which would keep the lanes and with them the thread for ever."""
+    _here.lane = index
+    torch.set_num_threads(threads)

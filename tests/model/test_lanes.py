@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from pathlib import Path
 
@@ -123,6 +124,19 @@ def test_what_fails_in_a_lane_is_raised_and_the_lanes_go_on(
     block = next(walk.blocks())
     with pytest.raises(ValueError, match="batch 0 comes next, not 2"):
         block.capture(lambda *_: None, batches=[2], onward=True)
+
+
+def test_threads_end_with_their_lanes() -> None:
+    before = threading.active_count()
+    lanes = Lanes(2)
+    list(lanes.each(lambda batch: batch, range(2)))
+    running = [thread for pool in lanes._threads for thread in pool._threads]
+    assert threading.active_count() == before + 2
+    del lanes
+    gc.collect()
+    for thread in running:
+        thread.join(timeout=20)
+    assert not any(thread.is_alive() for thread in running)
 
 
 def test_an_accelerator_has_one_lane() -> None:

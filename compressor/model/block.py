@@ -87,6 +87,7 @@ class Block:
             matrix.info.tensor: place(walk.architecture, matrix.info) for matrix in self.matrices
         }
         self._changed: dict[str, Tensor] = {}
+        self._bytes_standing = walk.bytes_standing(index)
         self._standing = [
             Standing(self._held_standing, walk.room_to_stand, lot, self._owned) for lot in walk.lots
         ]
@@ -344,7 +345,7 @@ class Block:
 
     def _held_standing(self, batch: int) -> int:
         """Bytes that a forward of a batch holds while it stands still, at most."""
-        return self._walk.batches[batch].mask.numel() * self._walk.bytes_standing(self.index)
+        return self._walk.batches[batch].mask.numel() * self._bytes_standing
 
     def _owned(self, batch: int) -> set[int]:
         """Addresses of storages that a forward of a batch may meet and that are not its own."""

@@ -2,7 +2,7 @@
 
 A matrix product keeps all cores busy, but what lies between products does not: files, copies of
 what is parked, tensors too small to be shared out. On two cores, a walk with two threads in every
-operation took 0.75 of the time of one thread; two forwards of one thread each fill both cores.
+operation took 0.75 of the time of one thread. Two forwards of one thread each save a ninth of that.
 
 Which batch goes to which lane depends on its number alone, and a lane never changes its number of
 threads: results do not depend on who was faster.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,9 @@ _KEY = "hidden"
 
 
 class ActivationStore:
-    """A list of tensors, appended once and read many times, on the CPU.
+    """Numbered tensors, put in once and read many times, on the CPU.
+
+    Threads may put in and read different ones at the same time.
 
     Args:
         folder: for the files; made when first needed.
@@ -28,7 +31,8 @@ class ActivationStore:
     def __init__(self, folder: Path, memory_budget_bytes: int) -> None:
         self.folder = folder
         self.budget = memory_budget_bytes
-        self._held: list[Tensor | None] = []
+        self._held: dict[int, Tensor | None] = {}
+        self._counting = threading.Lock()
         self.bytes_in_memory = 0
 
     def __len__(self) -> int:
@@ -38,29 +42,37 @@ class ActivationStore:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Tensor:
-        """The tensor appended as number `index`; do not write into it."""
+        """The tensor put in as number `index`; do not write into it."""
         held = self._held[index]
         # What is read lies in a view of the file, which nobody could give back: hence the copy.
         return load_file(self._path(index))[_KEY].clone() if held is None else held
 
     def held(self, index: int) -> tuple[Tensor, ...]:
-        """The tensor appended as number `index`, if it is in memory: it is the store's own."""
+        """The tensor put in as number `index`, if it is in memory: it is the store's own."""
         held = self._held[index]
         return () if held is None else (held,)
 
     def append(self, tensor: Tensor) -> None:
+        """`put` as the next number."""
+        self.put(len(self), tensor)
+
+    def put(self, index: int, tensor: Tensor) -> None:
         """Add a tensor of any shape and dtype; its bytes are kept exactly.
+
+        Args:
+            index: its number; in the end there must be one for each from 0.
+            tensor: what to keep.
 
         Raises:
             ResourceError: it goes to a file, and the disk refused it.
         """
         tensor = tensor.detach().cpu().contiguous()
-        if self.bytes_in_memory + tensor.nbytes <= self.budget:
-            self.bytes_in_memory += tensor.nbytes
-            self._held.append(tensor)
-        else:
-            self._write(len(self), tensor)
-            self._held.append(None)
+        with self._counting:
+            fits = self.bytes_in_memory + tensor.nbytes <= self.budget
+            self.bytes_in_memory += tensor.nbytes if fits else 0
+        if not fits:
+            self._write(index, tensor)
+        self._held[index] = tensor if fits else None
 
     def save(self, label: str = "") -> None:
         """Put everything on disk so that `load` finds it after a crash at any moment.
@@ -78,7 +90,7 @@ class ActivationStore:
         sizes = []
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for index, held in enumerate(self._held):
+            for index, held in sorted(self._held.items()):
                 if held is not None:
                     self._write(index, held)
                 flush(self._path(index))
@@ -88,7 +100,7 @@ class ActivationStore:
             flush(temporary)
             temporary.replace(manifest)
             flush(self.folder)
-        self._held = [None] * len(sizes)
+        self._held = dict.fromkeys(self._held)
         self.bytes_in_memory = 0
 
     @classmethod
@@ -114,12 +126,12 @@ class ActivationStore:
             raise ResumeError(f"the activations in {folder} belong to another text or precision")
         if not whole:
             raise ResumeError(f"the activations in {folder} are damaged: a file changed its size")
-        store._held = [None] * len(sizes)
+        store._held = dict.fromkeys(range(len(sizes)))
         return store
 
     def free(self) -> None:
         """Forget everything but what was saved, whose files stay for `load`."""
-        self._held = []
+        self._held = {}
         self.bytes_in_memory = 0
         if not (self.folder / _MANIFEST).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)

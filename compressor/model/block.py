@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from compressor.errors import ModelError
 from compressor.model.activations import ActivationStore
 from compressor.model.experts import ExpertWatch, Place, fused, place
+from compressor.model.lanes import Lanes
 from compressor.model.matrices import Matrix
 from compressor.model.memory import return_memory
 from compressor.model.passage import Passage, introduced
@@ -67,7 +69,6 @@ class Block:
         index: its position.
         matrices: its matrices in execution order.
         inputs: hidden states that enter it, one tensor [batch, length, hidden] per batch.
-        module: its live module in the walk's dtype; for optimisation through it.
         names: names on disk of all its tensors, also of those that the model does not use.
         domains: names that the domain index of a token refers to.
     """
@@ -76,7 +77,6 @@ class Block:
         self._walk = walk
         self.index = index
         self.inputs = inputs
-        self.module: nn.Module = walk.skeleton.layers[index]
         self.names = walk.reader.under(walk.prefix(index))
         self.domains = walk.domains
         self._groups = walk.architecture.groups(index)
@@ -87,9 +87,22 @@ class Block:
             matrix.info.tensor: place(walk.architecture, matrix.info) for matrix in self.matrices
         }
         self._changed: dict[str, Tensor] = {}
-        self._standing = Standing(self._held_standing, walk.room_to_stand, walk.lot, self._owned)
+        self._bytes_standing = walk.bytes_standing(index)
+        self._standing = [
+            Standing(self._held_standing, walk.room_to_stand, lot, self._owned) for lot in walk.lots
+        ]
         self._outputs = walk._new_store(index + 1)
         self._fill()
+
+    @property
+    def module(self) -> nn.Module:
+        """Its live module in the walk's dtype; for optimisation through it."""
+        return self._walk.skeleton.layers[self.index]
+
+    @property
+    def lanes(self) -> Lanes:
+        """In which batches run that are run at the same time."""
+        return self._walk.lanes
 
     def matrix(self, name: str) -> BlockMatrix:
         """The matrix of that name (without `.weight`).
@@ -185,11 +198,15 @@ class Block:
     def forward(self) -> None:
         """Run all batches with the present weights; the outputs enter the next block."""
         self._outputs.delete()
+        for _ in self.lanes.each(self._end, range(len(self._walk.batches))):
+            pass  # the outputs are where they belong
+
+    def _end(self, batch: int) -> None:
+        """Run a batch to the end, from where it stands."""
         with torch.no_grad():
-            for batch in range(len(self._walk.batches)):
-                passage = self._standing.take(batch)
-                output = passage.advance() if passage else None
-                self._outputs.append(self.run(batch) if output is None else output)
+            passage = self._standing[self.lanes.here].take(batch)
+            output = passage.advance() if passage else None
+            self._outputs.put(batch, self.run(batch) if output is None else output)
 
     def forward_watching(self, observe: ExpertObserver) -> None:
         """`forward` of a block with experts, all of whose answers are reported."""
@@ -261,7 +278,8 @@ class Block:
             batches: indices of the batches to run; all by default. Two walks in lockstep pair
                 the inputs of one model with those of another batch by batch.
             onward: run to the end and keep the outputs, which spares `forward` where weights stay
-                as they are. Batches must then come in order, over any number of calls.
+                as they are. Batches must then come in order, over any number of calls; those that
+                run at the same time may change places.
             ahead: stand still only where a part of the block begins and little is held, running
                 ahead of what was asked for. For a block whose weights stay as they are.
 
@@ -269,22 +287,20 @@ class Block:
             ModelError: the block has no such group.
             ValueError: `onward`, and the batches are out of order.
         """
-        wanted = set(self._groups if groups is None else groups)
+        lanes, wanted = self.lanes, set(self._groups if groups is None else groups)
         unknown = wanted - set(self._groups)
         if unknown:
             raise ModelError(f"block {self.index} has no input group {min(unknown)!r}")
-        with torch.no_grad():
-            for batch in range(len(self._walk.batches)) if batches is None else batches:
-                if onward and batch != len(self._outputs):
-                    raise ValueError(f"batch {len(self._outputs)} comes next, not {batch}")
-                output = self._capture_batch(batch, observe, wanted, onward, ahead)
-                if output is not None and onward:
-                    self._outputs.append(output)
+        for batch in range(len(self._walk.batches)) if batches is None else batches:
+            if onward and batch // lanes.count != len(self._outputs) // lanes.count:
+                raise ValueError(f"batch {len(self._outputs)} comes next, not {batch}")
+            run = partial(self._capture_batch, batch, observe, wanted, onward, ahead)
+            lanes.on(lanes.lane(batch), run)
 
     def _capture_batch(
         self, batch: int, observe: Observer, wanted: set[str], onward: bool, ahead: bool
-    ) -> Tensor | None:
-        """Output of the block, unless the forward stands still."""
+    ) -> None:
+        """Run one batch in its lane."""
         firsts = {members[0].tensor: members[0] for members in self._groups.values()}
         chosen = [matrix for matrix in firsts.values() if matrix.input_group in wanted]
         routed = {matrix.input_group for matrix in chosen if matrix.expert is not None}
@@ -307,7 +323,8 @@ class Block:
             if group in routed and bool(keep.any()):
                 observe(group, rows[keep], domains[tokens[keep]])
 
-        waiting = self._standing.take(batch, pending, anew=bool(routed))
+        standing = self._standing[self.lanes.here]
+        waiting = standing.take(batch, pending, anew=bool(routed))
         passage = waiting or Passage(lambda: self.run(batch))
         with ExitStack() as stack:
             for matrix in self.matrices:
@@ -315,18 +332,20 @@ class Block:
                     stack.enter_context(self._telling(matrix.info, passage))
             if routed:
                 stack.enter_context(ExpertWatch(self.experts, routed_to))
-            if self._walk.lot:
+            if self._walk.parks:
                 stack.enter_context(introduced(self.module, valid.numel(), passage))
-            output = passage.advance(visit)
-        if output is None and wanted != set(self._groups):
-            self._standing.keep(batch, passage)
+            with torch.no_grad():
+                output = passage.advance(visit)
+        if output is not None and onward:
+            self._outputs.put(batch, output)
+        elif output is None and wanted != set(self._groups):
+            standing.keep(batch, passage)
         elif output is None:  # nothing lies ahead that could still change
             passage.abandon()
-        return output
 
     def _held_standing(self, batch: int) -> int:
         """Bytes that a forward of a batch holds while it stands still, at most."""
-        return self._walk.batches[batch].mask.numel() * self._walk.bytes_standing(self.index)
+        return self._walk.batches[batch].mask.numel() * self._bytes_standing
 
     def _owned(self, batch: int) -> set[int]:
         """Addresses of storages that a forward of a batch may meet and that are not its own."""
@@ -370,7 +389,9 @@ class Block:
     def _settle(self, name: str) -> None:
         """A forward that used a tensor which has changed since is worth nothing."""
         told = name in self._places and self._places[name].expert is None
-        self._standing.end(name if told else None)
+        for lane, standing in enumerate(self._standing):
+            if standing:
+                self.lanes.on(lane, partial(standing.end, name if told else None))
 
     def close(self) -> None:
         """Finish, and free what only this block needed."""

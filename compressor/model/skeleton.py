@@ -62,6 +62,14 @@ class Skeleton:
         round_inputs(self.model, architecture)
         round_cache(self.model, architecture)
 
+    def share(self, other: Skeleton) -> None:
+        """Have the weights of another skeleton of the same model, now and whenever they change.
+
+        Hooks, doors and buffers stay its own: two forwards may be under way in two threads.
+        """
+        for mine, theirs in zip(self.model.modules(), other.model.modules(), strict=True):
+            mine._parameters = theirs._parameters
+
     def _restore_buffers(self) -> None:
         """Compute what is no weight and not on disk, such as rotary frequencies.
 

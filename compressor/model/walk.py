@@ -30,6 +30,7 @@ from compressor.model.activations import ActivationStore
 from compressor.model.architecture import ROOM_BESIDE_PARKED, Architecture, held_by_forward
 from compressor.model.block import Block
 from compressor.model.files import read_config
+from compressor.model.lanes import Lanes
 from compressor.model.matrices import Matrix
 from compressor.model.memory import keep_memory, return_memory
 from compressor.model.parking import ParkingLot
@@ -53,7 +54,9 @@ class BlockWalk:
         memory_budget: bytes of activations held in memory.
         activations: by matrix, how inputs are rounded beyond what the checkpoint asks for.
         parks: forwards that stand still without room in memory wait in a file of `scratch` instead
-            of running anew. Observers then may keep what they are shown only until the next batch.
+            of running anew. Observers then may keep what they are shown only until the next batch
+            of the same lane.
+        lanes: in which batches run that are run at the same time; one after another by default.
 
     Raises:
         ModelError: unknown family, compressed weights, or tensors that do not fit config.json.
@@ -70,6 +73,7 @@ class BlockWalk:
         memory_budget: int = 1 << 30,
         activations: Mapping[str, ActivationScheme] | None = None,
         parks: bool = False,
+        lanes: Lanes | None = None,
     ) -> None:
         architecture = Architecture.from_config(read_config(checkpoint))
         self.architecture = architecture.with_activations(activations or {})
@@ -80,14 +84,26 @@ class BlockWalk:
         self.batches = tuple(batches)
         self.device, self.dtype = torch.device(device), dtype
         self.scratch, self.memory_budget = scratch, memory_budget
-        self.lot = ParkingLot(scratch) if parks and self.device.type == "cpu" else None
-        if self.lot:
+        self.lanes = lanes or Lanes()
+        self.parks = parks and self.device.type == "cpu"
+        self.lots = [ParkingLot(scratch) if self.parks else None for _ in range(self.lanes.count)]
+        if self.parks:
             keep_memory()
         self.domains = tuple(sorted({name for batch in batches for name in batch.domains}))
         self._changed: dict[str, Tensor] = {}
-        self.skeleton = Skeleton(checkpoint, self.architecture, self.device, dtype)
+        self._skeletons = [
+            Skeleton(checkpoint, self.architecture, self.device, dtype)
+            for _ in range(self.lanes.count)
+        ]
+        for other in self._skeletons[1:]:
+            other.share(self._skeletons[0])
         self._fill_outside()
         self._inputs = ActivationStore(self.folder(0), 0)
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The model in which the calling thread may run a forward."""
+        return self._skeletons[self.lanes.here]
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
         """The blocks in order, each released when the next one is asked for.
@@ -252,17 +268,17 @@ class BlockWalk:
 
         A walk that parks keeps nothing: its outputs are about to be saved, and read once.
         """
-        return ActivationStore(self.folder(index), 0 if self.lot else self.memory_budget // 4)
+        return ActivationStore(self.folder(index), 0 if self.parks else self.memory_budget // 4)
 
     @property
     def room_to_stand(self) -> int:
-        """Bytes that forwards may hold in memory while they stand still, over all batches.
+        """Bytes that forwards of a lane may hold in memory while they stand still, all batches.
 
         To park them costs a copy to and from memory of the operating system, a few percent of
         the walk's time, and makes its peak independent of how much text there is.
         """
         half = self.memory_budget // 2
-        return min(half, ROOM_BESIDE_PARKED) if self.lot else half
+        return (min(half, ROOM_BESIDE_PARKED) if self.parks else half) // self.lanes.count
 
     def bytes_standing(self, index: int) -> int:
         """What a forward in front of a matrix holds of one token, at most."""
@@ -303,9 +319,10 @@ class BlockWalk:
 
     @cached_property
     def label(self) -> str:
-        """Fingerprint of the text and the precision that activations belong to."""
+        """Fingerprint of the text, its batches and the precision that activations belong to."""
         digest = hashlib.sha256(str(self.dtype).encode())
         for batch in self.batches:
+            digest.update(str(tuple(batch.mask.shape)).encode())
             digest.update(batch.input_ids.to(torch.int64).cpu().numpy().tobytes())
             digest.update(batch.mask.cpu().numpy().tobytes())
         return digest.hexdigest()

@@ -21,8 +21,9 @@ from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
 from compressor.model.architecture import Architecture
-from compressor.model.block import Block, BlockMatrix, Observer
+from compressor.model.block import Block, BlockMatrix
 from compressor.model.files import read_config
+from compressor.model.lanes import Lanes
 from compressor.model.memory import return_memory
 from compressor.model.serving import serving_config
 from compressor.model.walk import BlockWalk
@@ -169,8 +170,12 @@ def round_model(
     config = read_config(checkpoint)
     architecture = architecture_of(checkpoint)
     inputs = stage.rounded_inputs(architecture)
-    job = Job(stage.schemes(architecture), solve, batches, sublayers, balance, inputs)
-    walk, parent = open_walks(job, checkpoint, context, context.scratch, reference=reference)
+    lanes = Lanes() if rounds else Lanes.of(context.device)
+    parts = batches if rounds else Lanes.parts(batches, context.device)
+    job = Job(stage.schemes(architecture), solve, parts, sublayers, balance, inputs)
+    walk, parent = open_walks(
+        job, checkpoint, context, context.scratch, reference=reference, lanes=lanes
+    )
     writer = CheckpointWriter(context.folder)
     records = list(context.finished)
     with context.observer.task("rounding blocks", architecture.layers) as task:
@@ -193,7 +198,13 @@ def round_model(
 
 
 def open_walks(
-    job: Job, checkpoint: Path, context: StageContext, scratch: Path, *, reference: bool
+    job: Job,
+    checkpoint: Path,
+    context: StageContext,
+    scratch: Path,
+    *,
+    reference: bool,
+    lanes: Lanes | None = None,
 ) -> tuple[BlockWalk, BlockWalk | None]:
     """The walk whose blocks are rounded, and that of the parent beside it if there is to be one.
 
@@ -212,6 +223,7 @@ def open_walks(
             memory_budget=context.activation_budget // len(folders),
             activations=job.inputs if folder == scratch else None,
             parks=True,
+            lanes=lanes,
         )
         for folder in folders
     ]
@@ -383,33 +395,31 @@ def _measure(
         for name, info in infos.items()
     }
     last = wave[-1] == list(groups)[-1]
-    for batch in range(len(job.batches)):
-        seen: dict[str, Tensor] = {}
+
+    def run(batch: int) -> tuple[_Seen, _Seen]:
+        """What enters the parent's groups and the block's from the same tokens."""
+        reference, own = _Seen(), _Seen()
         if original and (paired or last):
-            original.capture(_into(seen), paired, [batch], onward=last, ahead=True)
-        block.capture(_pairing(found, seen), wave, [batch])
+            original.capture(reference.keep, paired, [batch], onward=last, ahead=True)
+        block.capture(own.keep, wave, [batch])
+        return reference, own
+
+    # Sums are formed out here, in the order of batches, so that they have the same bits every time.
+    for reference, own in block.lanes.each(run, range(len(job.batches))):
+        for name, (inputs, domains) in own.items():
+            found[name].add(inputs, reference[name][0] if name in paired else None, domains)
     if original and last:  # held-out tokens only go onward
-        original.capture(_into({}), (), range(len(job.batches), len(block.inputs)), onward=True)
+        rest = range(len(job.batches), len(block.inputs))
+        original.capture(_Seen().keep, (), rest, onward=True)
     return found
 
 
-def _into(seen: dict[str, Tensor]) -> Observer:
-    """Keep what the parent's groups see, until `_pairing` takes it out."""
+class _Seen(dict[str, tuple[Tensor, Tensor]]):
+    """What entered input groups [tokens, in], and the domains of these tokens."""
 
-    def observe(name: str, inputs: Tensor, _: Tensor) -> None:
-        seen[name] = inputs
-
-    return observe
-
-
-def _pairing(found: Mapping[str, _Measured], seen: dict[str, Tensor]) -> Observer:
-    """Count in what the groups see, beside what the parent's have seen of the same tokens."""
-
-    def observe(name: str, inputs: Tensor, domains: Tensor) -> None:
-        measured = found[name]
-        measured.add(inputs, seen.pop(name) if measured.paired else None, domains)
-
-    return observe
+    def keep(self, name: str, inputs: Tensor, domains: Tensor) -> None:
+        """An observer."""
+        self[name] = inputs, domains
 
 
 def _metric(module: str, weight: Tensor, rounded: Rounded, hessian: Tensor | None) -> ModuleMetric:

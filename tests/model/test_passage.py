@@ -116,7 +116,7 @@ def test_a_parent_runs_ahead_to_where_little_is_held(
             )  # fmt: skip
         assert all(torch.equal(x, y) for x, y in zip(*seen.values(), strict=True))
         stands[group.rpartition("0.")[2]] = {
-            name.split(".")[-2] for p in ahead._standing.values() for name in p.passed
+            name.split(".")[-2] for p in ahead._standing[0].values() for name in p.passed
         }
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert stands == {
@@ -162,7 +162,7 @@ def test_parked_forwards_hold_next_to_nothing(
     meet = Passage.meet
     monkeypatch.setattr(Passage, "meet", lambda p, t: (met.append(t), meet(p, t))[1])
     block.capture(lambda *_: None, ["model.layers.0.mlp.out"])
-    first, *_ = block._standing.values()
+    first, *_ = block._standing[0].values()
     assert first.is_parked
     tokens, width = BATCHES[0].mask.numel(), block.matrices[-1].info.shape
     freed = sum(parked.size for parked in first._parked)
@@ -181,7 +181,7 @@ def test_a_full_disk_ends_a_walk_that_parks(
     block = next(walk.blocks())
     with files_end_at(16), pytest.raises(ResourceError, match=f"cannot write {tmp_path}: "):
         block.capture(lambda *_: None, ["model.layers.0.mlp.out"])
-    assert block._standing
+    assert block._standing[0]
     del block, walk
     gc.collect()
 
@@ -250,7 +250,7 @@ def test_a_full_budget_runs_anew(checkpoints: Checkpoints, tmp_path: Path) -> No
     walk = BlockWalk(path, BATCHES, scratch=tmp_path / "walk", memory_budget=2 * room)
     block = next(walk.blocks())
     block.capture(lambda *_: None, ["model.layers.0.attention.in"])
-    assert list(block._standing) == [0]
+    assert list(block._standing[0]) == [0]
     assert torch.is_grad_enabled()  # what stands still has its own state
 
 

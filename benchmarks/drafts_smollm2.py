@@ -2,8 +2,8 @@
 """Train a draft for SmolLM2-135M-Instruct within some minutes and say what it is worth here.
 
     python benchmarks/drafts_smollm2.py --minutes 60 --steps 1500 [--kind eagle3] [--model DIR]
-        [--precision bf16] [--decode float32 bfloat16] [--prompts 8] [-o out/drafts-smollm2]
-        [--results FILE.md]
+        [--precision bf16] [--decode float32 bfloat16] [--tree DEPTH WIDTH NODES] [--prompts 8]
+        [-o out/drafts-smollm2] [--results FILE.md]
 
 A quarter of the time goes into text that the target writes, requests and answers, and a bit more
 than half into training in bf16; the rest is for reading the text. Then τ at γ = 5 on held-out chat
@@ -28,6 +28,7 @@ from compressor.decoding.binding import read_binding, tokenizer_sha256
 from compressor.decoding.cached import CachedModel
 from compressor.decoding.load import load_draft
 from compressor.decoding.measure import Protocol, measure_draft
+from compressor.decoding.proposals import Tree
 from compressor.decoding.results import WORTHWHILE, DraftMeasurement
 from compressor.meter import Meter
 from compressor.model.load import load_model, load_tokenizer, resolve
@@ -71,6 +72,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=(1, 4))
     parser.add_argument("--kind", choices=("eagle3", "standalone"), default="eagle3")
     parser.add_argument("--model", default="cache/SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--tree", type=int, nargs=3, metavar=("DEPTH", "WIDTH", "NODES"), help="tried beside chains"
+    )
     parser.add_argument("--prompts", type=int, default=8, help="of each kind, at most 8")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("-o", "--out", type=Path, default=Path("out/drafts-smollm2"))
@@ -158,7 +162,9 @@ def measured(
     watcher: Observer,
 ) -> DraftMeasurement:
     """Target and draft decode in this precision; what OUT holds is not measured again."""
-    path: Path = options.out / f"measurement-{precision}.json"
+    tree = Tree(*options.tree) if options.tree else None
+    shape = "-".join(map(str, ("tree", *options.tree))) if options.tree else "chains"
+    path: Path = options.out / f"measurement-{precision}-{shape}.json"
     if not path.is_file():
         model = load_model(base, torch.device("cpu"), getattr(torch, precision))
         draft = load_draft(folder, model, tokenizer_sha256(base))
@@ -168,7 +174,7 @@ def measured(
             draft,
             drafter.untrained(model, folder),
             prompts,
-            Protocol(DRAFTED, options.new_tokens, None, timed, 0, options.batches),
+            Protocol(DRAFTED, options.new_tokens, tree, timed, 0, options.batches),
             watcher,
         )
         path.write_text(found.model_dump_json(indent=1))
@@ -207,6 +213,7 @@ def report(
         "| --- | --- |",
         f"| this draft, γ = {speed.drafted} (predicted {speed.predicted:.2f}) "
         f"| {speed.measured:.2f} |",
+        *tree_row(options, found),
         f"| the same before training | {untrained} |",
         f"| prompt lookup | {speed.lookup:.2f} |",
         f"| transformers' assisted generation, same draft | {assisted} |",
@@ -217,7 +224,8 @@ def report(
     ]
     lines += [
         f"Batch {more.batch}: {more.measured:.2f} at γ = {more.drafted} (predicted "
-        f"{more.predicted:.2f}), prompt lookup {more.lookup:.2f}."
+        f"{more.predicted:.2f}), {'' if more.tree is None else f'tree {more.tree:.2f}, '}"
+        f"prompt lookup {more.lookup:.2f}."
         for more in found.speeds[1:]
     ]
     if binding.curve is not None and binding.curve.fit is not None:
@@ -226,6 +234,18 @@ def report(
             f"τ by training tokens: {points}; {binding.curve.fit.slope:+.3f} · ln(tokens)."
         )
     return lines
+
+
+def tree_row(options: argparse.Namespace, found: DraftMeasurement) -> list[str]:
+    """Of the table of speeds, where a tree was tried."""
+    gain = found.speeds[0].tree
+    if gain is None:
+        return []
+    depth, width, nodes = options.tree
+    return [
+        f"| a tree of {nodes} proposals, {depth} deep, {width} wide (τ = {found.tree_length:.2f}) "
+        f"| {gain:.2f} |"
+    ]
 
 
 if __name__ == "__main__":

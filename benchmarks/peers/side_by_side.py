@@ -155,7 +155,7 @@ class Bench:
             command,
             REPOSITORY if method.is_ours else folder,
             folder / "log.txt",
-            {"OMP_NUM_THREADS": str(os.cpu_count()), "OMP_WAIT_POLICY": "passive",
+            {"OMP_NUM_THREADS": str(os.cpu_count()),
              "HF_HUB_OFFLINE": "1", **dict(method.environment)},
             options.nice,
         )  # fmt: skip

@@ -27,6 +27,17 @@ def draft_claims(report: Report, document: Document) -> Iterator[Statement]:
             drafted=(pointer(*found, "speeds", 0, "drafted"), "count"),
             measured=(pointer(*found, "speeds", 0, "measured"), "ratio"),
         )
+        speed = draft.measurement.speeds[0]
+        if speed.tree is not None and speed.tree > speed.measured:
+            yield state(
+                document,
+                f"tree-{draft.id}",
+                "{label}: a tree of {nodes} proposals was {tree} as fast as plain decoding here; "
+                "an engine must be able to verify trees.",
+                label=_label(place),
+                nodes=(pointer("drafts", place, "stage", "params", "tree_nodes"), "count"),
+                tree=(pointer(*found, "speeds", 0, "tree"), "ratio"),
+            )
         yield state(
             document,
             f"lossless-{draft.id}",

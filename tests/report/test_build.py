@@ -189,6 +189,19 @@ def test_a_draft_replaces_nothing_and_says_when_it_does_not_pay() -> None:
     assert "the same in 7 of 8" in claims["lossless-4-draft.standalone"]
     paying = build_report(changed(drafts=(example.draft(1.4),)))
     assert not [w for w in paying.warnings if w.id.startswith(("no-speed-up", "lookup"))]
+    speeds = tuple(
+        speed.model_copy(update={"tree": 1.52}) for speed in example.draft(1.4).measurement.speeds
+    )
+    grown = example.draft(1.4)
+    grown = grown.model_copy(
+        update={
+            "measurement": grown.measurement.model_copy(update={"speeds": speeds}),
+            "stage": grown.stage.model_copy(update={"params": {"drafted": 3, "tree_nodes": 15}}),
+        }
+    )
+    claims = {claim.id: claim.text for claim in build_report(changed(drafts=(grown,))).claims}
+    assert "a tree of 15 proposals was 1.52× as fast" in claims["tree-4-draft.standalone"]
+    assert not [claim for claim in paying.claims if claim.id.startswith("tree")]
     hopeless = example.draft(0.9)
     assert hopeless.outlook is not None
     never = hopeless.outlook.model_copy(update={"paying_parameters": None})

@@ -27,6 +27,7 @@ from compressor.evaluation.divergence import log_probabilities, rows_per_chunk
 from compressor.model.architecture import Architecture
 from compressor.model.block import Block
 from compressor.model.files import read_config
+from compressor.model.lanes import Lanes
 from compressor.model.load import load_tokenizer
 from compressor.model.walk import BlockWalk
 from compressor.numerics.robust import chi_square_weights, trusted_radius
@@ -276,7 +277,8 @@ class _Bench:
         context: StageContext,
     ) -> None:
         self._stage, self._checkpoint, self._context = stage, checkpoint, context
-        self._batches, self._balance = batches, balance
+        # In the parts that the whole model will be rounded with: sums then have the same order.
+        self._batches, self._balance = Lanes.parts(batches, context.device), balance
         self._architecture = architecture_of(checkpoint)
         self._prefix = stage.tried_blocks(self._architecture.layers)
         self._scratch = context.scratch / "trial"

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.evaluation.measure import TokenScores
+from compressor.evaluation.results import Protocol
+from compressor.evaluation.summary import compare
 from compressor.resources import builtin_model
 
 PEERS = Path(__file__).resolve().parent.parent / "benchmarks" / "peers"
@@ -23,7 +27,7 @@ def load(monkeypatch: pytest.MonkeyPatch):
     """Import a script of the benchmark, as it is imported when run."""
     monkeypatch.syspath_prepend(PEERS)
     yield importlib.import_module
-    for name in ("dense", "meter", "methods", "environments"):
+    for name in ("dense", "meter", "methods", "environments", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -143,3 +147,64 @@ def test_every_method_has_its_own_name_and_an_existing_script(load, tmp_path: Pa
         script = next(part for part in command if part.endswith((".py", ".yaml")))
         assert (PEERS.parents[1] / script).is_file()
         assert "3" in command or any(part.endswith("bits=3") for part in command)
+
+
+def test_pairs_agree_with_the_paired_comparison_of_tokens(load) -> None:
+    """From sums by document comes the interval that token scores give."""
+    tables, generator = load("tables"), np.random.default_rng(0)
+    ours, theirs = (token_scores(name, generator) for name in ("ours", "theirs"))
+    expected = compare(theirs, ours).overall.delta_kl
+    found = tables.difference(tables.by_document(ours), tables.by_document(theirs))
+    assert expected is not None
+    assert found.value == pytest.approx(expected.value, abs=1e-5)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert tables.difference(tables.by_document(ours), tables.by_document(ours)).value == 0
+
+
+def token_scores(name: str, generator: np.random.Generator) -> TokenScores:
+    """Two domains of twelve documents, of all lengths."""
+    domain = np.repeat(np.arange(2, dtype=np.int16), 600)
+    cluster = np.tile(np.repeat(np.arange(12, dtype=np.int32), np.arange(39, 63, 2)[:12]), 2)
+    ones = np.ones(1200, dtype=np.int32)
+    floats = {
+        column: generator.exponential(size=1200).astype(np.float32)
+        for column in ("nll", "base_nll", "kl", "reverse_kl")
+    }
+    return TokenScores(
+        variant=name,
+        protocol=Protocol(
+            id="rolling",
+            length=512,
+            stride=512,
+            bos="none",
+            suite="quick",
+            text_sha256="",
+            tokenizer_sha256="",
+            dtype="float32",
+            backend="none",
+            batch=8,
+        ),
+        domains=("code", "prose"),
+        is_base=False,
+        domain=domain,
+        cluster=cluster,
+        position=ones,
+        sizes=ones,
+        top1=ones,
+        base_top1=ones,
+        **floats,
+    )
+
+
+def test_rows_of_earlier_days_stay_in_the_table(load, tmp_path: Path) -> None:
+    tables, committed = load("tables"), PEERS.parent / "results"
+    name = "peers-w4-default-32x512"
+    source = json.loads((committed / f"{name}.json").read_text())
+    protocol = Protocol.model_validate(source["compressor-gptq"]["evaluation"]["protocol"])
+    cells = tables.read(committed / f"{name}.json", protocol)
+    tables.write(tmp_path, name, ["a page"], cells)
+    assert json.loads((tmp_path / f"{name}.json").read_text()) == source
+    assert set(tables.read(tmp_path / f"{name}.json", protocol)) == set(source)
+    other = protocol.model_copy(update={"dtype": "float32"})
+    assert tables.read(committed / f"{name}.json", other) == {}
+    assert tables.read(tmp_path / "none.json", protocol) == {}

@@ -120,6 +120,8 @@ METHODS = (
     _ours("rotate-heads-gptq", "recipes/w4-rotate-gptq.yaml", "stages.0.where=heads",
           "stages.1.bits={bits}", "stages.1.head=keep"),
     _ours("rotate-gptq", "recipes/w4-rotate-gptq.yaml", "stages.1.bits={bits}"),
+    _ours("autoround-50", "recipes/w2-autoround.yaml", "stages.0.bits={bits}",
+          "stages.0.symmetry=full_range", "stages.0.steps=50"),
     _llm_compressor("rtn", "rtn"),
     _llm_compressor("gptq", "gptq", "--dtype", "bfloat16"),
     _llm_compressor("gptq-fp32", "gptq"),

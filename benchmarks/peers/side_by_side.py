@@ -9,7 +9,8 @@ loads the model, rounds it and saves it; a JSON file per cell records what it co
 resumes. What was saved is then loaded again and scored here, against the original. `--retime`
 runs the cells once more for their cost (and scores again what came out different): use it on a
 quiet machine, the load average in each record says whether it was. `--only` takes patterns of
-names (`compressor-*,*-gptq`); `--nice 10` gives way to other work.
+names (`compressor-*,*-gptq`); `--nice 10` gives way to other work, `--threads 1` leaves it a core.
+Rows that the folder of `--results` holds from earlier days stay in the table.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from compressor.formats.atomic import atomic_write_json
 from compressor.model.load import read_config
 from compressor.model.quiet import quiet
 from compressor.progress import SilentObserver
-from compressor.provenance import environment
+from compressor.provenance import Environment, environment
 from compressor.sessions import open_session
 
 REPOSITORY = environments.HERE.parents[1]
@@ -81,12 +82,18 @@ def versions(python: str) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
+def processor(found: Environment, threads: int) -> str:
+    """What seconds were measured on."""
+    return f"{found.hardware.cpu}, {threads} of {found.hardware.cores} cores"
+
+
 class Bench:
     """One model, one suite, one folder of cells."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model, self.out = options.model.absolute(), options.out.absolute()
+        self.model = options.model.absolute()
+        self.out = options.out.absolute() / self.model.name
         self.config = EvaluateConfig(
             suite=options.suite, dtype=options.dtype, documents=options.documents, noise_floor=False
         )
@@ -103,6 +110,12 @@ class Bench:
     def calibration(self) -> str:
         """Of the text that all calibrate on: mix, rows, tokens a row."""
         return f"{self.options.mix}-{self.options.samples}x{self.options.length}"
+
+    @property
+    def page(self) -> str:
+        """Name of the table: the model goes without saying unless it is another one."""
+        other = "" if self.model.name == MODEL.name else f"{self.model.name}-"
+        return f"peers-{other}w{self.options.bits}-{self.calibration}"
 
     @property
     def tokens(self) -> Path:
@@ -138,6 +151,7 @@ class Bench:
             (self.session.folder / f"{name}.sha256").write_text(found["sha256"])
         if scored.is_file():
             found["evaluation"] = self.session.load(name)
+            found["documents"] = tables.by_document(self.session.scores(name))
         return found
 
     def _scored(self, name: str) -> str:
@@ -155,11 +169,11 @@ class Bench:
             command,
             REPOSITORY if method.is_ours else folder,
             folder / "log.txt",
-            {"OMP_NUM_THREADS": str(os.cpu_count()),
+            {"OMP_NUM_THREADS": str(options.threads),
              "HF_HUB_OFFLINE": "1", **dict(method.environment)},
             options.nice,
         )  # fmt: skip
-        saved = checkpoint / method.saved
+        saved, here = checkpoint / method.saved, environment(torch.device("cpu"))
         facts = {
             "peer": method.peer,
             "method": method.name,
@@ -168,7 +182,8 @@ class Bench:
             "command": portable(command),
             "versions": versions(command[0]),
             "toolkit": environments.PEERS.get(method.peer, OURS),
-            "commit": environment(torch.device("cpu")).commit,
+            "commit": here.commit,
+            "processor": processor(here, options.threads),
             "cost": asdict(cost),
             "bytes": sum(path.stat().st_size for path in weights_of(saved)),
             "bytes_16": tables.bytes_at_16(weights_of(saved)),
@@ -212,10 +227,12 @@ def main() -> None:
     parser.add_argument("--documents", type=int, help="per domain, in place of the suite's")
     parser.add_argument("--dtype", default="float32", help="of scoring")
     parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
     parser.add_argument("-o", "--out", type=Path, default=REPOSITORY / "cache" / "peers" / "cells")
     parser.add_argument("--results", type=Path, help="folder for the table and its JSON")
     options = parser.parse_args()
     os.chdir(REPOSITORY)
+    torch.set_num_threads(options.threads)
     with quiet():
         bench = Bench(options)
         cells = {}
@@ -223,13 +240,16 @@ def main() -> None:
             if not options.known or (bench.folder(method) / "run.json").is_file():
                 cells[method.id] = bench.cell(method)
     cells = {name: cell for name, cell in cells.items() if "evaluation" in cell}
-    names = {method.id: bench.name(method) for method in METHODS}
+    base = bench.session.load(BASE)
+    if options.results:
+        earlier = tables.read(options.results / f"{bench.page}.json", base.protocol)
+        known = earlier | cells
+        cells = {method.id: known[method.id] for method in METHODS if method.id in known}
     command = portable([sys.executable, *sys.argv])
-    lines = tables.page(cells, names, bench.session, command, bench.calibration)
+    lines = tables.page(cells, base, bench.model.name, command, bench.calibration)
     print("\n".join(lines))
     if options.results:
-        name = f"peers-w{options.bits}-{bench.calibration}"
-        tables.write(options.results, name, lines, cells)
+        tables.write(options.results, bench.page, lines, cells)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from methods import GROUP, OURS
 
-from compressor.evaluation.results import Estimate, Evaluation
-from compressor.evaluation.session import BASE, Session
-from compressor.evaluation.summary import compare
+from compressor.evaluation.measure import TokenScores
+from compressor.evaluation.results import Estimate, Evaluation, Protocol
+from compressor.evaluation.statistics import Bootstrap, Floats
 from compressor.formats.atomic import atomic_write_json
 from compressor.formats.headers import FLOATING, read_header
+
+# What a table says of the model; any other goes by its folder's name.
+MODELS = {
+    "SmolLM2-135M-Instruct": "SmolLM2-135M-Instruct without its 4-bit lattice "
+    "(`tools/build_smollm2.py --delattice`)",
+    "SmolLM2-135M-Instruct-plain": "SmolLM2-135M-Instruct as it is published, its matrices on an "
+    "asymmetric 4-bit grid in groups of 32 (`tools/build_smollm2.py`)",
+}
+Documents = dict[str, list[list[float]]]
+"""Of each domain, for each document: tokens, and the sum of their KL."""
 
 
 def bytes_at_16(files: Iterable[Path]) -> int:
@@ -79,7 +91,8 @@ def divergences(cells: Mapping[str, dict[str, Any]], base: Evaluation) -> list[s
 
 def costs(cells: Mapping[str, dict[str, Any]]) -> list[str]:
     """What it took to make the checkpoints."""
-    header = ["", "wall, s", "CPU, s", "peak resident, MB", "load average, before to after"]
+    header = ["", "wall, s", "CPU, s", "peak resident, MB", "load average, before to after",
+              "processor"]  # fmt: skip
     lines = [row(header), row(["---"] * len(header))]
     for name, cell in cells.items():
         cost = cell["cost"]
@@ -91,48 +104,69 @@ def costs(cells: Mapping[str, dict[str, Any]]) -> list[str]:
                     f"{cost['cpu_seconds']:.0f}",
                     f"{cost['peak_bytes'] / 1e6:.0f}",
                     f"{cost['load_before']:.1f} to {cost['load_after']:.1f}",
+                    cell.get("processor", f"{cost['cores']} cores, not recorded"),
                 ]
             )
         )
     return lines
 
 
-def pairs(
-    cells: Mapping[str, dict[str, Any]], names: Mapping[str, str], session: Session
-) -> list[str]:
-    """Difference of mean KL, ours minus the peer's, paired by document."""
+def by_document(scores: TokenScores) -> Documents:
+    """What a paired interval needs."""
+    found: Documents = {}
+    for number, domain in enumerate(scores.domains):
+        rows = scores.domain == number
+        _, document = np.unique(scores.cluster[rows], return_inverse=True)
+        sums = np.bincount(document, weights=scores.kl[rows])
+        counts = np.bincount(document)
+        found[domain] = [[int(n), round(kl, 4)] for n, kl in zip(counts, sums, strict=True)]
+    return found
+
+
+def difference(ours: Documents, theirs: Documents) -> Estimate:
+    """Mean KL over domains, ours minus theirs, resampled by document."""
+    paired = [
+        np.column_stack([np.array(ours[domain]), np.array(theirs[domain])[:, 1]]) for domain in ours
+    ]
+
+    def statistic(totals: Floats) -> Floats:
+        return np.asarray(((totals[..., 1] - totals[..., 2]) / totals[..., 0]).mean(-1))
+
+    return Bootstrap(paired).interval(statistic)
+
+
+def pairs(cells: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Difference of mean KL, ours minus the peer's; blank where only averages were kept."""
     ours = [name for name, cell in cells.items() if cell["peer"] == OURS]
     peers = [name for name, cell in cells.items() if cell["peer"] != OURS]
-    scores = {n: session.scores(names[n]) for n in (*ours, *peers)}
     lines = [row(["ours minus theirs", *peers]), row(["---"] * (len(peers) + 1))]
     for own in ours:
         found = []
         for peer in peers:
-            pair = compare(scores[peer], scores[own], session.config.resamples, session.config.seed)
-            assert pair.overall.delta_kl is not None
-            found.append(interval(pair.overall.delta_kl))
+            known = [cells[name].get("documents") for name in (own, peer)]
+            found.append(interval(difference(*known)) if all(known) else "")
         lines.append(row([own, *found]))
     return lines
 
 
 def page(
     cells: Mapping[str, dict[str, Any]],
-    names: Mapping[str, str],
-    session: Session,
+    base: Evaluation,
+    model: str,
     command: str,
     calibration: str,
 ) -> list[str]:
     """The whole Markdown page."""
     if not cells:
         return ["no cell has scores yet"]
-    base, first = session.load(BASE), next(iter(cells.values()))
+    first = next(iter(cells.values()))
     commits = sorted({cell["commit"] or "unknown" for cell in cells.values()})
     return [
         f"# {first['bits']} bits, calibrated on `{calibration}`",
         "",
         f"`{command}`, cells made at commit {', '.join(f'`{commit}`' for commit in commits)}.",
         "",
-        _setting(base),
+        _setting(base, model),
         "",
         *accuracy(cells, base),
         "",
@@ -142,29 +176,28 @@ def page(
         "",
         "## Ours minus theirs, mean KL, paired by document",
         "",
-        *pairs(cells, names, session),
+        *pairs(cells),
         "",
         "## Cost",
         "",
         "Whole process: imports, loading, rounding, saving; ours also plans, verifies and compares "
-        f"the export with memory. {first['cost']['cores']} cores. Times mean something only where "
-        "the load average was near zero before.",
+        "the export with memory. Times of one processor compare, and mean something only where the "
+        "load average was near zero before.",
         "",
         *costs(cells),
     ]
 
 
-def _setting(base: Evaluation) -> str:
+def _setting(base: Evaluation, model: str) -> str:
     """What all rows share."""
     protocol, overall = base.protocol, base.overall
     return (
-        "SmolLM2-135M-Instruct without its 4-bit lattice (`tools/build_smollm2.py --delattice`); "
-        f"symmetric codes, groups of {GROUP}, embedding and head kept; calibration tokens (mix, "
-        "rows × tokens a row) the same for all. Scored from what was saved, by our evaluation: "
-        f"suite `{protocol.suite}`, protocol `{protocol.id}`, windows of {protocol.length}, "
-        f"{protocol.dtype}, {overall.tokens} tokens of {overall.documents} documents, text "
-        f"{protocol.text_sha256[:12]}. KL to the original in nats per token, the mean over "
-        "domains; intervals are 95 %, resampled by document."
+        f"{MODELS.get(model, model)}; symmetric codes, groups of {GROUP}, embedding and head kept; "
+        "calibration tokens (mix, rows × tokens a row) the same for all. Scored from what was "
+        f"saved, by our evaluation: suite `{protocol.suite}`, protocol `{protocol.id}`, windows of "
+        f"{protocol.length}, {protocol.dtype}, {overall.tokens} tokens of {overall.documents} "
+        f"documents, text {protocol.text_sha256[:12]}. KL to the original in nats per token, the "
+        "mean over domains; intervals are 95 %, resampled by document."
     )
 
 
@@ -176,10 +209,31 @@ def write(folder: Path, name: str, lines: list[str], cells: Mapping[str, dict[st
     atomic_write_json(folder / f"{name}.json", values)
 
 
+def read(path: Path, protocol: Protocol) -> dict[str, dict[str, Any]]:
+    """The cells that `write` left, as far as they were scored as those of today are."""
+    if not path.is_file():
+        return {}
+    cells = json.loads(path.read_text())
+    found = {
+        name: cell | {"evaluation": _whole(cell["evaluation"])} for name, cell in cells.items()
+    }
+    return {name: cell for name, cell in found.items() if cell["evaluation"].protocol == protocol}
+
+
+# What would make the file long, and no table shows.
+_LEFT_OUT = {"worst_tokens": [], "kl_by_position": [], "seconds": 0.0, "peak_bytes": 0}
+
+
 def _brief(evaluation: Evaluation) -> dict[str, Any]:
     """Without the quoted text and the curves."""
-    drop = {"worst_tokens": True, "kl_by_position": True, "seconds": True, "peak_bytes": True}
-    brief = evaluation.model_dump(mode="json", exclude=drop)
+    brief = evaluation.model_dump(mode="json", exclude=set(_LEFT_OUT))
     for score in (brief["overall"], *brief["domains"].values()):
         del score["divergence"]["ccdf"]
     return brief
+
+
+def _whole(brief: dict[str, Any]) -> Evaluation:
+    """With nothing in their places."""
+    for score in (brief["overall"], *brief["domains"].values()):
+        score["divergence"]["ccdf"] = []
+    return Evaluation.model_validate(brief | _LEFT_OUT)

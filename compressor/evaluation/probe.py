@@ -13,6 +13,7 @@ from compressor.evaluation.scoring import Scorer
 from compressor.evaluation.session import Session
 from compressor.machine import free_memory
 from compressor.model.load import load_model
+from compressor.model.memory import return_memory
 from compressor.progress import SilentObserver
 from compressor.types import TokenBatch
 
@@ -42,6 +43,7 @@ class Probe:
         """The same from the model as anyone would load it; None if memory does not hold it."""
         if _free(self.session.device) < self.whole_bytes:
             return None
+        return_memory()  # a whole model is about to come
         model = load_model(checkpoint, self.session.device)
         with torch.inference_mode():
             logits: Tensor = model(self._ids.to(self.session.device)).logits[0]

@@ -207,6 +207,10 @@ class StreamingScorer:
         """Logits [N, V]."""
         return self._head.logits(hidden)
 
+    def has_head_of(self, other: StreamingScorer) -> bool:
+        """Whether the same states would have the same logits: one head in memory is enough."""
+        return self._dtype == other._dtype and self._head.same_head(other._head)
+
     def close(self) -> None:
         """Drop the head."""
         del self._head

@@ -27,6 +27,7 @@ from compressor.evaluation.scoring import Scorer, StreamingScorer, TransformersS
 from compressor.evaluation.suites import EvaluationText, load_text
 from compressor.evaluation.summary import compare
 from compressor.formats.atomic import atomic_write_json
+from compressor.model.memory import return_memory
 from compressor.progress import Observer, Task
 
 BASE = "base"
@@ -73,6 +74,7 @@ class Session:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._progress(f"evaluate {name}") as progress:
             evaluation = self._score(name, checkpoint, progress)
+        return_memory()  # the heads
         atomic_write_json(self._path(name, "json"), evaluation.model_dump(mode="json"))
         return evaluation
 
@@ -137,7 +139,7 @@ class Session:
             scorer,
             self.settings,
             self._base_states(scorer),
-            self.scorer(self.base),
+            self._base_head(scorer),
             variant=name,
             save=scores,
             progress=progress,
@@ -155,6 +157,13 @@ class Session:
             budget=self.activation_budget,
             observer=self.observer,
         )
+
+    def _base_head(self, scorer: Scorer) -> Scorer:
+        """What turns the base's states into logits: the variant itself where it has its head."""
+        base = self.scorer(self.base)
+        if isinstance(scorer, StreamingScorer) and isinstance(base, StreamingScorer):
+            return scorer if scorer.has_head_of(base) else base
+        return base
 
     def _base_states(self, scorer: Scorer) -> BaseCache:
         """The base's hidden states; what a crash or a clean-up took is computed again."""

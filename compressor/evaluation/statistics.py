@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
-from scipy.stats import t as student
+from scipy.special import ndtr, ndtri, stdtrit
 
 from compressor.evaluation.results import Estimate
 
@@ -75,7 +74,7 @@ class Bootstrap:
         """The two quantiles of the bootstrap distribution that bound the interval."""
         smallest = self._sizes.min()
         widening = np.sqrt(smallest / (smallest - 1))
-        z = widening * student.ppf((1 + level) / 2, (self._sizes - 1).sum())
+        z = widening * stdtrit((self._sizes - 1).sum(), (1 + level) / 2)
         share = (np.mean(draws < value) + np.mean(draws <= value)) / 2
         bias = ndtri(np.clip(share, 1 / len(draws), 1 - 1 / len(draws)))
         tails = bias + np.array([-z, z])

@@ -115,10 +115,11 @@ def _load(path: Path, module: str, entry: Mapping[str, object]) -> QTensor:
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             packed = handle.get_tensor(f"{module}.codes")
-            scale = handle.get_tensor(f"{module}.scale")
-            zero_point = handle.get_tensor(f"{module}.zero_point") if asymmetric else None
+            # Copies: what the file itself lends would keep all of it mapped.
+            scale = handle.get_tensor(f"{module}.scale").clone()
+            zero_point = handle.get_tensor(f"{module}.zero_point").clone() if asymmetric else None
             divided = scheme.scales == "e4m3"
-            divisor = handle.get_tensor(f"{module}.divisor") if divided else None
+            divisor = handle.get_tensor(f"{module}.divisor").clone() if divided else None
     except SafetensorError as error:
         raise ModelError(f"cannot read the codes of {module} from {path}: {error}") from error
     codes = unpack_bytes(packed, scheme.bits, in_features)

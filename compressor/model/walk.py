@@ -256,8 +256,20 @@ class BlockWalk:
         """Bring the head to life if it is not; it stays."""
         head = self.skeleton.head
         if next(head.parameters()).is_meta:
-            table = self._table("embed" if self.architecture.tied else "head")
-            head.weight = _parameter(self.tensor(table.tensor), self.device, self.dtype)
+            head.weight = _parameter(self.tensor(self._head_tensor), self.device, self.dtype)
+
+    def same_head(self, other: BlockWalk) -> bool:
+        """Whether two checkpoints make the same logits of the same hidden states, as on disk."""
+        if self.architecture.config != other.architecture.config:
+            return False
+        module = self._head_tensor.removesuffix("weight")  # a bias belongs to it as well
+        names = [name for name in self.rest() if name.startswith(module)]
+        return all(torch.equal(self.tensor(name), other.tensor(name)) for name in names)
+
+    @property
+    def _head_tensor(self) -> str:
+        """Name on disk of the head's weight; that of the embedding where they are one."""
+        return self._table("embed" if self.architecture.tied else "head").tensor
 
     def folder(self, index: int) -> Path:
         """Where what enters a block is saved."""

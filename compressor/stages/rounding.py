@@ -170,7 +170,7 @@ def round_model(
     config = read_config(checkpoint)
     architecture = architecture_of(checkpoint)
     inputs = stage.rounded_inputs(architecture)
-    lanes = Lanes() if rounds else Lanes.of(context.device)
+    lanes = Lanes() if rounds or not batches else Lanes.of(context.device)
     parts = batches if rounds else Lanes.parts(batches, context.device)
     job = Job(stage.schemes(architecture), solve, parts, sublayers, balance, inputs)
     walk, parent = open_walks(

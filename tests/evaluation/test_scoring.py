@@ -94,6 +94,33 @@ def test_block_by_block_equals_the_whole_model(family: str, budget: int, tmp_pat
     assert not (tmp_path / "scratch").exists()
 
 
+@pytest.mark.parametrize("family", ["gemma2-soft-cap", "qwen2-untied", "gpt2"])
+def test_a_head_is_another_s_if_bytes_and_configuration_agree(family: str, tmp_path: Path) -> None:
+    """Then one of them is enough to turn the states of both into logits."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+
+    def saved(name: str) -> StreamingScorer:
+        model.save_pretrained(tmp_path / name)
+        return StreamingScorer(
+            tmp_path / name, torch.device("cpu"), torch.float32,
+            scratch=tmp_path / "scratch", budget=0, observer=SilentObserver(),
+        )  # fmt: skip
+
+    base = saved("base")
+    within = next(p for name, p in model.named_parameters() if "layers.0" in name or ".h.0" in name)
+    within.data.mul_(2)
+    rounded = saved("rounded")
+    assert rounded.has_head_of(base)
+    states = torch.randn(5, model.config.hidden_size)
+    assert torch.equal(rounded.logits(states), base.logits(states))
+    model.get_output_embeddings().weight.data[3, 0] += 1
+    assert not saved("another head").has_head_of(base)
+    model.get_output_embeddings().weight.data[3, 0] -= 1
+    model.config.bos_token_id = 7
+    assert not saved("another configuration").has_head_of(base)
+
+
 def test_only_plain_checkpoints_of_known_families_stream(base_path: Path, tmp_path: Path) -> None:
     assert can_stream(base_path)
     (tmp_path / "config.json").write_text('{"model_type": "cohere"}')

@@ -245,6 +245,7 @@ def main() -> None:
         earlier = tables.read(options.results / f"{bench.page}.json", base.protocol)
         known = earlier | cells
         cells = {method.id: known[method.id] for method in METHODS if method.id in known}
+    tables.paired(cells)
     command = portable([sys.executable, *sys.argv])
     lines = tables.page(cells, base, bench.model.name, command, bench.calibration)
     print("\n".join(lines))

@@ -135,17 +135,30 @@ def difference(ours: Documents, theirs: Documents) -> Estimate:
     return Bootstrap(paired).interval(statistic)
 
 
+def paired(cells: Mapping[str, dict[str, Any]]) -> None:
+    """Note in each of our cells how far it is from every peer's, where documents are known.
+
+    What was noted on an earlier day stays where they are not.
+    """
+    for cell in cells.values():
+        if cell["peer"] != OURS:
+            continue
+        noted = cell.setdefault("differences", {})
+        for name, other in cells.items():
+            if other["peer"] != OURS and "documents" in cell and "documents" in other:
+                found = difference(cell["documents"], other["documents"])
+                noted[name] = found.model_dump(mode="json")
+
+
 def pairs(cells: Mapping[str, dict[str, Any]]) -> list[str]:
     """Difference of mean KL, ours minus the peer's; blank where only averages were kept."""
-    ours = [name for name, cell in cells.items() if cell["peer"] == OURS]
     peers = [name for name, cell in cells.items() if cell["peer"] != OURS]
     lines = [row(["ours minus theirs", *peers]), row(["---"] * (len(peers) + 1))]
-    for own in ours:
-        found = []
-        for peer in peers:
-            known = [cells[name].get("documents") for name in (own, peer)]
-            found.append(interval(difference(*known)) if all(known) else "")
-        lines.append(row([own, *found]))
+    for name, cell in cells.items():
+        if cell["peer"] == OURS:
+            noted = {peer: Estimate(**found) for peer, found in cell["differences"].items()}
+            found = [interval(noted[peer]) if peer in noted else "" for peer in peers]
+            lines.append(row([name, *found]))
     return lines
 
 

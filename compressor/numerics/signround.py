@@ -9,6 +9,9 @@ so that v decides between the two nearest codes. The ends of a group's range are
 factors. Rounding is flat, so that gradients pass through it as if it were the identity; only their
 signs are used, with a rate that falls linearly to zero, which bounds how far anything can move:
 200 steps of 1/200 sum to ½.
+
+Learning may as well begin at codes that another method has found (`codes`). Those that are not the
+nearest begin with the offset that they need, and from there may move by ½ as well.
 """
 
 from __future__ import annotations
@@ -22,16 +25,18 @@ from compressor.numerics.grid import Grid
 from compressor.types import QTensor, WeightScheme
 
 _OFFSET = 0.5
+_INSIDE = 0.1  # from the edge, towards the weight, of what rounds to a code that is given
 _CLIP = (0.5, 1.5)
 
 
 class LearnedRounding:
-    """One matrix with its offsets and clips, all at the plain rounding to begin with.
+    """One matrix with its offsets and clips.
 
     Args:
         weight: W [out, in].
         grid: where to begin; its group size divides `in`.
         scheme: the grid's scheme.
+        codes: int8 [out, in] on that grid to begin at; the nearest by default.
 
     Attributes:
         offset: v, fp32 [out, in], requires gradients.
@@ -39,14 +44,18 @@ class LearnedRounding:
             Symmetric grids use `high` only.
     """
 
-    def __init__(self, weight: Tensor, grid: Grid, scheme: WeightScheme) -> None:
+    def __init__(
+        self, weight: Tensor, grid: Grid, scheme: WeightScheme, codes: Tensor | None = None
+    ) -> None:
         out, width = weight.shape
         groups = grid.scale.shape[1]
         self.scheme, self._dtype = scheme, grid.scale.dtype
         self._weight = weight.float().reshape(out, groups, width // groups)
         self._scale = grid.scale.float().unsqueeze(-1)
         self._zero = None if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1)
-        self.offset = torch.zeros_like(self._weight).requires_grad_()
+        start = torch.zeros_like(self._weight) if codes is None else self._offset_of(codes)
+        self._reach = (start - _OFFSET).clamp_(max=-_OFFSET), (start + _OFFSET).clamp_(min=_OFFSET)
+        self.offset = start.requires_grad_()
         self.low = torch.ones_like(self._scale).requires_grad_()
         self.high = torch.ones_like(self._scale).requires_grad_()
 
@@ -87,9 +96,19 @@ class LearnedRounding:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign_(), alpha=rate)
                     parameter.grad = None
-            self.offset.clamp_(-_OFFSET, _OFFSET)
+            self.offset.clamp_(*self._reach)
             for end in (self.low, self.high):
                 end.clamp_(*_CLIP)
+
+    def _offset_of(self, codes: Tensor) -> Tensor:
+        """What leads to these codes [out, groups, size]: 0 where they are the nearest."""
+        lowest, highest = self.scheme.code_range
+        zero = 0.0 if self._zero is None else self._zero
+        steps = self._weight / self._scale
+        wanted = codes.reshape(steps.shape).float() - zero
+        nearest = (steps.round() + zero).clamp(lowest, highest) - zero
+        there = wanted + (_OFFSET - _INSIDE) * (nearest - wanted).sign() - steps
+        return torch.where(wanted == nearest, 0.0, there)
 
     def _rounded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes [out, groups, size], scale and zero-point [out, groups, 1], in fp32."""

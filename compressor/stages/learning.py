@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from compressor.model.block import Block, BlockMatrix
-from compressor.numerics.grid import fit_grid
+from compressor.numerics.grid import Grid, fit_grid
 from compressor.numerics.signround import LearnedRounding, rate_at
 from compressor.stages.rounding import (
+    ON_GRID,
     Job,
     Moments,
     RoundBlock,
@@ -22,12 +23,14 @@ from compressor.stages.rounding import (
     chosen_groups,
     round_block,
 )
+from compressor.stages.solving import compensated
 from compressor.types import BlockRecord, Fallback, QTensor, WeightScheme
 
 if TYPE_CHECKING:
     from compressor.stages.quantize_autoround import QuantizeAutoround
 
-_KEPT = ("learning never lowered the error of its block", "rounded to nearest")
+_NEVER = "learning never lowered the error of its block"
+_KEPT = {"nearest": "rounded to nearest", "gptq": "the codes of GPTQ stay"}
 
 
 def learned(options: QuantizeAutoround) -> RoundBlock:
@@ -38,29 +41,56 @@ def learned(options: QuantizeAutoround) -> RoundBlock:
     ) -> tuple[dict[str, QTensor], BlockRecord]:
         assert original is not None
         groups = chosen_groups(block.matrices, job.schemes)
-        roundings = {
-            matrix.info.name: _begin(job, matrix, block, options)
-            for members in groups.values()
-            for matrix in members
-        }
-        if not roundings:
+        chosen = [matrix for members in groups.values() for matrix in members]
+        if not chosen:
             return round_block(job, block, None)
+        start, begun = "nearest", dict[str, QTensor]()
+        fallbacks: tuple[Fallback, ...] = ()
+        if options.grid == "gptq":
+            start, (begun, fallbacks) = "gptq", _compensated(job, block, original, chosen)
+        roundings = {
+            matrix.info.name: _begin(job, matrix, block, options, begun) for matrix in chosen
+        }
         outcome = _Bench(job, block, original, roundings).learn(options)
         codes, record = round_block(replace(job, solve=_in_turn(roundings)), block, None)
-        kept = [] if outcome.improved else [Fallback(name, *_KEPT) for name in roundings]
+        if not outcome.improved:
+            fallbacks += tuple(Fallback(name, _NEVER, _KEPT[start]) for name in roundings)
         notes = {
             f"block_loss.{block.index:03d}": outcome.best,
-            f"block_loss_nearest.{block.index:03d}": outcome.first,
+            f"block_loss_{start}.{block.index:03d}": outcome.first,
         }
-        return codes, replace(record, fallbacks=(*record.fallbacks, *kept), notes=notes)
+        return codes, replace(record, fallbacks=record.fallbacks + fallbacks, notes=notes)
 
     return rounds
 
 
+def _compensated(
+    job: Job, block: Block, original: Block, chosen: Sequence[BlockMatrix]
+) -> tuple[dict[str, QTensor], tuple[Fallback, ...]]:
+    """The codes that GPTQ gives the block with its defaults; its weights are as they were."""
+    from compressor.stages.quantize_gptq import QuantizeGptq
+
+    before = {matrix.info.name: matrix.weight for matrix in chosen}
+    first = replace(job, solve=compensated(QuantizeGptq()), sublayers=True)
+    codes, record = round_block(first, block, original)
+    for matrix in chosen:
+        matrix.set_weight(before[matrix.info.name])
+    return codes, tuple(known for known in record.fallbacks if known.reason != ON_GRID[0])
+
+
 def _begin(
-    job: Job, matrix: BlockMatrix, block: Block, options: QuantizeAutoround
+    job: Job,
+    matrix: BlockMatrix,
+    block: Block,
+    options: QuantizeAutoround,
+    begun: Mapping[str, QTensor],
 ) -> LearnedRounding:
+    """At the codes that are there already, or at the nearest."""
     scheme, weight = job.schemes[matrix.info.name], matrix.weight.float()
+    if matrix.info.name in begun:
+        found = begun[matrix.info.name]
+        return LearnedRounding(weight, Grid.of(found), scheme, found.codes)
+    assert options.grid != "gptq"
     dtype = block.tensor(matrix.info.tensor).dtype
     grid = fit_grid(weight, scheme, search=options.grid, scale_dtype=dtype)
     return LearnedRounding(weight, grid, scheme)

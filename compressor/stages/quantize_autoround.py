@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from compressor.types import StageResult
 
 _BACKWARD = 2  # a backward pass costs twice the forward pass
+_RATE_FROM_GPTQ = 1 / 200
 _PLANNED_BATCH = 8 * 512  # tokens; the plan does not see how batches are cut
 
 
@@ -33,11 +34,12 @@ class QuantizeAutoround(RounderConfig):
     runs_parent: ClassVar[bool] = True
 
     method: Literal["quantize.autoround"] = "quantize.autoround"
-    grid: Literal["minmax", "mse"] = option(
+    grid: Literal["minmax", "mse", "gptq"] = option(
         "mse",
-        "The grid to begin with; its range is learned from there.",
+        "The grid to begin with; its range is learned from there. `gptq` takes the grid and the "
+        "codes of `quantize.gptq` with its defaults: learning begins where compensation ends.",
         effect="A searched grid matters most at 2 bits, where min-max is far from usable.",
-        source="AutoRound V2",
+        source="AutoRound V2; LOG.md, learned rounding",
     )
     steps: int = option(
         200,
@@ -51,7 +53,8 @@ class QuantizeAutoround(RounderConfig):
         None,
         "First learning rate of offsets (in codes) and clips (as a factor); falls to 0 linearly.",
         effect="By default 1/steps, with which no offset can move beyond half a code; 2/steps for "
-        "3 bits and fewer with 1000 steps and more.",
+        "3 bits and fewer with 1000 steps and more. From the codes of GPTQ at most 1/200: larger "
+        "steps undo more than they learn.",
         source="SignRound, section 3.3; AutoRound's settings for 2 bits",
         gt=0,
         le=1,
@@ -81,7 +84,8 @@ class QuantizeAutoround(RounderConfig):
         """The rate of the first step."""
         if self.rate is not None:
             return self.rate
-        return (2 if self.bits <= 3 and self.steps >= 1000 else 1) / self.steps
+        default = (2 if self.bits <= 3 and self.steps >= 1000 else 1) / self.steps
+        return min(default, _RATE_FROM_GPTQ) if self.grid == "gptq" else default
 
     def calibration_need(self) -> Need | None:
         """Rounding is learned on the activations of calibration text."""
@@ -103,7 +107,8 @@ class QuantizeAutoround(RounderConfig):
         batch = min(tokens, _PLANNED_BATCH)
         weights = sum(matrix.parameters for matrix in after.matrices if matrix.block is not None)
         passes = self.steps * batch * (1 + _BACKWARD) + (self.checks + 1) * tokens
-        return plain + 2.0 * weights * passes
+        before = plain if self.grid == "gptq" else 0.0  # GPTQ's forwards and moments
+        return before + plain + 2.0 * weights * passes
 
     def working_memory(self, after: Architecture, tokens: int) -> int:
         """A block's offsets, their gradients, the best state and the weights made of them in fp32;
@@ -127,7 +132,7 @@ class QuantizeAutoround(RounderConfig):
         dtype = calibration_dtype(self.precision, checkpoint, context.device)
         return round_model(
             self,
-            nearest(self.grid),
+            nearest("mse"),
             checkpoint,
             calibration.batches,
             replace(context, dtype=dtype),

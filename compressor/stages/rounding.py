@@ -43,7 +43,7 @@ from compressor.types import (
 )
 
 _MOMENTS_AT_ONCE = 1 << 30
-_ON_GRID = ("its weights lie on the grid already", "they stay as they are")
+ON_GRID = ("its weights lie on the grid already", "they stay as they are")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def round_block(
                 before = block.tensor(matrix.info.tensor)
                 matrix.set_weight(rounded.qtensor.dequantize())
                 if torch.equal(block.tensor(matrix.info.tensor), before):
-                    fallbacks.append(Fallback(module, *_ON_GRID))
+                    fallbacks.append(Fallback(module, *ON_GRID))
     return codes, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
 
 
@@ -457,7 +457,7 @@ def _round_outside(
             codes[module] = rtn(weight, job.schemes[module], search="mse", scale_dtype=tensor.dtype)
             metrics.append(_metric(module, weight, Rounded(codes[module]), None))
             if torch.equal(codes[module].dequantize(), tensor):
-                fallbacks.append(Fallback(module, *_ON_GRID))
+                fallbacks.append(Fallback(module, *ON_GRID))
     dense = {f"{module}.weight": qtensor.dequantize() for module, qtensor in codes.items()}
     writer.write_shard(shard_name("outside"), tensors | dense)
     if codes:
@@ -469,7 +469,7 @@ def _result(folder: Path, records: Sequence[BlockRecord]) -> StageResult:
     """A matrix that lies on its grid has codes like any other, but its weights did not change."""
     metrics = tuple(metric for record in records for metric in record.metrics)
     fallbacks = tuple(fallback for record in records for fallback in record.fallbacks)
-    same = {fallback.module for fallback in fallbacks if fallback.reason == _ON_GRID[0]}
+    same = {fallback.module for fallback in fallbacks if fallback.reason == ON_GRID[0]}
     return StageResult(
         checkpoint=folder,
         changed=tuple(f"{metric.module}.weight" for metric in metrics if metric.module not in same),

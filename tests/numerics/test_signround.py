@@ -40,6 +40,27 @@ def test_begins_at_rounding_to_nearest(bits: int, symmetry: Symmetry) -> None:
 
 
 @pytest.mark.parametrize("symmetry", SYMMETRIES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_begins_at_codes_that_are_given(bits: int, symmetry: Symmetry) -> None:
+    """Any codes; learning takes those back that gain nothing, and moves an offset by ½ at most."""
+    weight = normal(8, 48)
+    scheme = WeightScheme(bits, 16, symmetry)
+    grid = fit_grid(weight, scheme, search="mse")
+    nearest = round_to_grid(weight, grid, scheme).codes
+    generator = torch.Generator().manual_seed(bits)
+    moves = torch.randint(-2, 3, nearest.shape, generator=generator, dtype=torch.int8)
+    codes = (nearest + moves).clamp(*scheme.code_range)
+    rounding = LearnedRounding(weight, grid, scheme, codes)
+    assert torch.equal(rounding.quantized().codes, codes)
+    assert torch.equal(rounding.quantized().scale, grid.scale)
+    start = rounding.offset.detach().clone()
+    error = error_of(rounding.dense(), torch.eye(48), weight.T)
+    assert learn(rounding, torch.eye(48), weight.T, 20) < error
+    reach = torch.maximum(start.abs() + 0.5, torch.tensor(0.5))
+    assert bool((rounding.offset.detach().abs() <= reach).all())
+
+
+@pytest.mark.parametrize("symmetry", SYMMETRIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_what_is_learned_on_is_what_is_stored(symmetry: Symmetry, dtype: torch.dtype) -> None:
     """Bit for bit, anywhere in the space of what can be learned."""

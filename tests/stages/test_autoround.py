@@ -20,6 +20,7 @@ from compressor.numerics.signround import LearnedRounding
 from compressor.stages.context import StageContext
 from compressor.stages.learning import _checkpoints
 from compressor.stages.quantize_autoround import QuantizeAutoround
+from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import ACTIVATIONS, BlockRecord, StageResult, TokenBatch, WeightScheme
 from tests.helpers import stage_context
@@ -114,13 +115,7 @@ def test_learned_rounding_beats_nearest_in_every_block(
     # The first block sees the same inputs as with rounding to nearest: its error is that one's.
     nearest_stage = QuantizeRtn(bits=3, group_size=64, grid="minmax")
     plain = nearest_stage.run(TINY, calibration, context(tmp_path / "nearest", []))
-    walks = [
-        BlockWalk(folder, calibration.batches, scratch=tmp_path / f"scratch{i}")
-        for i, folder in enumerate((TINY, plain.checkpoint, outcome.checkpoint))
-    ]
-    blocks = [next(walk.blocks()) for walk in walks]
-    wanted, *found = [torch.cat([block.run(i) for i in range(3)]).double() for block in blocks]
-    errors = [float((y - wanted).square().sum() / wanted.square().sum()) for y in found]
+    errors = errors_of_first_block([plain, outcome], calibration, tmp_path)
     notes = records[0].notes
     assert errors[0] == pytest.approx(notes["block_loss_nearest.000"], rel=1e-3)
     assert errors[1] == pytest.approx(notes["block_loss.000"], rel=1e-3)
@@ -155,7 +150,49 @@ def test_what_does_not_help_is_not_kept(
     assert files(outcome) == files(other)
 
 
+def test_learning_begins_at_the_codes_of_gptq(
+    calibration: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their error is where it starts, it goes down from there, and where it cannot they stay."""
+    records: list[BlockRecord] = []
+    learned = stage(grid="gptq", rate=None, bits=2)
+    outcome = learned.run(TINY, calibration, context(tmp_path / "learned", records))
+    assert not outcome.fallbacks
+    compensated = QuantizeGptq(bits=2, group_size=64, precision="float32")
+    gptq = compensated.run(TINY, calibration, context(tmp_path / "gptq", []))
+    for record in records:
+        best, first = (record.notes[f"block_loss{s}.{record.block:03d}"] for s in ("", "_gptq"))
+        assert 0 < best < 0.97 * first
+    starts = [records[0].notes["block_loss_gptq.000"], records[0].notes["block_loss.000"]]
+    assert errors_of_first_block([gptq, outcome], calibration, tmp_path) == [
+        pytest.approx(starts[0], rel=0.03),  # its sums run over halves of batches
+        pytest.approx(starts[1], rel=1e-3),
+    ]
+    down = LearnedRounding.step
+    monkeypatch.setattr(LearnedRounding, "step", lambda self, rate: down(self, -rate))
+    kept = stage(grid="gptq", targets=("v", "down"), bits=2, steps=4).run(
+        TINY, calibration, context(tmp_path / "up", [])
+    )
+    assert {f.action for f in kept.fallbacks} == {"the codes of GPTQ stay"}
+    assert len(kept.fallbacks) == 4 * 2
+
+
+def errors_of_first_block(
+    results: list[StageResult], calibration: CalibrationSet, folder: Path
+) -> list[float]:
+    """Share of the original's output that checkpoints lose in their first block."""
+    walks = [
+        BlockWalk(checkpoint, calibration.batches, scratch=folder / f"scratch{i}")
+        for i, checkpoint in enumerate([TINY, *(result.checkpoint for result in results)])
+    ]
+    blocks = [next(walk.blocks()) for walk in walks]
+    wanted, *found = [torch.cat([block.run(i) for i in range(3)]).double() for block in blocks]
+    return [float((y - wanted).square().sum() / wanted.square().sum()) for y in found]
+
+
 def test_rates_and_checks() -> None:
+    assert stage(rate=None, grid="gptq").first_rate == 1 / 200
+    assert stage(rate=None, grid="gptq", steps=1000).first_rate == 2 / 1000
     assert stage(rate=None).first_rate == 1 / 24
     assert stage(rate=None, steps=1000).first_rate == 2 / 1000
     assert stage(rate=None, steps=1000, bits=4).first_rate == 1 / 1000
@@ -179,6 +216,22 @@ def test_the_plan_prices_the_steps(tmp_path: Path) -> None:
     few, many = planned(TINY, steps=10), planned(TINY, steps=1000)
     assert many.flops > 20 * few.flops
     assert many.peak_bytes == few.peak_bytes
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe-mixed"])
+def test_routed_experts_learn_from_gptq(
+    variant: str, calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    build(variant, torch.bfloat16, vocab_size=4096).save_pretrained(tmp_path / "model")
+    records: list[BlockRecord] = []
+    narrow = {"targets": ("*.experts.*",), "group_size": 16, "bits": 2}
+    begun = stage(grid="gptq", rate=None, **narrow)
+    begun.run(tmp_path / "model", calibration, context(tmp_path, records))
+    sparse = [record for record in records if record.metrics]
+    assert sparse
+    for record in sparse:
+        best, first = (record.notes[f"block_loss{s}.{record.block:03d}"] for s in ("", "_gptq"))
+        assert 0 < best < first
 
 
 @pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe-mixed"])

@@ -175,9 +175,7 @@ def verify_divergence(parent_logits: Tensor, child_logits: Tensor, stage: str) -
     """
     kl, negative_entropy = 0.0, 0.0
     # In fp64 a row takes five times the memory of its two rows of logits: a few at a time.
-    for rows in zip(
-        *(torch.split(logits, _ROWS) for logits in (parent_logits, child_logits)), strict=True
-    ):
+    for rows in _few_at_a_time(parent_logits, child_logits):
         parent, child = (torch.log_softmax(logits.double(), -1) for logits in rows)
         kl += float(torch.linalg.vecdot(parent.exp(), parent - child).sum())
         negative_entropy += float(torch.linalg.vecdot(parent.exp(), parent).sum())
@@ -192,14 +190,19 @@ def verify_divergence(parent_logits: Tensor, child_logits: Tensor, stage: str) -
     return kl
 
 
+def _few_at_a_time(first: Tensor, second: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same few rows of both."""
+    return zip(*(torch.split(logits, _ROWS) for logits in (first, second)), strict=True)
+
+
 def verify_export(memory: Tensor, disk: Tensor, name: str, tolerance: float = 0.0) -> float:
     """Largest difference between the logits in memory and those of the export read from disk.
 
     Raises:
         VerificationError: above `tolerance`.
     """
-    pieces = zip(*(torch.split(logits, _ROWS) for logits in (memory, disk)), strict=True)
-    found = torch.stack([(a.float() - b.float()).abs().max() for a, b in pieces])
+    pairs = _few_at_a_time(memory, disk)
+    found = torch.stack([(a.float() - b.float()).abs().max() for a, b in pairs])
     difference = float(found.max())  # NaN if any is
     if not difference <= tolerance:
         raise VerificationError(

@@ -17,6 +17,7 @@ nearest begin with the offset that they need, and from there may move by ½ as w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,8 +54,12 @@ class LearnedRounding:
         self._weight = weight.float().reshape(out, groups, width // groups)
         self._scale = grid.scale.float().unsqueeze(-1)
         self._zero = None if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1)
-        start = torch.zeros_like(self._weight) if codes is None else self._offset_of(codes)
-        self._reach = (start - _OFFSET).clamp_(max=-_OFFSET), (start + _OFFSET).clamp_(min=_OFFSET)
+        self._reach: tuple[Any, Any] = -_OFFSET, _OFFSET  # of offsets: numbers, or for each its own
+        start = torch.zeros_like(self._weight)
+        if codes is not None:
+            start = self._offset_of(codes)
+            ends = (start - _OFFSET).clamp_(max=-_OFFSET), (start + _OFFSET).clamp_(min=_OFFSET)
+            self._reach = ends
         self.offset = start.requires_grad_()
         self.low = torch.ones_like(self._scale).requires_grad_()
         self.high = torch.ones_like(self._scale).requires_grad_()

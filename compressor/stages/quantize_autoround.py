@@ -117,7 +117,8 @@ class QuantizeAutoround(RounderConfig):
         weights = max(sum(m.parameters for m in after.block(i)) for i in range(after.layers))
         inner = max(max(m.shape) for m in after.matrices if m.block is not None)
         batch = min(tokens, _PLANNED_BATCH)
-        return 20 * weights + 4 * batch * (20 * after.hidden + 5 * inner)
+        ends = 8 * weights if self.grid == "gptq" else 0  # how far every offset may go
+        return ends + 20 * weights + 4 * batch * (20 * after.hidden + 5 * inner)
 
     def run(
         self, checkpoint: Path, calibration: CalibrationSet | None, context: StageContext

@@ -57,6 +57,7 @@ class Passage:
         self._visit = visit or _go_on
         self._fetch()
         output: Tensor | None = self._route.switch()
+        self._visit = _go_on  # a visitor may hold what it was told
         return output
 
     @property
@@ -91,7 +92,8 @@ class Passage:
         self._parked, self._lot = [], None
 
     def arrive(self, name: str, inputs: Tensor) -> None:
-        """To be called within the forward, in front of a matrix."""
+        """To be called within the forward, in front of a matrix; it meets the inputs as well."""
+        self.meet(inputs)
         while not self._visit(name, inputs):
             getcurrent().parent.switch(None)
         self.passed.add(name)

@@ -33,11 +33,11 @@ class Probe:
     whole_bytes: int
 
     def streamed(self, checkpoint: Path) -> Tensor:
-        """Logits [tokens, vocabulary], computed with one block in memory at a time."""
+        """Logits [tokens, vocabulary] on the CPU, computed with one block in memory at a time."""
         scorer: Scorer = replace(self.session, observer=SilentObserver()).scorer(checkpoint)
         batch = TokenBatch(self._ids, torch.ones_like(self._ids, dtype=torch.bool), ("probe",))
         (states,) = scorer.states([batch])
-        return scorer.logits(states[0].to(scorer.device)).float().cpu()
+        return scorer.logits(states[0].to(scorer.device)).cpu()
 
     def whole(self, checkpoint: Path) -> Tensor | None:
         """The same from the model as anyone would load it; None if memory does not hold it."""
@@ -45,9 +45,10 @@ class Probe:
             return None
         return_memory()  # a whole model is about to come
         model = load_model(checkpoint, self.session.device)
+        return_memory()  # what was unpacked has left as much again
         with torch.inference_mode():
             logits: Tensor = model(self._ids.to(self.session.device)).logits[0]
-        return logits.float().cpu()
+        return logits.cpu()
 
     @cached_property
     def _ids(self) -> Tensor:

@@ -397,5 +397,6 @@ class Block:
         """Finish, and free what only this block needed."""
         self._finish()
         self.inputs.free()
+        self._changed.clear()  # the block may live until the next collection of cycles
         self._walk.skeleton.release(self.module)
         return_memory()

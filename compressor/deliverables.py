@@ -139,7 +139,8 @@ class Deliverables:
 
     def _difference(self, checkpoint: Path, export: Path) -> float | None:
         """Between the logits of the two, loaded whole; None if memory does not hold them."""
-        memory, disk = self.run.probe.whole(checkpoint), self.run.probe.whole(export)
+        # The export first: it takes more memory, and the other's logits need not lie beside it.
+        disk, memory = self.run.probe.whole(export), self.run.probe.whole(checkpoint)
         if memory is None or disk is None:
             return None
         return verify_export(memory, disk, export.name)

@@ -137,13 +137,25 @@ def _interval_warnings(report: Report, document: Document) -> Iterator[Statement
                 domain=(pointer(*place), "key"),
                 delta=(pointer(*place, "delta_bits_per_byte"), "delta"),
             )
-        if score.documents < 2:
-            yield state(
-                document,
-                f"one-document-{domain}",
-                "Domain {domain} has a single document and therefore no interval.",
-                domain=(pointer(*place), "key"),
-            )
+    yield from _single_documents(report, document)
+
+
+def _single_documents(report: Report, document: Document) -> Iterator[Statement]:
+    """One sentence for all domains whose single document leaves nothing to resample."""
+    evaluation = report.evaluations.get(report.headline)
+    scores = evaluation.domains if evaluation else {}
+    single = [domain for domain, score in scores.items() if score.documents < 2]
+    places: dict[str, tuple[str, Style]] = {
+        f"domain_{index}": (pointer("evaluations", report.headline, "domains", domain), "key")
+        for index, domain in enumerate(single)
+    }
+    if not places:
+        return
+    *others, last = (f"{{{name}}}" for name in places)
+    one, many = f"Domain {last} has a single document", f"Domains {', '.join(others)} and {last}"
+    subject = f"{many} have a single document each" if others else one
+    template = f"{subject} and therefore no interval."
+    yield state(document, "one-document", template, **places)
 
 
 def _spans_zero(score: Score) -> bool:

@@ -112,9 +112,24 @@ def test_warnings_about_the_sample() -> None:
     assert {"documents-limit", f"protocol-{LAST}"} <= ids(limited)
     few = example.facts().evaluations[LAST].overall.model_copy(update={"tokens": 900})
     assert "few-tokens" in ids(build_report(with_evaluation(overall=few)))
+
+
+def test_domains_of_a_single_document_share_a_sentence() -> None:
     domains = dict(example.facts().evaluations[LAST].domains)
     domains["code"] = example.score("code", 1.0, documents=1)
-    assert "one-document-code" in ids(build_report(with_evaluation(domains=domains)))
+    one = build_report(with_evaluation(domains=domains))
+    domains["prose"] = example.score("prose", 1.0, documents=1)
+    two = build_report(with_evaluation(domains=domains))
+    said = [
+        statement.text
+        for report in (example.report(), one, two)
+        for statement in report.warnings
+        if statement.id == "one-document"
+    ]
+    assert said == [
+        "Domain code has a single document and therefore no interval.",
+        "Domains prose and code have a single document each and therefore no interval.",
+    ]
 
 
 def test_warnings_about_the_run() -> None:

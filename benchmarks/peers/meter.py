@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 INTERVAL = 0.05  # seconds between two samples
-LIMIT = 3600.0  # seconds of wall time after which a command counts as hung
+LIMIT = 4 * 3600.0  # seconds of wall time after which a command counts as hung
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from compressor.evaluation.scoring import resolve_dtype
 from compressor.evaluation.session import Session
 from compressor.machine import activation_budget
 from compressor.model.architecture import Architecture
-from compressor.model.load import load_tokenizer, read_config
+from compressor.model.load import read_config
 from compressor.progress import Observer
 from compressor.provenance import combined_sha256, hash_files
 from compressor.report.schema import FileHash
@@ -48,7 +48,6 @@ def open_session(
         config=config,
         base=base,
         base_sha256=combined_sha256(files or hash_files(base)),
-        tokenizer=load_tokenizer(base),
         context_length=Architecture.from_config(read_config(base)).max_positions,
         seen=seen,
         folder=folder,

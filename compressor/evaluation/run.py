@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Settings:
 
     Attributes:
         text: the windows.
-        tokenizer: that cut them; decodes the worst tokens.
+        tokenizer: gives the one that cut them, to decode the worst tokens.
         batch: windows per batch.
         resamples, seed: of the bootstrap.
         noise_floor: score the base against itself at another batch size.
@@ -41,7 +41,7 @@ class Settings:
     """
 
     text: TokenizedText
-    tokenizer: Any
+    tokenizer: Callable[[], Any]
     batch: int = 8
     resamples: int = 2000
     seed: int = 0
@@ -131,7 +131,7 @@ def _evaluation(
         overall=summary.overall(settings.in_calibration),
         domains=summary.domains(settings.in_calibration),
         worst=summary.worst(),
-        worst_tokens=summary.worst_tokens(settings.text, settings.tokenizer),
+        worst_tokens=summary.worst_tokens(settings.text, settings.tokenizer()),
         kl_by_position=summary.kl_by_position(),
         seconds=time.monotonic() - started,
         peak_bytes=_peak_bytes(scorer.device),

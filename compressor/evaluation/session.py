@@ -27,6 +27,7 @@ from compressor.evaluation.scoring import Scorer, StreamingScorer, TransformersS
 from compressor.evaluation.suites import EvaluationText, load_text
 from compressor.evaluation.summary import compare
 from compressor.formats.atomic import atomic_write_json
+from compressor.model.load import load_tokenizer
 from compressor.model.memory import return_memory
 from compressor.progress import Observer, Task
 
@@ -41,7 +42,6 @@ class Session:
         config: text, windows and statistics.
         base: checkpoint that all variants are compared with.
         base_sha256: hash of its weights; keys the cache of hidden states.
-        tokenizer: the base's.
         context_length: of the base, tokens.
         seen: domains of the calibration text; None when nothing was calibrated.
         folder: results.
@@ -54,7 +54,6 @@ class Session:
     config: EvaluateConfig
     base: Path
     base_sha256: str
-    tokenizer: Any
     context_length: int
     seen: frozenset[str] | None
     folder: Path
@@ -97,6 +96,15 @@ class Session:
             self.scores(parent), self.scores(child), self.config.resamples, self.config.seed
         ).overall.delta_bits_per_byte
 
+    @property
+    def tokenizer(self) -> Any:
+        """The base's, loaded anew: it takes more memory than all text that it cuts.
+
+        Raises:
+            ModelError: there is none, or it cannot be read.
+        """
+        return load_tokenizer(self.base)
+
     @cached_property
     def text(self) -> EvaluationText:
         """The documents, before any tokenizer."""
@@ -108,7 +116,7 @@ class Session:
         seen = self.seen
         return Settings(
             text=tokenize(self.text, self.tokenizer, max_length=self.context_length),
-            tokenizer=self.tokenizer,
+            tokenizer=lambda: self.tokenizer,
             batch=self.config.batch_size,
             resamples=self.config.resamples,
             seed=self.config.seed,

@@ -30,7 +30,7 @@ Measured = tuple[Evaluation, BaseCache, Evaluation, Path]
 def settings(tokenizer: PreTrainedTokenizerFast) -> Settings:
     return Settings(
         tokenize(sample_text(), tokenizer),
-        tokenizer,
+        lambda: tokenizer,
         batch=4,
         resamples=300,
         in_calibration={"prose": True, "code": False},
@@ -145,7 +145,7 @@ def test_uniform_model_has_known_bits_per_byte(
             parameter.zero_()
     model.save_pretrained(tmp_path / "zero")
     text = tokenize(sample_text(), tokenizer)
-    settings = Settings(text, tokenizer, noise_floor=False)
+    settings = Settings(text, lambda: tokenizer, noise_floor=False)
     row, _ = evaluate_base(TransformersScorer(tmp_path / "zero"), settings, tmp_path, "zero")
     assert row.overall.bits_per_byte.value == pytest.approx(math.log2(VOCAB), rel=1e-6)
     assert row.overall.perplexity.value == pytest.approx(VOCAB, rel=1e-6)
@@ -203,7 +203,9 @@ def test_the_builtin_model_on_shipped_text(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     config = EvaluateConfig(documents=4)
     text = tokenize(load_text(config), tokenizer)
-    row, _ = evaluate_base(TransformersScorer(path), Settings(text, tokenizer), tmp_path, "tiny")
+    row, _ = evaluate_base(
+        TransformersScorer(path), Settings(text, lambda: tokenizer), tmp_path, "tiny"
+    )
     assert 0.3 < row.overall.bits_per_byte.value < 4.0
     assert row.noise_floor is not None
     assert row.noise_floor.maximum < 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ class Probe:
         """The same from the model as anyone would load it; None if memory does not hold it."""
         if _free(self.session.device) < self.whole_bytes:
             return None
+        gc.collect()  # an unpacked model hangs in cycles of its own
         return_memory()  # a whole model is about to come
         model = load_model(checkpoint, self.session.device)
         return_memory()  # what was unpacked has left as much again

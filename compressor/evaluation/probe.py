@@ -14,7 +14,7 @@ from compressor.evaluation.scoring import Scorer
 from compressor.evaluation.session import Session
 from compressor.machine import free_memory
 from compressor.model.load import load_model
-from compressor.model.memory import return_memory
+from compressor.model.memory import memory_returned
 from compressor.progress import SilentObserver
 from compressor.types import TokenBatch
 
@@ -45,11 +45,10 @@ class Probe:
         if _free(self.session.device) < self.whole_bytes:
             return None
         gc.collect()  # an unpacked model hangs in cycles of its own
-        return_memory()  # a whole model is about to come
-        model = load_model(checkpoint, self.session.device)
-        return_memory()  # what was unpacked has left as much again
-        with torch.inference_mode():
-            logits: Tensor = model(self._ids.to(self.session.device)).logits[0]
+        with memory_returned():
+            model = load_model(checkpoint, self.session.device)
+            with torch.inference_mode():
+                logits: Tensor = model(self._ids.to(self.session.device)).logits[0]
         return logits.cpu()
 
     @cached_property

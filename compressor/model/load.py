@@ -263,7 +263,13 @@ def _packed(config: dict[str, Any]) -> bool:
 
 
 def _unpack(model: Any) -> None:
-    """What the library would do at the first forward pass, done now."""
+    """What the library would do at the first forward pass, done now.
+
+    Parameters come as views of the mapped file, all of which stays in memory as long as one of them
+    lives; on their own, packed ones go as they are unpacked.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:  # `dequantize` in the configuration: done, and the quantizer dropped
         return

@@ -131,7 +131,7 @@ def _evaluation(
         overall=summary.overall(settings.in_calibration),
         domains=summary.domains(settings.in_calibration),
         worst=summary.worst(),
-        worst_tokens=summary.worst_tokens(settings.text, settings.tokenizer()),
+        worst_tokens=summary.worst_tokens(settings.text, settings.tokenizer),
         kl_by_position=summary.kl_by_position(),
         seconds=time.monotonic() - started,
         peak_bytes=_peak_bytes(scorer.device),

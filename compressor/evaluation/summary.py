@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -104,13 +104,19 @@ class Summary:
         ]
 
     def worst_tokens(
-        self, text: TokenizedText, tokenizer: Any, count: int = 10
+        self, text: TokenizedText, tokenizer: Callable[[], Any], count: int = 10
     ) -> list[WorstToken]:
-        """The tokens with the largest KL, each with the text before it."""
+        """The tokens with the largest KL, each with the text before it; a base has none.
+
+        Args:
+            text: the windows.
+            tokenizer: gives the one that cut them, if there is anything to decode.
+            count: how many tokens.
+        """
         if self.scores.is_base:
             return []
-        order = np.argsort(-self.scores.kl, kind="stable")[:count]
-        return [self._worst_token(int(slot), text, tokenizer) for slot in order]
+        order, decoder = np.argsort(-self.scores.kl, kind="stable")[:count], tokenizer()
+        return [self._worst_token(int(slot), text, decoder) for slot in order]
 
     def _cluster_sums(self, number: int) -> Floats:
         """float64 [clusters, 6] of one domain."""

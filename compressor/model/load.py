@@ -268,11 +268,11 @@ def _unpack(model: Any) -> None:
     Parameters come as views of the mapped file, all of which stays in memory as long as one of them
     lives; on their own, packed ones go as they are unpacked.
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:  # `dequantize` in the configuration: done, and the quantizer dropped
         return
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     if model.quantization_method == "bitsandbytes":
         model.dequantize()
         return

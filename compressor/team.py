@@ -10,6 +10,7 @@ one process computes alone, but for the order of sums.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ Item = TypeVar("Item")
 
 # Others wait as long as the leader takes for stages of its own; a launcher ends what has failed.
 _PATIENCE = timedelta(days=30)
+
+# Seconds in which nobody else needs the interpreter. Sharded models leave their group in caches of
+# torch, so that its threads outlive it; one that has yet to drop the tensor of a last sum needs the
+# interpreter for that, and where it finds it shutting down, the process ends with SIGABRT.
+_LAST_WORDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -185,3 +191,4 @@ def assembled() -> Iterator[Team]:
         yield Team(distributed.get_rank(), distributed.get_world_size())
     finally:
         distributed.destroy_process_group()
+        time.sleep(_LAST_WORDS)

@@ -48,6 +48,24 @@ def launch(processes: int, *words: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_threads_that_have_summed_do_not_abort_the_exit(tmp_path: Path) -> None:
+    """They outlive the group in caches of torch, and drop their tensors when they are let to."""
+    script = tmp_path / "sums.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from compressor.team import assembled\n"
+        "sys.setswitchinterval(60)  # the interpreter is not taken away, only left\n"
+        "with assembled() as team:\n"
+        "    import torch.distributed.fsdp  # keeps the group in defaults of its functions\n"
+        "    terms = [torch.ones(3) for _ in range(50)]\n"
+        "    for term in terms:\n"
+        "        team.add(term)\n"
+        "    del term, terms\n"
+    )
+    done = launch(2, script)
+    assert not done.returncode, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in fp32, so that nothing is rounded when it is written, and a pruned one."""

@@ -31,7 +31,8 @@ LONG = frozenset(
     f"test_{name}"
     for name in (
         "shipped_recipes", "resume", "readme", "requantize", "memory", "engine", "publish",
-        "publish_text", "team", "prune", "wheel", "recover", "allocate_runs", "drafts",
+        "publish_text", "second_device", "team", "prune", "wheel", "recover", "allocate_runs",
+        "drafts",
     )
 )  # fmt: skip
 

@@ -276,9 +276,13 @@ def _unpack(model: Any) -> None:
     if model.quantization_method == "bitsandbytes":
         model.dequantize()
         return
+    from compressed_tensors.offload import remove_dispatch
+
     compressor = quantizer.compressor
     compressor.decompress_model(model)
     compressor.remove_decompression_hook(model)
+    # It leaves every module bound to the device that it was unpacked on, whatever `to` says.
+    remove_dispatch(model)
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:

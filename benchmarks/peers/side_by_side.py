@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import environments
@@ -199,11 +200,9 @@ class Bench:
         if method not in PACKED_INTEGERS:
             self.session.measure(name, packed)
             return
-        dense = self.out / "dense"
-        shutil.rmtree(dense, ignore_errors=True)
-        write_dense(packed, self.model, dense)
-        self.session.measure(name, dense)
-        shutil.rmtree(dense)
+        with TemporaryDirectory(dir=self.out) as dense:  # another call may score beside this one
+            write_dense(packed, self.model, Path(dense))
+            self.session.measure(name, Path(dense))
 
 
 def chosen(only: str | None) -> list[Method]:

@@ -12,7 +12,7 @@ quickstart: $(VENV)/ready
 
 # One thread a process: several processes that each start a thread a core slow each other down.
 test: export OMP_NUM_THREADS = 1
-test: $(VENV)/ready browser lint types
+test: $(VENV)/ready $(VENV)/triton browser lint types
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/ready
@@ -50,6 +50,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Comes with torch for CUDA. Here the tests alone import it, from a folder of its own: beside the
+# processor's torch every command would import it.
+$(VENV)/triton: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $@ triton
 	touch $@
 
 clean:

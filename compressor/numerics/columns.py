@@ -6,6 +6,7 @@ Everything is transposed, [in, out], so that one column of the matrix is one con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -36,10 +37,11 @@ class GridColumns:
     def leaf(self, start: int, stop: int) -> Leaf:
         """The columns visited from `start` up to `stop`."""
         group = self._group[start:stop]
+        scale = self._scale[group].contiguous()
         if self._scheme.number == "float":
-            return FloatLeaf(self._scale[group], self._scheme, self._dtype)
-        zero = None if self._zero is None else self._zero[group]
-        return IntLeaf(self._scale[group], zero, self._scheme, self._dtype)
+            return FloatLeaf(scale, self._scheme, self._dtype)
+        zero = None if self._zero is None else self._zero[group].contiguous()
+        return IntLeaf(scale, zero, self._scheme, self._dtype)
 
 
 class Leaf(ABC):
@@ -53,8 +55,10 @@ class Leaf(ABC):
     def __init__(self, scale: Tensor, dtype: torch.dtype) -> None:
         self._all_steps = torch.empty_like(scale)
         self._steps = self._all_steps.unbind()
+        self._all_scale = scale
         self._scale = scale.unbind()
         self._point = torch.empty_like(scale[0])
+        self._dtype = dtype
         self._stored = None if dtype == torch.float32 else torch.empty_like(scale[0], dtype=dtype)
 
     def nearest(self, index: int, column: Tensor) -> Tensor:
@@ -67,6 +71,40 @@ class Leaf(ABC):
         self._round(index, steps)
         torch.mul(steps, self._scale[index], out=point)
         return point if self._stored is None else point.copy_(self._stored.copy_(point))
+
+    def settle(
+        self, columns: Tensor, pull: Tensor, *, aim: Tensor | None = None, old: Tensor | None = None
+    ) -> Tensor:
+        """Round all columns in turn, each after it has got its share of what came of those before.
+
+        Column i becomes c_i + Σ_{k<i} pull_ik e_k and is rounded to q_i; e_i is a_i - q_i - o_i.
+
+        Args:
+            columns: c, fp32 [columns, out]; used up.
+            pull: fp32 [columns, columns]; what is not below the diagonal does not matter.
+            aim: a [columns, out]; by default what the column has become.
+            old: o [columns, out]; by default 0.
+
+        Returns:
+            e [columns, out]; without an aim it is in the place of `columns`.
+        """
+        if columns.is_cuda and (found := self._settle_at_once(columns, pull, aim, old)) is not None:
+            return found
+        errors = columns if aim is None else torch.empty_like(columns)
+        for i, (column, error) in enumerate(zip(columns, errors, strict=True)):
+            if i:
+                column.addmv_(errors[:i].T, pull[i, :i])
+            torch.sub(column if aim is None else aim[i], self.nearest(i, column), out=error)
+            if old is not None:
+                error.sub_(old[i])
+        return errors
+
+    def _settle_at_once(
+        self, columns: Tensor, pull: Tensor, aim: Tensor | None, old: Tensor | None
+    ) -> Tensor | None:
+        """`settle` in one kernel, where there is one: launches would take longer than the work."""
+        del columns, pull, aim, old
+        return None
 
     @abstractmethod
     def _round(self, index: int, steps: Tensor) -> None:
@@ -85,7 +123,18 @@ class IntLeaf(Leaf):
     ) -> None:
         super().__init__(scale, dtype)
         self._zero = zero
+        self._range = scheme.code_range
         self._bounds = _step_bounds(zero, scheme.code_range, len(scale))
+
+    def _settle_at_once(
+        self, columns: Tensor, pull: Tensor, aim: Tensor | None, old: Tensor | None
+    ) -> Tensor | None:
+        if not find_spec("triton"):  # comes with torch for CUDA, but not on every system
+            return None
+        from compressor.numerics.kernels import IntColumns, settle
+
+        here = IntColumns(self._all_scale, self._zero, self._range, self._dtype, self._all_steps)
+        return settle(columns, pull, here, aim=aim, old=old)
 
     def _round(self, index: int, steps: Tensor) -> None:
         torch.clamp(steps.round_(), *self._bounds[index], out=steps)

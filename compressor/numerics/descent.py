@@ -63,11 +63,6 @@ def _revisit(
     wanted = torch.addmm(target[start:stop], pull[start:stop], error)
     within = pull[start:stop, start:stop].contiguous()
     leaf = columns.leaf(start, stop)
-    changes = torch.empty_like(wanted)
-    rows = zip(wanted, target[start:stop], error[start:stop], changes, strict=True)
-    for i, (column, aim, old, change) in enumerate(rows):
-        if i:
-            column.addmv_(changes[:i].T, within[i, :i])
-        torch.sub(aim, leaf.nearest(i, column), out=change).sub_(old)
+    changes = leaf.settle(wanted, within, aim=target[start:stop], old=error[start:stop])
     error[start:stop] += changes
     return leaf.codes()

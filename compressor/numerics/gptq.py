@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.columns import GridColumns
+from compressor.numerics.columns import GridColumns, Leaf
 from compressor.numerics.descent import coordinate_descent
 from compressor.numerics.grid import Grid, round_to_grid
 from compressor.numerics.hessian import full_precision, row_losses
@@ -263,8 +263,9 @@ class _Solver:
     """The column loop on a transposed, permuted copy, so that a column is one contiguous row.
 
     Column j owes Σ_i (w_i - ŵ_i) U_ij / U_ii for the columns i before it; the division is done
-    once, on U. A solved column's place in `open` is taken by its error w_i - ŵ_i. With a pull P
-    it is owed Σ_i w_i P_ij, w_i being what column i had become when it was rounded (`met`).
+    once, on U, and makes what is owed negative. A solved column's place in `open` is taken by its
+    error w_i - ŵ_i. With a pull P it is owed Σ_i w_i P_ij, w_i being what column i had become when
+    it was rounded (`met`).
     """
 
     def __init__(
@@ -277,7 +278,7 @@ class _Solver:
     ):
         self.order = factor.permutation
         self.open = weight.T.contiguous()[self.order]
-        self.shares = factor.upper / factor.upper.diagonal().unsqueeze(1)
+        self.shares = factor.upper / -factor.upper.diagonal().unsqueeze(1)
         self.columns = columns
         self.leaf = leaf
         self.pull = pull
@@ -298,7 +299,7 @@ class _Solver:
         middle = start + self.leaf * (leaves // 2)
         self._solve(start, middle)
         rest = self.open[middle:stop]
-        rest.addmm_(self.shares[start:middle, middle:stop].T, self.open[start:middle], alpha=-1)
+        rest.addmm_(self.shares[start:middle, middle:stop].T, self.open[start:middle])
         if self.pull is not None and self.met is not None:
             rest.addmm_(self.pull[start:middle, middle:stop].T, self.met[start:middle])
         self._solve(middle, stop)
@@ -306,15 +307,21 @@ class _Solver:
     def _solve_leaf(self, start: int, stop: int) -> None:
         """Round columns one by one, each after its debts within the leaf."""
         rows = self.open[start:stop]
-        owed = self.shares[start:stop, start:stop].T.contiguous()
-        pull = None if self.pull is None else self.pull[start:stop, start:stop].T.contiguous()
-        met = None if self.met is None else self.met[start:stop]
+        debts = self.shares[start:stop, start:stop].T.contiguous()
         leaf = self.columns.leaf(start, stop)
-        for i, column in enumerate(rows.unbind()):
-            if i:
-                column.addmv_(rows[:i].T, owed[i, :i], alpha=-1)
-            if met is not None and pull is not None:
-                column.addmv_(met[:i].T, pull[i, :i])
-                met[i] = column
-            column.sub_(leaf.nearest(i, column))
+        if self.pull is None or self.met is None:
+            leaf.settle(rows, debts)
+        else:
+            pull = self.pull[start:stop, start:stop].T.contiguous()
+            _settle_drifted(rows, debts, leaf, pull, self.met[start:stop])
         self.solved[self.order[start:stop]] = leaf.codes()
+
+
+def _settle_drifted(rows: Tensor, debts: Tensor, leaf: Leaf, pull: Tensor, met: Tensor) -> None:
+    """Round columns one by one, each after its debts and what it is owed for drift in the leaf."""
+    for i, column in enumerate(rows.unbind()):
+        if i:
+            column.addmv_(rows[:i].T, debts[i, :i])
+            column.addmv_(met[:i].T, pull[i, :i])
+        met[i] = column
+        column.sub_(leaf.nearest(i, column))

@@ -1,0 +1,122 @@
+"""Kernels for accelerators, where many small operations wait for each other's launch.
+
+GPTQ and coordinate descent round one column after the other, with half a dozen operations each on
+as many numbers as a matrix has rows. A leaf of them is one kernel here; rows do not interact, so
+that every program takes some of them through all columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ROWS = 64  # of the matrix, for one program: with 32 columns, 16 numbers a thread
+_STORED: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+# Added to a number of less than 2²² and taken away again, it leaves the nearest integer, even at
+# ties: fp32 has no bits for fractions there.
+_INTEGERS: tl.constexpr = tl.constexpr(12582912.0)
+
+
+@dataclass(frozen=True)
+class IntColumns:
+    """Columns of an integer grid.
+
+    Attributes:
+        scale: fp32 [columns, out].
+        zero: zero-points, fp32 [columns, out], or None.
+        code_range: smallest and largest code.
+        stored: dtype that points of the grid are rounded to.
+        steps: fp32 [columns, out], for codes minus zero-points.
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    code_range: tuple[int, int]
+    stored: torch.dtype
+    steps: Tensor
+
+
+def settle(
+    columns: Tensor, pull: Tensor, leaf: IntColumns, *, aim: Tensor | None, old: Tensor | None
+) -> Tensor:
+    """`columns.Leaf.settle` in one launch."""
+    errors = columns if aim is None else torch.empty_like(columns)
+    given = [columns, pull, leaf.scale, leaf.zero, aim, old, errors, leaf.steps]
+    assert all(tensor is None or tensor.is_contiguous() for tensor in given)
+    count, width = columns.shape
+    _settle[(triton.cdiv(width, _ROWS),)](
+        *given,
+        width,
+        *map(float, leaf.code_range),
+        COUNT=count,
+        PADDED=triton.next_power_of_2(count),
+        ROWS=_ROWS,
+        STORED=_STORED[leaf.stored],
+    )
+    return errors
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _as_stored(point, STORED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 with the bits that a dtype keeps, to the nearest, ties to even."""
+    if tl.bfloat16 == STORED:  # by hand: Triton's interpreter would cut off
+        bits = point.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        return bits.to(tl.float32, bitcast=True)
+    return point.to(STORED).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _settle(  # type: ignore[no-untyped-def]
+    columns,
+    pull,
+    scale,
+    zero,
+    aim,
+    old,
+    errors,
+    steps,
+    width,
+    lowest,
+    highest,
+    COUNT: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    STORED: tl.constexpr,
+):
+    """Columns stay in registers; each one's error goes to those that are still open."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    index = tl.arange(0, PADDED)
+    here = row < width
+    inside = (index[:, None] < COUNT) & here[None, :]
+    still = tl.load(columns + index[:, None] * width + row[None, :], mask=inside, other=0.0)
+    for i in range(COUNT):
+        place = i * width + row
+        column = tl.sum(tl.where(index[:, None] == i, still, 0.0), 0)
+        size = tl.load(scale + place, mask=here, other=1.0)
+        low, high = lowest, highest
+        if zero is not None:
+            shift = tl.load(zero + place, mask=here, other=0.0)
+            low, high = lowest - shift, highest - shift
+        step = tl.minimum(tl.maximum(tl.div_rn(column, size), low), high)
+        step = (step + _INTEGERS) - _INTEGERS
+        met = column
+        if aim is not None:
+            met = tl.load(aim + place, mask=here, other=0.0)
+        error = met - _as_stored(step * size, STORED)
+        if old is not None:
+            error -= tl.load(old + place, mask=here, other=0.0)
+        tl.store(errors + place, error, mask=here)
+        tl.store(steps + place, step, mask=here)
+        later = (index > i) & (index < COUNT)
+        share = tl.load(pull + index * COUNT + i, mask=later, other=0.0)
+        still += share[:, None] * error[None, :]

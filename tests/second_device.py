@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -97,7 +98,8 @@ class _Devices(TorchDispatchMode):
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    if func._can_decompose():  # what inference mode leaves whole
+    composite, shows = _facts(func)
+    if composite:  # what inference mode leaves whole
         with _Devices():
             return func.decompose(*args, **kwargs)
     tensors = _tensors((*args, *kwargs.values()))
@@ -115,19 +117,13 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return 0  # plain products: what else there is belongs to one kind of device
     if asked is not None and (lands or there):
         kwargs = {**kwargs, "device": torch.device("cpu"), "pin_memory": False}
-    kept = (
-        _shows_its_input(func)
-        and torch.is_inference_mode_enabled()
-        and there
-        and not there[0].is_inference()
-    )
-    shapes = [(tensor.shape, tensor.stride()) for tensor in there]
+    kept = shows and torch.is_inference_mode_enabled() and there and not there[0].is_inference()
     with torch.inference_mode(False) if kept else nullcontext(), torch.no_grad():
         out = func(*_each(args, _here), **{name: _each(one, _here) for name, one in kwargs.items()})
-        assert shapes == [(t.numbers.shape, t.numbers.stride()) for t in there], func
         if not lands:
             return out
         known = {id(tensor.numbers): tensor for tensor in there}
+        assert all(tensor.shape == tensor.numbers.shape for tensor in there), func
         return _each(out, lambda one: known[id(one)] if id(one) in known else Elsewhere(one))
 
 
@@ -151,10 +147,11 @@ def _here(tensor: Tensor) -> Tensor:
     return tensor.numbers if isinstance(tensor, Elsewhere) else tensor
 
 
-def _shows_its_input(func: Any) -> bool:
-    """Whether what comes back is a view, which shares the input's count of changes."""
+@cache
+def _facts(func: Any) -> tuple[bool, bool]:
+    """Whether it is made of others; whether it gives a view, which shares a count of changes."""
     found = [result.alias_info for result in func._schema.returns]
-    return any(alias is not None and not alias.is_write for alias in found)
+    return func._can_decompose(), any(one is not None and not one.is_write for one in found)
 
 
 def _require_one_memory(func: Any, args: Any, tensors: Sequence[Tensor]) -> None:

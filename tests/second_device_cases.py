@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from compressor import following, sessions
+from compressor.decoding import measure
 from compressor.recipe import load_recipe, shipped_recipes
 from compressor.resources import builtin_model
+from compressor.stages import masking
 from tests.command import leave
 from tests.model.conftest import build
 from tests.place import report
@@ -22,8 +24,8 @@ from tests.place import report
 EVALUATION = ("suite=quick", "documents=1", "length=32", "resamples=100", "noise_floor=false")
 CALIBRATION = ("samples=4", "length=32")
 TRAINING = ("tokens=256", "windows=8", "length=32", "batch=4")
-DRAFT = ("tokens=128", "length=16", "prompt=4", "steps=2", "prompts=1", "new_tokens=6")
-OTHERS = ("steps=4", "target_bpw=6")
+DRAFT = ("tokens=128", "length=16", "prompt=4", "steps=2", "prompts=1", "new_tokens=6", "drafted=2")
+OTHERS = ("steps=4", "sweeps=1", "target_bpw=6")
 
 
 def telling() -> list[str]:
@@ -49,6 +51,8 @@ def device() -> Iterator[torch.device]:
     with pytest.MonkeyPatch.context() as patch, second_device() as played:
         for module in (sessions, following):
             patch.setattr(module, "default_device", lambda: played)
+        patch.setattr(measure, "_ROUNDS", 1)  # of timing, which says nothing here
+        patch.setattr(masking, "_FISHER_WINDOWS", 4)
         yield played
 
 

@@ -6,6 +6,8 @@ it is imported.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,52 +22,79 @@ SCHEMES = {
     "full-range": WeightScheme(3, 16, "full_range"),
     "asymmetric": WeightScheme(2, 16, "asymmetric"),
     "wide": WeightScheme(8, 16, "symmetric"),
+    "fp4": WeightScheme(4, 16, number="float"),
+    "fp8": WeightScheme(8, 16, number="float"),
 }
 
 
 def leaves(
     scheme: WeightScheme, stored: torch.dtype, out: int, count: int
-) -> tuple[loops.IntLeaf, kernels.IntColumns]:
+) -> tuple[loops.Leaf, loops.Points]:
     """The same columns, in the order that a permutation gives, for the loop and for the kernel."""
     torch.manual_seed(out + count)
     weight = torch.randn(out, 128)
     grid = fit_grid(weight, scheme, search="minmax", scale_dtype=stored)
-    made = loops.GridColumns(grid, scheme, torch.randperm(128))
-    loop = made.leaf(8, 8 + count)
-    assert isinstance(loop, loops.IntLeaf)
-    zero = None if loop._zero is None else loop._zero.to(DEVICE)
-    scale = loop._all_scale.to(DEVICE)
-    steps = torch.full_like(scale, torch.nan)
-    return loop, kernels.IntColumns(scale, zero, scheme.code_range, stored, steps)
+    loop = loops.GridColumns(grid, scheme, torch.randperm(128)).leaf(8, 8 + count)
+    there = loop.points()
+    return loop, replace(
+        there,
+        scale=there.scale.to(DEVICE),
+        zero=None if there.zero is None else there.zero.to(DEVICE),
+        steps=torch.full_like(there.scale, torch.nan, device=DEVICE),
+    )
 
 
-@pytest.mark.parametrize("offset", [False, True])
-@pytest.mark.parametrize(("out", "count"), [(64, 32), (100, 5), (3, 64), (130, 33)])
+def settled(
+    points: loops.Points, columns: torch.Tensor, pull: torch.Tensor, **others: torch.Tensor | None
+) -> torch.Tensor:
+    """What the kernel makes of tensors that are on the processor; `met` is filled."""
+    names = ("aim", "old", "drift", "met")
+    given = {name: others.get(name) for name in names}
+    moved = {name: None if one is None else one.to(DEVICE) for name, one in given.items()}
+    errors = kernels.settle(columns.to(DEVICE, copy=True), pull.to(DEVICE), points, **moved).cpu()
+    met = given["met"]
+    if met is not None and moved["met"] is not None:
+        met.copy_(moved["met"])
+    return errors
+
+
+@pytest.mark.parametrize("variant", ["plain", "revisited", "drifted"])
+@pytest.mark.parametrize(("out", "count"), [(64, 16), (100, 5), (3, 33)])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_the_kernel_rounds_like_the_loop(
-    scheme: WeightScheme, stored: torch.dtype, out: int, count: int, offset: bool
+    scheme: WeightScheme, stored: torch.dtype, out: int, count: int, variant: str
 ) -> None:
-    loop, leaf = leaves(scheme, stored, out, count)
-    open_columns = torch.randn(count, out)
-    pull = torch.randn(count, count) / count
-    aim, old = (torch.randn(count, out), torch.randn(count, out)) if offset else (None, None)
-    there = [one if one is None else one.to(DEVICE) for one in (aim, old)]
-    found = kernels.settle(
-        open_columns.to(DEVICE, copy=True), pull.to(DEVICE), leaf, aim=there[0], old=there[1]
-    ).cpu()
-    expected = loop.settle(open_columns.clone(), pull, aim=aim, old=old)
+    loop, points = leaves(scheme, stored, out, count)
+    columns, pull = torch.randn(count, out), torch.randn(count, count) / count
+    others: dict[str, torch.Tensor] = {}
+    if variant == "revisited":
+        others = {"aim": torch.randn(count, out), "old": torch.randn(count, out)}
+    if variant == "drifted":
+        drift = torch.randn(count, count) / count
+        others = {"drift": drift, "met": torch.full((count, out), torch.nan)}
+    theirs = {name: tensor.clone() for name, tensor in others.items()}
+    found = settled(points, columns, pull, **theirs)
+    expected = loop.settle(columns, pull, **others)
     # Sums in another order: a column that lies between two codes may go to the other one, and all
     # after it in that row then differ as well.
-    same = (leaf.steps.cpu() == loop._all_steps).all(0)
+    same = (points.steps.cpu() == loop.points().steps).all(0)
     assert same.float().mean() > 0.95
     torch.testing.assert_close(found[:, same], expected[:, same], atol=1e-5, rtol=1e-5)
+    if variant == "drifted":
+        met = theirs["met"]
+        torch.testing.assert_close(met[:, same], others["met"][:, same], atol=1e-5, rtol=1e-5)
 
 
-def test_ties_go_to_the_even_code_and_the_ends_hold() -> None:
-    loop, leaf = leaves(SCHEMES["symmetric"], torch.float32, 12, 1)
-    wanted = [-100.0, -8.5, -7.5, -6.5, -1.5, -0.5, 0.0, 0.5, 1.5, 2.5, 7.5, 100.0]
-    columns = (torch.tensor([wanted]) * loop._all_scale).to(DEVICE)
-    expected = (columns.cpu() / loop._all_scale).round().clamp(*SCHEMES["symmetric"].code_range)
-    kernels.settle(columns, torch.zeros(1, 1, device=DEVICE), leaf, aim=None, old=None)
-    assert torch.equal(leaf.steps.cpu(), expected)
+@pytest.mark.parametrize("name", ["symmetric", "fp4", "fp8"])
+def test_ties_go_to_the_even_number_and_the_ends_hold(name: str) -> None:
+    wanted = torch.tensor([-500.0, -100, -8.5, -7.5, -6.5, -5, -3.5, -2.5, -1.75, -1.5, -1.25,
+                           -0.75, -0.5, -0.25, 0, 2**-10, 3 * 2**-10, 0.25, 0.5, 0.75, 1.25, 1.5,
+                           1.75, 2.5, 3.5, 5, 7.5, 17, 19, 100, 460, 500])  # fmt: skip
+    loop, points = leaves(SCHEMES[name], torch.float32, len(wanted), 1)
+    columns, scale = wanted[None].clone(), torch.ones(1, len(wanted))
+    points.scale.copy_(scale)
+    loop.points().scale.copy_(scale)
+    settled(points, columns, torch.zeros(1, 1))
+    loop.settle(columns, torch.zeros(1, 1))
+    assert torch.equal(points.steps.cpu(), loop.points().steps)

@@ -6,13 +6,14 @@ Everything is transposed, [in, out], so that one column of the matrix is one con
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from compressor.numerics.floats import float_codes, round_to_float_
+from compressor.numerics.floats import LARGEST, float_codes, round_to_float_
 from compressor.numerics.grid import Grid
 from compressor.types import WeightScheme
 
@@ -44,6 +45,27 @@ class GridColumns:
         return IntLeaf(scale, zero, self._scheme, self._dtype)
 
 
+@dataclass(frozen=True)
+class Points:
+    """What may be stored in a few columns: scale × number.
+
+    Attributes:
+        scale: fp32 [columns, out].
+        zero: zero-points, fp32 [columns, out], or None.
+        span: smallest and largest code of integers, or number of floats.
+        float_bits: width of floats; None for integers.
+        stored: dtype that points are rounded to.
+        steps: gets numbers, codes minus zero-points, fp32 [columns, out].
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    span: tuple[float, float]
+    float_bits: int | None
+    stored: torch.dtype
+    steps: Tensor
+
+
 class Leaf(ABC):
     """A few columns of a grid with the buffers to round them one at a time.
 
@@ -73,38 +95,52 @@ class Leaf(ABC):
         return point if self._stored is None else point.copy_(self._stored.copy_(point))
 
     def settle(
-        self, columns: Tensor, pull: Tensor, *, aim: Tensor | None = None, old: Tensor | None = None
+        self,
+        columns: Tensor,
+        pull: Tensor,
+        *,
+        aim: Tensor | None = None,
+        old: Tensor | None = None,
+        drift: Tensor | None = None,
+        met: Tensor | None = None,
     ) -> Tensor:
         """Round all columns in turn, each after it has got its share of what came of those before.
 
-        Column i becomes c_i + Σ_{k<i} pull_ik e_k and is rounded to q_i; e_i is a_i - q_i - o_i.
+        Column i becomes m_i = c_i + Σ_{k<i} (pull_ik e_k + drift_ik m_k) and is rounded to q_i; e_i
+        is a_i - q_i - o_i.
 
         Args:
             columns: c, fp32 [columns, out]; used up.
             pull: fp32 [columns, columns]; what is not below the diagonal does not matter.
-            aim: a [columns, out]; by default what the column has become.
+            aim: a [columns, out]; by default m.
             old: o [columns, out]; by default 0.
+            drift: like `pull`; by default 0.
+            met: gets m [columns, out]; goes with `drift`.
 
         Returns:
             e [columns, out]; without an aim it is in the place of `columns`.
         """
-        if columns.is_cuda and (found := self._settle_at_once(columns, pull, aim, old)) is not None:
-            return found
+        # Launches would take longer than the work. Not every system with CUDA has Triton.
+        if columns.is_cuda and find_spec("triton"):
+            from compressor.numerics.kernels import settle
+
+            return settle(columns, pull, self.points(), aim=aim, old=old, drift=drift, met=met)
         errors = columns if aim is None else torch.empty_like(columns)
         for i, (column, error) in enumerate(zip(columns, errors, strict=True)):
             if i:
                 column.addmv_(errors[:i].T, pull[i, :i])
+            if drift is not None and met is not None:
+                if i:
+                    column.addmv_(met[:i].T, drift[i, :i])
+                met[i] = column
             torch.sub(column if aim is None else aim[i], self.nearest(i, column), out=error)
             if old is not None:
                 error.sub_(old[i])
         return errors
 
-    def _settle_at_once(
-        self, columns: Tensor, pull: Tensor, aim: Tensor | None, old: Tensor | None
-    ) -> Tensor | None:
-        """`settle` in one kernel, where there is one: launches would take longer than the work."""
-        del columns, pull, aim, old
-        return None
+    @abstractmethod
+    def points(self) -> Points:
+        """The grid, as kernels read it."""
 
     @abstractmethod
     def _round(self, index: int, steps: Tensor) -> None:
@@ -126,15 +162,9 @@ class IntLeaf(Leaf):
         self._range = scheme.code_range
         self._bounds = _step_bounds(zero, scheme.code_range, len(scale))
 
-    def _settle_at_once(
-        self, columns: Tensor, pull: Tensor, aim: Tensor | None, old: Tensor | None
-    ) -> Tensor | None:
-        if not find_spec("triton"):  # comes with torch for CUDA, but not on every system
-            return None
-        from compressor.numerics.kernels import IntColumns, settle
-
-        here = IntColumns(self._all_scale, self._zero, self._range, self._dtype, self._all_steps)
-        return settle(columns, pull, here, aim=aim, old=old)
+    def points(self) -> Points:
+        """The grid, as kernels read it."""
+        return Points(self._all_scale, self._zero, self._range, None, self._dtype, self._all_steps)
 
     def _round(self, index: int, steps: Tensor) -> None:
         torch.clamp(steps.round_(), *self._bounds[index], out=steps)
@@ -151,6 +181,12 @@ class FloatLeaf(Leaf):
     def __init__(self, scale: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> None:
         super().__init__(scale, dtype)
         self._bits = scheme.bits
+
+    def points(self) -> Points:
+        """The grid, as kernels read it."""
+        largest = LARGEST[self._bits]
+        span = (-largest, largest)
+        return Points(self._all_scale, None, span, self._bits, self._dtype, self._all_steps)
 
     def _round(self, index: int, steps: Tensor) -> None:
         del index

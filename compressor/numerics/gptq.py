@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import NumericalError
-from compressor.numerics.columns import GridColumns, Leaf
+from compressor.numerics.columns import GridColumns
 from compressor.numerics.descent import coordinate_descent
 from compressor.numerics.grid import Grid, round_to_grid
 from compressor.numerics.hessian import full_precision, row_losses
@@ -312,16 +312,6 @@ class _Solver:
         if self.pull is None or self.met is None:
             leaf.settle(rows, debts)
         else:
-            pull = self.pull[start:stop, start:stop].T.contiguous()
-            _settle_drifted(rows, debts, leaf, pull, self.met[start:stop])
+            drift = self.pull[start:stop, start:stop].T.contiguous()
+            leaf.settle(rows, debts, drift=drift, met=self.met[start:stop])
         self.solved[self.order[start:stop]] = leaf.codes()
-
-
-def _settle_drifted(rows: Tensor, debts: Tensor, leaf: Leaf, pull: Tensor, met: Tensor) -> None:
-    """Round columns one by one, each after its debts and what it is owed for drift in the leaf."""
-    for i, column in enumerate(rows.unbind()):
-        if i:
-            column.addmv_(rows[:i].T, debts[i, :i])
-            column.addmv_(met[:i].T, pull[i, :i])
-        met[i] = column
-        column.sub_(leaf.nearest(i, column))

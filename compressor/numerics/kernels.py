@@ -7,13 +7,14 @@ that every program takes some of them through all columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from compressor.numerics.columns import Points
 
 _ROWS = 64  # of the matrix, for one program: with 32 columns, 16 numbers a thread
 _STORED: dict[torch.dtype, Any] = {
@@ -26,43 +27,43 @@ _STORED: dict[torch.dtype, Any] = {
 _INTEGERS: tl.constexpr = tl.constexpr(12582912.0)
 
 
-@dataclass(frozen=True)
-class IntColumns:
-    """Columns of an integer grid.
-
-    Attributes:
-        scale: fp32 [columns, out].
-        zero: zero-points, fp32 [columns, out], or None.
-        code_range: smallest and largest code.
-        stored: dtype that points of the grid are rounded to.
-        steps: fp32 [columns, out], for codes minus zero-points.
-    """
-
-    scale: Tensor
-    zero: Tensor | None
-    code_range: tuple[int, int]
-    stored: torch.dtype
-    steps: Tensor
-
-
 def settle(
-    columns: Tensor, pull: Tensor, leaf: IntColumns, *, aim: Tensor | None, old: Tensor | None
+    columns: Tensor,
+    pull: Tensor,
+    points: Points,
+    *,
+    aim: Tensor | None,
+    old: Tensor | None,
+    drift: Tensor | None,
+    met: Tensor | None,
 ) -> Tensor:
     """`columns.Leaf.settle` in one launch."""
     errors = columns if aim is None else torch.empty_like(columns)
-    given = [columns, pull, leaf.scale, leaf.zero, aim, old, errors, leaf.steps]
+    given = [columns, pull, points.scale, points.zero, aim, old, drift, met, errors, points.steps]
     assert all(tensor is None or tensor.is_contiguous() for tensor in given)
     count, width = columns.shape
     _settle[(triton.cdiv(width, _ROWS),)](
         *given,
         width,
-        *map(float, leaf.code_range),
+        *map(float, points.span),
         COUNT=count,
         PADDED=triton.next_power_of_2(count),
         ROWS=_ROWS,
-        STORED=_STORED[leaf.stored],
+        FLOAT=points.float_bits,
+        STORED=_STORED[points.stored],
     )
     return errors
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _as_number(step, FLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest integer, or number of e2m1 or e4m3, even at ties, of what is in range already."""
+    if FLOAT is None:
+        return (step + _INTEGERS) - _INTEGERS
+    power = (step.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    # Numbers from 2^e to 2^(e+1) are 2^e / 2^mantissa apart, those below the smallest e like there.
+    apart = tl.maximum(power, 1.0) * 0.5 if FLOAT == 4 else tl.maximum(power, 2.0**-6) * 0.125
+    return ((step / apart + _INTEGERS) - _INTEGERS) * apart
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -83,6 +84,8 @@ def _settle(  # type: ignore[no-untyped-def]
     zero,
     aim,
     old,
+    drift,
+    met,
     errors,
     steps,
     width,
@@ -91,6 +94,7 @@ def _settle(  # type: ignore[no-untyped-def]
     COUNT: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    FLOAT: tl.constexpr,
     STORED: tl.constexpr,
 ):
     """Columns stay in registers; each one's error goes to those that are still open."""
@@ -108,11 +112,11 @@ def _settle(  # type: ignore[no-untyped-def]
             shift = tl.load(zero + place, mask=here, other=0.0)
             low, high = lowest - shift, highest - shift
         step = tl.minimum(tl.maximum(tl.div_rn(column, size), low), high)
-        step = (step + _INTEGERS) - _INTEGERS
-        met = column
+        step = _as_number(step, FLOAT)
+        wanted = column
         if aim is not None:
-            met = tl.load(aim + place, mask=here, other=0.0)
-        error = met - _as_stored(step * size, STORED)
+            wanted = tl.load(aim + place, mask=here, other=0.0)
+        error = wanted - _as_stored(step * size, STORED)
         if old is not None:
             error -= tl.load(old + place, mask=here, other=0.0)
         tl.store(errors + place, error, mask=here)
@@ -120,3 +124,7 @@ def _settle(  # type: ignore[no-untyped-def]
         later = (index > i) & (index < COUNT)
         share = tl.load(pull + index * COUNT + i, mask=later, other=0.0)
         still += share[:, None] * error[None, :]
+        if drift is not None:
+            tl.store(met + place, column, mask=here)
+            share = tl.load(drift + index * COUNT + i, mask=later, other=0.0)
+            still += share[:, None] * column[None, :]

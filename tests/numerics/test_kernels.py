@@ -32,12 +32,14 @@ from compressor.numerics import kernels
 
 names = kernels._settle.arg_names
 types = {"width": "i32", "lowest": "fp32", "highest": "fp32"}
-for capability, zero, offset, stored in product((80, 90), (0, 1), (0, 1), kernels._STORED.values()):
-    fixed = {"COUNT": 32, "PADDED": 32, "ROWS": kernels._ROWS, "STORED": stored}
-    if not zero:
-        fixed["zero"] = None
-    if not offset:
-        fixed["aim"] = fixed["old"] = None
+without = {"plain": ("aim", "old", "drift", "met"), "revisited": ("drift", "met"),
+           "drifted": ("aim", "old")}
+grids = {"symmetric": ("zero", None), "asymmetric": (None, None), "fp4": ("zero", 4),
+         "fp8": ("zero", 8)}
+every = product((80, 90), grids.values(), without.values(), kernels._STORED.values())
+for capability, (zero, bits), absent, stored in every:
+    fixed = {"COUNT": 32, "PADDED": 32, "ROWS": kernels._ROWS, "FLOAT": bits, "STORED": stored}
+    fixed |= dict.fromkeys(absent) | ({zero: None} if zero else {})
     signature = {n: "constexpr" if n in fixed else types.get(n, "*fp32") for n in names}
     places = {(names.index(name),): value for name, value in fixed.items()}
     source = ASTSource(kernels._settle, signature, places)
@@ -68,4 +70,4 @@ def test_kernels_round_like_the_loops_they_stand_for() -> None:
 
 def test_kernels_compile_for_cuda(tmp_path: Path) -> None:
     sizes = run("-c", COMPILED, TRITON_CACHE_DIR=str(tmp_path)).split()
-    assert len(sizes) == 3 * 24
+    assert len(sizes) == 3 * 2 * 4 * 3 * 3

@@ -262,9 +262,16 @@ class BlockWalk:
         """Whether two checkpoints make the same logits of the same hidden states, as on disk."""
         if self.architecture.config != other.architecture.config:
             return False
-        module = self._head_tensor.removesuffix("weight")  # a bias belongs to it as well
-        names = [name for name in self.rest() if name.startswith(module)]
-        return all(torch.equal(self.tensor(name), other.tensor(name)) for name in names)
+        names = self._head_names
+        return names == other._head_names and all(
+            torch.equal(self.tensor(name), other.tensor(name)) for name in names
+        )
+
+    @property
+    def _head_names(self) -> list[str]:
+        """Names on disk of the head's weight and bias."""
+        module = self._head_tensor.removesuffix("weight")
+        return sorted(name for name in self.rest() if name.startswith(module))
 
     @property
     def _head_tensor(self) -> str:

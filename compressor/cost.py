@@ -23,7 +23,12 @@ from compressor.formats.exchange import (
 from compressor.formats.gguf_types import GgufType
 from compressor.formats.sizes import STORED, Role, bits_per_weight
 from compressor.formats.support import LAYOUTS
-from compressor.model.architecture import ROOM_BESIDE_PARKED, Architecture, held_by_forward
+from compressor.model.architecture import (
+    ROOM_BESIDE_PARKED,
+    Architecture,
+    held_by_forward,
+    moments_held,
+)
 from compressor.model.matrices import Matrix
 from compressor.stages.packing import target_of
 from compressor.text import shards
@@ -141,13 +146,13 @@ def block_memory(
 ) -> int:
     """Peak memory of a stage that streams blocks, in bytes.
 
-    One block, as stored, in the working precision and once more in fp32 as the rounder's copy; one
-    fp32 Hessian per input group of that block and three fp64 copies of the largest while it is
-    factored; the residual stream of all calibration tokens before and after the block. With the
-    parent run beside: its block, its residual stream and a second matrix per input group. Where
-    forwards stand still in front of each matrix: what they hold, in the parent only where a part
-    of the block begins, as far as it is not parked in a file. Where the moments of domains are
-    kept apart, their matrices once for every domain and once mixed.
+    One block, as stored, in the working precision and once more in fp32 as the rounder's copy; the
+    fp32 Hessians of `moments_held` and three fp64 copies of the largest while it is factored; the
+    residual stream of all calibration tokens before and after the block. With the parent run
+    beside: its block, its residual stream and a second matrix per input group. Where forwards stand
+    still in front of each matrix: what they hold, in the parent only where a part of the block
+    begins, as far as it is not parked in a file. Where the moments of domains are kept apart, their
+    matrices once for every domain and once mixed.
 
     Args:
         architecture: of the model.
@@ -166,10 +171,13 @@ def block_memory(
         need = weights * (architecture.dtype_bytes + 4 + activation_bytes * streams)
         if tokens:
             widths = [matrices[0].shape[1] for matrices in groups.values()]
-            need += 4 * streams * parts * sum(width**2 for width in widths) + 24 * max(widths) ** 2
+            held = moments_held(
+                architecture, index, streams=streams, sublayers=standing, parts=parts
+            )
+            need += 4 * parts * held + 24 * max(widths) ** 2
         if standing:
-            held = _standing_bytes(architecture, index, tokens, activation_bytes)[:streams]
-            need += sum(min(size, ROOM_BESIDE_PARKED) for size in held)
+            still = _standing_bytes(architecture, index, tokens, activation_bytes)[:streams]
+            need += sum(min(size, ROOM_BESIDE_PARKED) for size in still)
         most = max(most, need)
     return most + 2 * activation_bytes * streams * tokens * architecture.hidden
 

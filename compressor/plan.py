@@ -178,7 +178,7 @@ def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:
             "add quantize.gptq or quantize.rtn behind it",
         )
         for index, stage in enumerate(recipe.stages)
-        if hasattr(stage, "choices")
+        if stage.chooses_grids
     ]
 
 

@@ -139,7 +139,11 @@ def stage_plan(
         + stage.working_memory(after, tokens),
         flops=flops,
         seconds=flops / rate,
-        remarks=(*stage.remarks(before), *cautions(earlier, stage)),
+        remarks=(
+            *stage.remarks(before),
+            *stage.misjudged(recipe.stages[index + 1 :]),
+            *cautions(earlier, stage),
+        ),
     )
 
 

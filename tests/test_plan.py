@@ -13,7 +13,7 @@ import pytest
 from compressor.console import plan_text
 from compressor.cost import block_memory, checkpoint_bytes, flops_per_second, linear_bits
 from compressor.errors import ModelError, PlanError
-from compressor.model.architecture import Architecture
+from compressor.model.architecture import MOMENTS_AT_ONCE, Architecture, moments_held
 from compressor.order import FORBIDDEN, ORDER, forbidden, order_problems, rank
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe, load_efforts, shipped_recipes
@@ -289,9 +289,23 @@ def test_memory_by_hand() -> None:
     assert block_memory(base, 1000, reference=True) == block_memory(base, 1000) + more
     # A forward in front of down_proj: two residual streams, gate and up, and what they came from.
     still = 1000 * 4 * (2 * 576 + 576 + 2 * 1536)
-    assert block_memory(base, 1000, standing=True) == block_memory(base, 1000) + still
+    # Inputs are measured one after the other then: one Hessian at a time, of down_proj at most.
+    alone = block_memory(base, 1000) - 4 * 3 * 576**2
+    assert block_memory(base, 1000, standing=True) == alone + still
     half = block_memory(base, 1000, standing=True, activation_bytes=2)
-    assert half == block_memory(base, 1000) - 2 * block - 2 * 2 * 1000 * 576 + still // 2
+    assert half == alone - 2 * block - 2 * 2 * 1000 * 576 + still // 2
+
+
+def test_moments_of_experts_are_bounded_and_not_paired() -> None:
+    mixtral = {"model_type": "mixtral", "num_local_experts": 8}
+    base = Architecture.from_config(SMOL | mixtral)
+    outer, inner, experts = 576**2, 1536**2, 8
+    routed = experts * (outer + inner)
+    together = moments_held(base, 0, streams=2, sublayers=False)
+    assert together == 2 * 3 * outer + routed  # of q k v, o and the router; experts
+    assert moments_held(base, 0, streams=2, sublayers=True) == routed
+    # Twenty copies do not fit into 1 GiB: as many experts go together as do.
+    assert moments_held(base, 0, streams=2, sublayers=True, parts=20) == MOMENTS_AT_ONCE // 80
 
 
 def test_propagating_costs_the_parents_passes_and_memory(tmp_path: Path) -> None:

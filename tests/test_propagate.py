@@ -166,7 +166,7 @@ def test_experts_are_measured_together(tmp_path: Path, monkeypatch: pytest.Monke
     )
     written = []
     for room, expected in ((1 << 30, [1, 1, 3, 3]), (1, [1] * 8)):
-        monkeypatch.setattr(rounding, "_MOMENTS_AT_ONCE", room)
+        monkeypatch.setattr(rounding, "MOMENTS_AT_ONCE", room)
         folder = tmp_path / str(room)
         outcome = stage(bits=4, group_size=16).run(tmp_path / "model", text, context(folder))
         assert waves == expected * 2

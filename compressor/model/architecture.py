@@ -289,6 +289,32 @@ class Architecture:
 ROOM_BESIDE_PARKED = 64 << 20
 """Bytes that forwards of one model hold in memory while they stand still; the rest is parked."""
 
+MOMENTS_AT_ONCE = 1 << 30
+"""Bytes in which second moments of the inputs of experts are summed together."""
+
+
+def moments_held(
+    architecture: Architecture, index: int, *, streams: int, sublayers: bool, parts: int = 1
+) -> int:
+    """Numbers of second moments [in, in] of a block that are held at once, for each of `parts`.
+
+    Of all inputs, or with `sublayers` of one after the other and of those of experts together, as
+    far as `MOMENTS_AT_ONCE` allows.
+
+    Args:
+        architecture: of the model.
+        index: of the block.
+        streams: moments of each input, 2 with the parent's beside; of an expert's always 1.
+        sublayers: inputs are measured one after the other.
+        parts: domains whose moments are kept apart.
+    """
+    groups = [members[0] for members in architecture.groups(index).values()]
+    shared = [streams * one.shape[1] ** 2 for one in groups if one.expert is None]
+    routed = [one.shape[1] ** 2 for one in groups if one.expert is not None]
+    if not sublayers:
+        return sum(shared) + sum(routed)
+    return max(*shared, *routed, min(sum(routed), MOMENTS_AT_ONCE // (4 * parts)))
+
 
 def held_by_forward(architecture: Architecture, index: int) -> int:
     """Numbers that a forward in front of a matrix of block `index` holds of one token, at most.

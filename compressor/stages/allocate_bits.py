@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,6 +42,8 @@ class AllocateBits(StageConfig):
         "AutoScheme of AutoRound (budget and ties); Kronecker-factored Fisher information, "
         "arXiv:1503.05671 (losses); multiple-choice knapsack, Kellerer et al. 2004, 11.5"
     )
+
+    chooses_grids: ClassVar[bool] = True
 
     method: Literal["allocate.bits"] = "allocate.bits"
     target_bpw: float | None = option(
@@ -122,12 +124,13 @@ class AllocateBits(StageConfig):
     )
     rounder: Literal["gptq", "rtn"] = option(
         "gptq",
-        "How the stage after this one rounds: with compensation, or to nearest.",
+        "How the stage after this one rounds: with compensation, or to nearest. As it does where "
+        "left out.",
         effect="Compensation helps some matrices far more than others.",
     )
     damping: float = option(
         0.1,
-        "Damping that compensation will use; see quantize.gptq.",
+        "Damping that compensation will use; that of quantize.gptq where left out.",
         effect="As in quantize.gptq.",
         gt=0,
         le=1,
@@ -173,6 +176,12 @@ class AllocateBits(StageConfig):
         if (self.target_bpw is None) == (self.target_size is None):
             raise ValueError("allocate.bits needs one budget: `target_bpw` or `target_size`")
         return self
+
+    def foretells(self, rounder: StageConfig) -> dict[str, Any]:
+        """Whether errors are made up for, and how damped."""
+        plain = rounder.method in ("quantize.rtn", "quantize.hqq")
+        damping = {"damping": rounder.damping} if hasattr(rounder, "damping") else {}
+        return {"rounder": "rtn" if plain else "gptq", **damping}
 
     @property
     def choices(self) -> tuple[WeightScheme, ...]:

@@ -110,6 +110,12 @@ class StageConfig(BaseModel, ABC):
     beside: ClassVar[bool] = False
     """Whether the stage leaves the checkpoint as it is and makes something beside it: a draft."""
 
+    rounds_weights: ClassVar[bool] = False
+    """Whether the stage gives weights their final grid."""
+
+    chooses_grids: ClassVar[bool] = False
+    """Whether the rounder after the stage takes its grids from it."""
+
     shared: ClassVar[bool] = False
     """Whether all processes of a launch run the stage together; others are the first one's."""
 
@@ -139,14 +145,45 @@ class StageConfig(BaseModel, ABC):
         """Whether its run decides the architecture that it leaves; `plan` gives a likely one."""
         return False
 
+    def foretells(self, rounder: StageConfig) -> dict[str, Any]:
+        """Options that say how weights will be rounded after the stage, and their values there.
+
+        Args:
+            rounder: a later stage that rounds weights.
+        """
+        del rounder
+        return {}
+
     def before(self, later: Sequence[StageConfig]) -> Self:
         """The stage with every option settled that depends on the stages after it.
+
+        What it `foretells` is as in the first rounder after it, unless it is written.
 
         Args:
             later: the stages that follow, in order.
         """
-        del later
-        return self
+        rounder = next((stage for stage in later if stage.rounds_weights), None)
+        known = {} if rounder is None else self.foretells(rounder)
+        missing = {k: value for k, value in known.items() if k not in self.model_fields_set}
+        return self.model_copy(update=missing)
+
+    def misjudged(self, later: Sequence[StageConfig]) -> Iterator[str]:
+        """Remarks on what the stage `foretells` and no rounder after it does.
+
+        Args:
+            later: the stages that follow, in order.
+        """
+        if any(stage.chooses_grids for stage in later):
+            return
+        rounders = [stage for stage in later if stage.rounds_weights]
+        found = [self.foretells(rounder) for rounder in rounders]
+        for name in found[0] if found else ():
+            there = [known.get(name) for known in found]
+            if getattr(self, name) not in there:
+                yield (
+                    f"`{name}: {getattr(self, name)}` is not what follows: {rounders[0].method} "
+                    f"has {there[0]}, which this stage takes too where the option is left out"
+                )
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture this stage leaves. Pure: reads no file, loads no weight.

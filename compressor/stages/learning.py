@@ -13,6 +13,7 @@ from torch import Tensor
 from compressor.model.block import Block, BlockMatrix
 from compressor.numerics.grid import Grid, fit_grid
 from compressor.numerics.signround import LearnedRounding, rate_at
+from compressor.stages.grids import READ_TEXT
 from compressor.stages.rounding import (
     ON_GRID,
     Job,
@@ -23,7 +24,7 @@ from compressor.stages.rounding import (
     chosen_groups,
     round_block,
 )
-from compressor.stages.solving import compensated
+from compressor.stages.solving import compensated, nearest
 from compressor.types import BlockRecord, Fallback, QTensor, WeightScheme
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ def learned(options: QuantizeAutoround) -> RoundBlock:
         fallbacks: tuple[Fallback, ...] = ()
         if options.grid == "gptq":
             start, (begun, fallbacks) = "gptq", _compensated(job, block, original, chosen)
+        elif options.grid in READ_TEXT:
+            first = replace(job, solve=nearest(options.grid))
+            begun, fallbacks = _begun(first, block, None, chosen)
         roundings = {
             matrix.info.name: _begin(job, matrix, block, options, begun) for matrix in chosen
         }
@@ -67,11 +71,18 @@ def learned(options: QuantizeAutoround) -> RoundBlock:
 def _compensated(
     job: Job, block: Block, original: Block, chosen: Sequence[BlockMatrix]
 ) -> tuple[dict[str, QTensor], tuple[Fallback, ...]]:
-    """The codes that GPTQ gives the block with its defaults; its weights are as they were."""
+    """The codes that GPTQ gives the block with its defaults."""
     from compressor.stages.quantize_gptq import QuantizeGptq
 
-    before = {matrix.info.name: matrix.weight for matrix in chosen}
     first = replace(job, solve=compensated(QuantizeGptq()), sublayers=True)
+    return _begun(first, block, original, chosen)
+
+
+def _begun(
+    first: Job, block: Block, original: Block | None, chosen: Sequence[BlockMatrix]
+) -> tuple[dict[str, QTensor], tuple[Fallback, ...]]:
+    """The codes that another rounder gives the block, whose weights are as they were."""
+    before = {matrix.info.name: matrix.weight for matrix in chosen}
     codes, record = round_block(first, block, original)
     for matrix in chosen:
         matrix.set_weight(before[matrix.info.name])
@@ -85,12 +96,13 @@ def _begin(
     options: QuantizeAutoround,
     begun: Mapping[str, QTensor],
 ) -> LearnedRounding:
-    """At the codes that are there already, or at the nearest."""
+    """At the grid that is there already, and GPTQ's codes, or at the nearest."""
     scheme, weight = job.schemes[matrix.info.name], matrix.weight.float()
     if matrix.info.name in begun:
         found = begun[matrix.info.name]
-        return LearnedRounding(weight, Grid.of(found), scheme, found.codes)
-    assert options.grid != "gptq"
+        codes = found.codes if options.grid == "gptq" else None
+        return LearnedRounding(weight, Grid.of(found), scheme, codes)
+    assert options.grid in ("minmax", "mse")
     dtype = block.tensor(matrix.info.tensor).dtype
     grid = fit_grid(weight, scheme, search=options.grid, scale_dtype=dtype)
     return LearnedRounding(weight, grid, scheme)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compressor.stages.base import Need, ReportProblem, option
+from compressor.stages.grids import READ_TEXT, check_grid
 from compressor.stages.quantize_base import RounderConfig
 from compressor.types import WeightScheme
 
@@ -34,10 +35,11 @@ class QuantizeAutoround(RounderConfig):
     runs_parent: ClassVar[bool] = True
 
     method: Literal["quantize.autoround"] = "quantize.autoround"
-    grid: Literal["minmax", "mse", "gptq"] = option(
+    grid: Literal["minmax", "mse", "imatrix", "neuqi", "clip", "gptq"] = option(
         "mse",
-        "The grid to begin with; its range is learned from there. `gptq` takes the grid and the "
-        "codes of `quantize.gptq` with its defaults: learning begins where compensation ends.",
+        "The grid to begin with, as in `quantize.rtn`; its range is learned from there. `gptq` "
+        "takes the grid and the codes of `quantize.gptq` with its defaults: learning begins where "
+        "compensation ends.",
         effect="A searched grid matters most at 2 bits, where min-max is far from usable.",
         source="AutoRound V2; LOG.md, learned rounding",
     )
@@ -92,8 +94,9 @@ class QuantizeAutoround(RounderConfig):
         return Need("method", "quantize.autoround learns on the activations of calibration text")
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
-        """Refuses float grids."""
+        """Refuses float grids, and a start that does not suit the grid."""
         schemes = self.schemes(architecture)
+        check_grid(self.grid, schemes, problems)
         if any(scheme != _integers(scheme) for scheme in schemes.values()):
             problems(
                 "method",
@@ -107,7 +110,7 @@ class QuantizeAutoround(RounderConfig):
         batch = min(tokens, _PLANNED_BATCH)
         weights = sum(matrix.parameters for matrix in after.matrices if matrix.block is not None)
         passes = self.steps * batch * (1 + _BACKWARD) + (self.checks + 1) * tokens
-        before = plain if self.grid == "gptq" else 0.0  # GPTQ's forwards and moments
+        before = plain if self.grid in (*READ_TEXT, "gptq") else 0.0  # forwards and moments
         return before + plain + 2.0 * weights * passes
 
     def working_memory(self, after: Architecture, tokens: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 from pydantic import model_validator
 
@@ -29,6 +29,8 @@ __all__ = ["GroupSize", "RounderConfig"]
 
 class RounderConfig(StageConfig):
     """Options common to the methods that round weights to integer codes."""
+
+    rounds_weights: ClassVar[bool] = True
 
     weights: Literal["int", "fp8", "fp8-block", "mxfp4", "nvfp4"] = option(
         "int",
@@ -189,7 +191,7 @@ class RounderConfig(StageConfig):
         chosen = checked_choice(self, schemes, architecture, problems)
         if not chosen:
             return architecture
-        self._check_head(architecture, problems)
+        self._check_tables(architecture, problems)
         self._check_overrides(architecture, schemes, problems)
         self._check_allotment(architecture, schemes, problems)
         if self.weights in FORMATS:
@@ -234,14 +236,18 @@ class RounderConfig(StageConfig):
             )
         return tuple(said)
 
-    def refuse_two_bits(self, what: str, problems: ReportProblem) -> None:
-        """Report every width of 2 bits that is written, unless the user forces it.
+    def refuse_two_bits(
+        self, what: str, architecture: Architecture, problems: ReportProblem
+    ) -> None:
+        """Report every width of 2 bits that is written or all that a stage before allows.
 
         Args:
             what: the way of rounding, to complete "2-bit … ruins a model".
+            architecture: what the stage rounds.
             problems: where to report.
         """
-        widths = [("bits", self.bits)]
+        allotted = [m.allotted.bits for m in architecture.matrices if m.allotted]
+        widths = [("method", max(allotted))] if allotted else [("bits", self.bits)]
         widths += [(f"overrides.{i}.bits", o.bits) for i, o in enumerate(self.overrides) if o.bits]
         for place, bits in widths:
             if bits <= 2 and not self.force:
@@ -251,7 +257,15 @@ class RounderConfig(StageConfig):
                     "use quantize.gptq, 3 bits or more, or write `force: true`",
                 )
 
-    def _check_head(self, architecture: Architecture, problems: ReportProblem) -> None:
+    def _check_tables(self, architecture: Architecture, problems: ReportProblem) -> None:
+        """Embedding and head, which every rounder rounds to nearest."""
+        rounded = "quantize" in (self.embeddings, self.head)
+        if rounded and self.embedding_bits <= 2 and not self.force:
+            problems(
+                "embedding_bits",
+                "embedding and head are rounded to nearest, which with 2 bits ruins a model",
+                "write 3 bits or more, 8 to be safe, or `force: true`",
+            )
         if self.head == "quantize" and architecture.tied and self.embeddings == "keep":
             problems(
                 "head",

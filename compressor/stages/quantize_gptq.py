@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
+from compressor.model.architecture import moments_held
 from compressor.stages.base import Need, ReportProblem, option
 from compressor.stages.grids import CompensatedSearch, check_grid
 from compressor.stages.quantize_base import RounderConfig
@@ -191,12 +192,13 @@ class QuantizeGptq(RounderConfig):
         if not self.robust:
             return said
         blocks, layers = self.tried_blocks(before.layers), before.layers
-        widest = max(matrix.shape[1] for matrix in before.matrices if matrix.block is not None)
+        sublayers = self.sequential == "sublayer"
+        held = (moments_held(before, i, streams=2, sublayers=sublayers) for i in range(layers))
         return (
             *said,
             f"robust tries {self._pairs} pairs of damping and propagate on {blocks} of {layers} "
-            "blocks, and keeps two moments of every domain of the text apart: up to "
-            f"{8 * widest**2 / 1e6:.0f} MB a domain",
+            "blocks, keeps two moments of every domain of the text apart, up to "
+            f"{4 * max(held) / 1e6:.1f} MB a domain, and runs held-out text behind the rest",
         )
 
     @property

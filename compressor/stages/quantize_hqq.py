@@ -80,7 +80,7 @@ class QuantizeHqq(RounderConfig):
                 "scales and zero-points are fitted to integer codes, not to floats",
                 "use quantize.gptq or quantize.rtn for this grid",
             )
-        self.refuse_two_bits("rounding without compensation", problems)
+        self.refuse_two_bits("rounding without compensation", architecture, problems)
         if self.group_size == "channel" and not self.force:
             problems(
                 "group_size",

@@ -44,7 +44,7 @@ class QuantizeRtn(RounderConfig):
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """Bits per matrix after the stage; refuses 2 bits unless forced."""
         check_grid(self.grid, self.schemes(architecture), problems)
-        self.refuse_two_bits("round-to-nearest without compensation", problems)
+        self.refuse_two_bits("round-to-nearest without compensation", architecture, problems)
         return super().plan(architecture, problems)
 
     def run(

@@ -20,7 +20,7 @@ from compressor.formats.allocation import read_allocation
 from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
-from compressor.model.architecture import Architecture
+from compressor.model.architecture import MOMENTS_AT_ONCE, Architecture
 from compressor.model.block import Block, BlockMatrix
 from compressor.model.files import read_config
 from compressor.model.lanes import Lanes
@@ -42,7 +42,6 @@ from compressor.types import (
     WeightScheme,
 )
 
-_MOMENTS_AT_ONCE = 1 << 30
 ON_GRID = ("its weights lie on the grid already", "they stay as they are")
 
 
@@ -246,7 +245,7 @@ def round_block(
     codes: dict[str, QTensor] = {}
     metrics: list[ModuleMetric] = []
     fallbacks: list[Fallback] = []
-    for wave in _waves(groups, job.sublayers):
+    for wave in _waves(job, block, groups):
         measured = _measure(job, block, original, groups, wave) if job.batches and wave else {}
         return_memory()  # what forwards have freed is room for the solves
         for name in wave:
@@ -282,13 +281,16 @@ def chosen_groups(
     return groups
 
 
-def _waves(groups: Mapping[str, Sequence[BlockMatrix]], sublayers: bool) -> Iterator[list[str]]:
+def _waves(
+    job: Job, block: Block, groups: Mapping[str, Sequence[BlockMatrix]]
+) -> Iterator[list[str]]:
     """Input groups measured together: all at once, or each after the ones before were rounded.
 
     Experts do not feed each other: their inputs go together, and after them what enters their
     down matrices, as many as memory for moments allows.
     """
-    if not sublayers:
+    parts = len(block.domains) + 1 if job.balance else 1  # of each domain, and mixed
+    if not job.sublayers:
         yield list(groups)
         return
     expert = {name: members[0].info.expert for name, members in groups.items()}
@@ -297,7 +299,8 @@ def _waves(groups: Mapping[str, Sequence[BlockMatrix]], sublayers: bool) -> Iter
             yield from ([name] for name in run)
             continue
         for _, side in groupby(sorted(run, key=_is_inner), _is_inner):
-            yield from _bounded(side, {name: groups[name][0].info.shape[1] for name in groups})
+            widths = {name: groups[name][0].info.shape[1] for name in groups}
+            yield from _bounded(side, widths, parts)
 
 
 def _is_inner(group: str) -> bool:
@@ -305,11 +308,12 @@ def _is_inner(group: str) -> bool:
     return group.endswith(".out")
 
 
-def _bounded(names: Iterable[str], widths: Mapping[str, int]) -> Iterator[list[str]]:
-    """Cut into lists whose fp32 moments [in, in] take `_MOMENTS_AT_ONCE` bytes at most."""
+def _bounded(names: Iterable[str], widths: Mapping[str, int], parts: int) -> Iterator[list[str]]:
+    """Cut into lists whose fp32 moments [in, in], `parts` of each, fit `MOMENTS_AT_ONCE`."""
     wave: list[str] = []
+    most = MOMENTS_AT_ONCE // (4 * parts)
     for name in names:
-        if wave and 4 * sum(widths[other] ** 2 for other in [*wave, name]) > _MOMENTS_AT_ONCE:
+        if wave and sum(widths[other] ** 2 for other in [*wave, name]) > most:
             yield wave
             wave = []
         wave.append(name)

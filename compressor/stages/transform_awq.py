@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressor.model.edges import EDGE_KINDS, NORM_EDGES, EdgeKind, edges, missing
-from compressor.stages.base import Need, ReportProblem, option
+from compressor.stages.base import Need, ReportProblem, StageConfig, option
 from compressor.stages.quantize_base import GroupSize
 from compressor.stages.transform_base import ScalingConfig, require_edges
 from compressor.types import Symmetry, WeightScheme
@@ -29,26 +29,25 @@ class TransformAwq(ScalingConfig):
     method: Literal["transform.awq"] = "transform.awq"
     bits: int = option(
         4,
-        "Width of one code that the scales are chosen for.",
-        effect="Write what the rounder after it uses.",
+        "Width of one code that the scales are chosen for; that of the rounder after it where this "
+        "is left out.",
         ge=2,
         le=8,
     )
     group_size: GroupSize = option(
         128,
-        "Inputs that share one scale of the grid, or `channel`.",
-        effect="Write what the rounder after it uses.",
+        "Inputs that share one scale of the grid, or `channel`; the rounder's where left out.",
     )
     symmetry: Symmetry = option(
         "symmetric",
-        "Where the grid lies; as in `quantize.rtn`.",
-        effect="Write what the rounder after it uses.",
+        "Where the grid lies; as in `quantize.rtn`, and as in the rounder where left out.",
     )
     grid: Literal["minmax", "mse", "imatrix"] = option(
         "imatrix",
         "How the grid is fitted for every scale that is tried.",
-        effect="Write what the rounder after it uses: scales searched for `minmax` grids, as AWQ "
-        "was published, made an imatrix grid worse than no scales. `minmax` is the fastest.",
+        effect="Write what the rounder after it uses, `imatrix` for its `obs`: scales searched for "
+        "`minmax` grids, as AWQ was published, made an imatrix grid worse than no scales. `minmax` "
+        "is the fastest.",
         source="measured on builtin:tiny at 3 bits; see LOG.md",
     )
     steps: int = option(
@@ -93,6 +92,11 @@ class TransformAwq(ScalingConfig):
         """The grid that the scales are chosen for."""
         group = None if self.group_size == "channel" else self.group_size
         return WeightScheme(self.bits, group, self.symmetry)
+
+    def foretells(self, rounder: StageConfig) -> dict[str, Any]:
+        """The grid."""
+        names = ("bits", "group_size", "symmetry")
+        return {name: getattr(rounder, name) for name in names if hasattr(rounder, name)}
 
     def edge_kinds(self, architecture: Architecture) -> tuple[EdgeKind, ...]:
         """What `edges` names, or everything that the family has."""

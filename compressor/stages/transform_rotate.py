@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from compressor.numerics.hadamard_orders import hadamard_block
 from compressor.stages.base import Need, ReportProblem, StageConfig, option
@@ -75,14 +75,14 @@ class TransformRotate(StageConfig):
     )
     bits: int = option(
         4,
-        "Width that rotations are learned for; that of the rounder.",
+        "Width that rotations are learned for; that of the rounder where left out.",
         effect="Without `learn`, none.",
         ge=2,
         le=8,
     )
     group_size: GroupSize = option(
         128,
-        "Inputs that share one scale where rotations are learned; those of the rounder.",
+        "Inputs that share one scale where rotations are learned; the rounder's where left out.",
         effect="Without `learn`, none.",
     )
     angle: float = option(
@@ -105,6 +105,11 @@ class TransformRotate(StageConfig):
     def scheme(self) -> WeightScheme:
         """The grid that rotations are learned for."""
         return WeightScheme(self.bits, group_of(self.group_size))
+
+    def foretells(self, rounder: StageConfig) -> dict[str, Any]:
+        """With `learn`, the grid."""
+        names = ("bits", "group_size") if self.learn else ()
+        return {name: getattr(rounder, name) for name in names if hasattr(rounder, name)}
 
     def learned_block(self, size: int) -> int:
         """Size of the blocks that are learned in a stream of `size` channels."""

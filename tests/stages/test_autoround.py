@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -175,6 +175,26 @@ def test_learning_begins_at_the_codes_of_gptq(
     )
     assert {f.action for f in kept.fallbacks} == {"the codes of GPTQ stay"}
     assert len(kept.fallbacks) == 4 * 2
+
+
+@pytest.mark.parametrize("grid", ["imatrix", "clip"])
+def test_learning_begins_at_grids_that_read_text(
+    grid: Literal["imatrix", "clip"], calibration: CalibrationSet, tmp_path: Path
+) -> None:
+    """Its first error is that of rounding to nearest on the grid, and it goes down from there."""
+    records: list[BlockRecord] = []
+    learned = stage(grid=grid, rate=None, bits=2).run(
+        TINY, calibration, context(tmp_path / "learned", records)
+    )
+    nearest = QuantizeRtn(bits=2, group_size=64, grid=grid, force=True)
+    rounded = nearest.run(TINY, calibration, context(tmp_path / "nearest", []))
+    notes = records[0].notes
+    first, best = notes["block_loss_nearest.000"], notes["block_loss.000"]
+    assert best < 0.9 * first
+    assert errors_of_first_block([rounded, learned], calibration, tmp_path) == [
+        pytest.approx(first, rel=0.03),
+        pytest.approx(best, rel=1e-3),
+    ]
 
 
 def errors_of_first_block(

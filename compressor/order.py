@@ -1,6 +1,6 @@
 """Which methods may follow which: data, and the function that applies it.
 
-The order is prune, recover, untie, rotate, scale, allocate bits, round weights, round the cache,
+The order is prune, recover, rotate, scale, allocate bits, round weights, round the cache,
 draft. Every rule names what goes wrong otherwise; sources are the composition rules of the methods'
 papers and measurements (folding a rotation after a norm-folded scale cancels the scale to 2e-15).
 """
@@ -14,7 +14,6 @@ from fnmatch import fnmatchcase
 ORDER = (
     "prune.*",
     "recover.*",
-    "transform.untie",
     "transform.rotate",
     "transform.*",
     "allocate.*",
@@ -75,22 +74,14 @@ FORBIDDEN = (
     Forbidden(
         "transform.awq",
         "transform.rotate",
-        "rotation fuses the norms, which cancels the scales folded into them exactly",
+        "rotation fuses the norms, which cancels the scales folded into them exactly, and mixes "
+        "those of values",
     ),
     Forbidden(
         "transform.smoothquant",
         "transform.rotate",
-        "rotation fuses the norms, which cancels the scales folded into them exactly",
-    ),
-    Forbidden(
-        "transform.rotate",
-        "transform.untie",
-        "rotation scales the head by the final norm, which a tied embedding cannot follow",
-    ),
-    Forbidden(
-        "transform.*",
-        "transform.untie",
-        "a transform decides what it may fold by whether the head is tied",
+        "rotation fuses the norms, which cancels the scales folded into them exactly, and mixes "
+        "those of values",
     ),
     Forbidden(
         "transform.awq",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from compressor.errors import CompressorError, ModelError
 from compressor.formats.exchange import container_problems
 from compressor.model.architecture import Architecture
 from compressor.model.edges import edges
-from compressor.order import CAUTIONS
+from compressor.order import CAUTIONS, FORBIDDEN, forbidden
 from compressor.plan import Plan
 from compressor.stages.packing import target_of
 from compressor.types import WeightScheme
-from tests.runs import TINY, plan
+from tests.runs import TINY, load, plan
 
 OLMO: dict[str, Any] = TINY | {"model_type": "olmo2"}
 GEMMA: dict[str, Any] = TINY | {"model_type": "gemma2"}
@@ -101,6 +102,8 @@ ROWS = [
         hint=ORDERED),
     row("two-allocations", [ALLOCATE, ALLOCATE, SPEND], "replaces what the first",
         [ALLOCATE, SPEND], hint="keep one"),
+    row("allocate-recover", [ALLOCATE, RECOVER, SPEND], "training changes",
+        [RECOVER, ALLOCATE, SPEND], hint=ORDERED),
     row("unspent", [ALLOCATE], "no stage after it rounds", [ALLOCATE, SPEND], hint="add quantize"),
     row("draft-first", [DRAFT, GPTQ], "changes its target", [GPTQ, DRAFT], hint=ORDERED),
     # Scaling before rotation cancels.
@@ -149,11 +152,25 @@ ROWS = [
     # The cache's scales are measured last.
     row("kv-round", [KV, GPTQ], "moves its keys", [GPTQ, KV], hint=ORDERED, export=PACKED),
     row("kv-rotate", [KV, ROTATE], "moves its keys", [ROTATE, GPTQ, KV], export=PACKED),
+    row("kv-prune", [KV, PRUNE], "moves its keys", [PRUNE, KV], hint=ORDERED, export=PACKED),
+    row("kv-recover", [KV, RECOVER], "moves its keys", [RECOVER, KV], hint=ORDERED,
+        export=PACKED),
+    row("kv-allocate", [KV, ALLOCATE, SPEND], "moves its keys", [ALLOCATE, SPEND, KV],
+        hint=ORDERED, export=PACKED),
     # Two bits.
     row("two-bits", ["{method: quantize.rtn, bits: 2, group_size: 64}"], "ruins a model",
         ["{method: quantize.rtn, bits: 2, group_size: 64, force: true}"], hint="force: true"),
     row("two-bits-awq", [AWQ, "{method: quantize.rtn, bits: 2, group_size: 64}"], "ruins a model",
         [AWQ, "{method: quantize.gptq, bits: 2, group_size: 64}"], hint="quantize.gptq"),
+    row("two-bits-allotted",
+        ["{method: allocate.bits, target_bpw: 2.5, counting: linear, bits: [2], group_sizes: [64]}",
+         RTN], "ruins a model",
+        ["{method: allocate.bits, target_bpw: 2.5, counting: linear, bits: [2], group_sizes: [64]}",
+         SPEND], hint="quantize.gptq"),
+    row("two-bits-embedding",
+        ["{method: quantize.gptq, group_size: 64, embeddings: quantize, embedding_bits: 2}"],
+        "rounded to nearest", ["{method: quantize.gptq, group_size: 64, embeddings: quantize}"],
+        hint="force: true"),
     # Rounded inputs.
     row("inputs", ["{method: quantize.gptq, weights: fp8, activations: int8}"], "do not multiply",
         ["{method: quantize.gptq, weights: fp8, activations: fp8}"], hint="none, fp8"),
@@ -178,12 +195,19 @@ def test_what_is_forbidden_is_refused_and_what_is_said_to_work_works(
     assert found, [str(problem) for problem in problems]
     assert case.hint in found[0].hint
     if case.hint == ORDERED:
-        methods = [stage.split("method: ")[1].split(",")[0].strip("}") for stage in case.works]
-        assert found[0].hint == f"{ORDERED}: {' → '.join(methods)}"
+        assert found[0].hint == f"{ORDERED}: {' → '.join(methods_of(case.works))}"
     works = made(tmp_path, case.works, case.other or case.config, case.export)
-    assert [stage.method for stage in works.stages] == [
-        stage.split("method: ")[1].split(",")[0].strip("}") for stage in case.works
-    ]
+    assert [stage.method for stage in works.stages] == methods_of(case.works)
+
+
+def methods_of(stages: Sequence[str]) -> list[str]:
+    return [stage.split("method: ")[1].split(",")[0].strip("}") for stage in stages]
+
+
+def test_every_rule_of_order_is_walked() -> None:
+    pairs = [p for case in ROWS for p in combinations(methods_of(case.values[0].stages), 2)]
+    walked = {id(rule) for pair in pairs if (rule := forbidden(*pair))}
+    assert [rule for rule in FORBIDDEN if id(rule) not in walked] == []
 
 
 @pytest.mark.parametrize(
@@ -278,3 +302,38 @@ def test_targets_know_what_their_container_refuses() -> None:
     targets = [target_of(matrix, narrow) for matrix in narrow.matrices]
     assert "groups of 16" in container_problems(targets, "gguf", "llama")[0]
     assert not container_problems(targets, "auto", "llama")
+
+
+FORETOLD = [
+    (["{method: transform.awq}", GPTQ], (4, 64, "symmetric"), ""),
+    (["{method: transform.awq}", W8A8], (8, "channel", "symmetric"), ""),
+    (["{method: transform.awq}", "{method: quantize.gptq, weights: nvfp4}"],
+     (4, 16, "symmetric"), ""),
+    (["{method: transform.awq, bits: 2, group_size: 64}", GPTQ], (2, 64, "symmetric"), "bits: 2"),
+    (["{method: transform.awq, bits: 4, group_size: 64}", ALLOCATE, SPEND],
+     (4, 64, "symmetric"), ""),
+    (["{method: transform.rotate, learn: 4, bits: 3}", GPTQ], (3, 64), "bits: 3"),
+    (["{method: transform.rotate, bits: 3}", GPTQ], (3, 128), ""),
+    ([ALLOCATE, SPEND], ("gptq", 0.1), ""),
+    ([ALLOCATE, "{method: quantize.gptq, damping: 0.02}"], ("gptq", 0.02), ""),
+    ([ALLOCATE, "{method: quantize.rtn}"], ("rtn", 0.1), ""),
+    ([ALLOCATE.replace("counting", "rounder: rtn, counting"), SPEND], ("rtn", 0.1), "rounder: rtn"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stages", "options", "words"), FORETOLD)
+def test_what_is_chosen_for_a_rounding_is_chosen_for_the_one_that_follows(
+    stages: list[str], options: tuple[Any, ...], words: str, tmp_path: Path
+) -> None:
+    """Options that are left out follow the rounder; others are remarked upon."""
+    made_of = load(
+        tmp_path, "\n".join(["calibration: {}", "stages:", *(f"  - {s}" for s in stages)])
+    )
+    names = (
+        ("rounder", "damping") if "allocate" in stages[0] else ("bits", "group_size", "symmetry")
+    )
+    assert tuple(getattr(made_of.stages[0], name) for name in names[: len(options)]) == options
+    remarks = made(tmp_path, stages, TINY, PACKED).stages[0].remarks
+    said = [remark for remark in remarks if "is not what follows" in remark]
+    assert len(said) == bool(words)
+    assert all(f"`{words}`" in remark for remark in said)

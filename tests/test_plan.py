@@ -152,7 +152,6 @@ def test_missing_calibration_text(tmp_path: Path, section: str, words: str) -> N
 METHODS = (
     "prune.obs",
     "recover.distill",
-    "transform.untie",
     "transform.rotate",
     "transform.awq",
     "allocate.budget",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compressor.engine import RunOutcome, run_recipe
 from compressor.errors import PlanError
@@ -15,6 +17,7 @@ from compressor.model.files import read_config
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe, load_recipe
 from compressor.resources import builtin_model
+from tests.model.conftest import build
 
 TINY: dict[str, Any] = read_config(builtin_model("tiny"))
 SMOL: dict[str, Any] = {
@@ -111,6 +114,34 @@ class Ran:
         return divergence.mean.value
 
 
-def ran(folder: Path, stages: str, form: str = "compressed-tensors") -> Ran:
+def ran(
+    folder: Path, stages: str, form: str = "compressed-tensors", model: str = "builtin:tiny"
+) -> Ran:
     """Run `SMALL` with these stages, and whatever keys follow them."""
-    return Ran(run(folder, SMALL + stages), form)
+    return Ran(run(folder, SMALL + stages, model), form)
+
+
+def power_of_two(folder: Path) -> Path:
+    """A random model whose widths 128 divides, and which reads what the built-in model reads.
+
+    What its blocks add is small beside the embedding, so that it survives being pruned.
+    """
+    made = build(
+        "llama",
+        torch.bfloat16,
+        vocab_size=4096,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        tie_word_embeddings=True,
+        max_position_embeddings=256,
+    )
+    with torch.no_grad():
+        made.get_input_embeddings().weight.mul_(4)
+        for block in made.model.layers:
+            block.self_attn.o_proj.weight.mul_(0.05)
+            block.mlp.down_proj.weight.mul_(0.05)
+    made.save_pretrained(folder)
+    for path in builtin_model("tiny").glob("*token*"):
+        shutil.copy(path, folder)
+    return folder

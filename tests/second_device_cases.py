@@ -5,7 +5,6 @@ Run by tests/test_second_device.py in a process of its own, which the played dev
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,11 +14,10 @@ import torch
 from compressor import following, sessions
 from compressor.decoding import measure
 from compressor.recipe import load_recipe, shipped_recipes
-from compressor.resources import builtin_model
 from compressor.stages import masking
 from tests.command import leave
-from tests.model.conftest import build
 from tests.place import report
+from tests.runs import power_of_two
 
 EVALUATION = ("suite=quick", "documents=1", "length=32", "resamples=100", "noise_floor=false")
 CALIBRATION = ("samples=4", "length=32")
@@ -58,30 +56,7 @@ def device() -> Iterator[torch.device]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three blocks that read what the built-in model reads.
-
-    What they add is small beside the embedding: a random model that survives being pruned.
-    """
-    folder = tmp_path_factory.mktemp("model")
-    made = build(
-        "llama",
-        torch.bfloat16,
-        vocab_size=4096,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        tie_word_embeddings=True,
-        max_position_embeddings=256,
-    )
-    with torch.no_grad():
-        made.get_input_embeddings().weight.mul_(4)
-        for block in made.model.layers:
-            block.self_attn.o_proj.weight.mul_(0.05)
-            block.mlp.down_proj.weight.mul_(0.05)
-    made.save_pretrained(folder)
-    for path in builtin_model("tiny").glob("*token*"):
-        shutil.copy(path, folder)
-    return folder
+    return power_of_two(tmp_path_factory.mktemp("model"))
 
 
 def small(name: str) -> list[str]:

@@ -16,7 +16,7 @@ from compressor.model.walk import BlockWalk
 from compressor.numerics.activations import round_inputs
 from compressor.recipe import load_recipe
 from compressor.types import ACTIVATIONS, TokenBatch
-from tests.runs import MIXTRAL, TINY, Ran, plan_stages, ran, refused
+from tests.runs import MIXTRAL, TINY, Ran, plan_stages, power_of_two, ran, refused
 
 W8A8 = "  - {method: quantize.rtn, bits: 8, group_size: channel, activations: int8}\n"
 
@@ -152,6 +152,22 @@ def test_fp8_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
     lock = load_recipe(fp8.folder / "recipe.lock.yaml")
     options = lock.stages[0].model_dump()
     assert (options["bits"], options["group_size"]) == (8, "channel")
+
+
+def test_fp8_in_blocks_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
+    model = power_of_two(tmp_path / "model")
+    blocks = ran(
+        tmp_path, floats("fp8-block", ", activations: fp8, ignore: [k, v]"), model=str(model)
+    )
+    assert blocks.exported["max_logit_difference"] == 0
+    config = read_config(blocks.deliverable)["quantization_config"]
+    (group,) = config["config_groups"].values()
+    assert group["weights"]["block_structure"] == [128, 128]
+    assert (group["input_activations"]["strategy"], config["format"]) == (
+        "group", "float-quantized")  # fmt: skip
+    size = blocks.outcome.report.variants[1].size
+    assert size.bits_linear == pytest.approx((16 + 8 * (8 + 16 / 128**2)) / 9)  # k and v stay
+    assert 0 < blocks.kl < 0.1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from compressor import following, sessions
 from compressor.decoding import measure
 from compressor.recipe import load_recipe, shipped_recipes
-from compressor.stages import masking
+from compressor.stages import distilling, masking
 from tests.command import leave
 from tests.place import report
 from tests.runs import power_of_two
@@ -51,6 +51,7 @@ def device() -> Iterator[torch.device]:
             patch.setattr(module, "default_device", lambda: played)
         patch.setattr(measure, "_ROUNDS", 1)  # of timing, which says nothing here
         patch.setattr(masking, "_FISHER_WINDOWS", 4)
+        patch.setattr(distilling, "_HELD", 2)
         yield played
 
 

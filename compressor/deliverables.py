@@ -13,6 +13,7 @@ from compressor.errors import ModelError
 from compressor.formats import exporters
 from compressor.formats.codes import CodesReader
 from compressor.formats.files import checkpoint_files
+from compressor.formats.support import loading
 from compressor.journal import Event
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
@@ -24,6 +25,7 @@ from compressor.requantize import Requantized
 from compressor.sections import ExportConfig
 from compressor.serving.check import prove
 from compressor.serving.record import record_event
+from compressor.stages.packing import targets_of
 from compressor.state import RunState
 from compressor.variants import Variant
 from compressor.verify import verify_export, verify_weights
@@ -102,7 +104,7 @@ class Deliverables:
 
     def _source(self, config: ExportConfig) -> exporters.Source:
         run, checkpoint = self.run, self.run.last.checkpoint
-        final = Architecture.from_config(read_config(checkpoint))
+        final = self._final()
         scales = final.cache.scales if final.cache else ()
         return exporters.Source(
             checkpoint,
@@ -113,6 +115,15 @@ class Deliverables:
             dict(zip(final.cached_attention, scales, strict=False)),
             config.blocks,
         )
+
+    def _final(self) -> Architecture:
+        """What the last stage left, with the grids of the codes that are packed."""
+        final = Architecture.from_config(read_config(self.run.last.checkpoint))
+        for variant in self.run.variants:
+            codes = CodesReader(variant.checkpoint)
+            if variant.stage and codes:
+                final = final.with_schemes({name: codes.scheme(name) for name in codes})
+        return final
 
     def _text(self, config: ExportConfig) -> requantize.Text | None:
         """For an importance matrix."""
@@ -149,7 +160,8 @@ class Deliverables:
         self, config: ExportConfig, sha256: str, reload_ok: bool, **facts: Any
     ) -> Artifact:
         """A deliverable, as the report has it; kept in the order of the recipe."""
-        out = self._folder(config)
+        out, final = self._folder(config), self._final()
+        loads = loading(targets_of(final), config.container, final.cache)
         path = out.relative_to(self.run.folder).as_posix()
         made = Artifact(
             path=path,
@@ -157,7 +169,8 @@ class Deliverables:
             sha256=sha256,
             reload_ok=reload_ok,
             bytes_on_disk=sum(file.stat().st_size for file in checkpoint_files(out)),
-            load_snippets=load_snippets(path, config.format),
+            load_snippets=load_snippets(path, config.format, loads.titles),
+            refusals=dict(loads.refusals),
             **(dict.fromkeys(_DIFFERENCES) | facts),
         )
         self.run.artifacts.append(made)

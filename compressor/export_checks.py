@@ -11,12 +11,12 @@ from compressor.errors import ResourceError
 from compressor.formats import llama_quantize
 from compressor.formats.capabilities import ENVIRONMENTS, PACKAGES
 from compressor.formats.exchange import GGUF_BLOCK, container_problems
-from compressor.formats.support import Target, cache_problems, engine_problems
+from compressor.formats.support import Target, cache_problems, engine_problems, first_of
 from compressor.model.architecture import Architecture
 from compressor.programs import PROGRAMS
 from compressor.recipe import Recipe
 from compressor.sections import EngineName, ExportConfig, ExportFormat
-from compressor.stages.packing import target_of
+from compressor.stages.packing import targets_of
 from compressor.types import Problem
 
 # Formats for quantized weights only.
@@ -37,9 +37,9 @@ def export_problems(recipe: Recipe, final: Architecture) -> list[Problem]:
         if export.format not in _serving(final):
             found.append(_forgotten_inputs(recipe, index, final))
             continue
-        targets = _targets(final)
+        targets = targets_of(final)
         found += _cache_problems(recipe, index, final)
-        possible = [_targets(one) for one in _possible(recipe, final)]
+        possible = [targets_of(one) for one in _possible(recipe, final)]
         bare = all(target.scheme is None for target in targets) and final.cache is None
         if export.format in _PACKED and bare:
             message = f"nothing is quantized, so there is nothing to pack as {export.format}"
@@ -50,7 +50,7 @@ def export_problems(recipe: Recipe, final: Architecture) -> list[Problem]:
             for one in possible
             for sentence in container_problems(one, export.container, final.model_type)
         ]
-        for message in _summary(list(dict.fromkeys(sentences))):
+        if message := first_of(list(dict.fromkeys(sentences))):
             hint = _HINTS.get(export.container, "change the stage, or export `dense`")
             found.append(recipe.problem(("export", index, "format"), message, hint))
         found += _second_quantizer(recipe, index)
@@ -62,31 +62,30 @@ def export_problems(recipe: Recipe, final: Architecture) -> list[Problem]:
             found.append(recipe.problem(("export", index, "format"), message, hint))
         found += _missing_environment(recipe, index)
         for engine in export.engines:
-            for message in _summary(_unloadable(engine, possible, export)):
+            if message := first_of(_unloadable(engine, possible, export, final)):
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
     return found or _unserved(recipe, final)
 
 
 def _unloadable(
-    engine: EngineName, possible: Sequence[Sequence[Target]], export: ExportConfig
+    engine: EngineName,
+    possible: Sequence[Sequence[Target]],
+    export: ExportConfig,
+    final: Architecture,
 ) -> list[str]:
     """Why an engine would not load a deliverable."""
-    problems = (engine_problems(engine, targets, export.container) for targets in possible)
+    problems = (engine_problems(engine, one, export.container, final.cache) for one in possible)
     return list(dict.fromkeys(sentence for one in problems for sentence in one))
 
 
 def _unserved(recipe: Recipe, final: Architecture) -> list[Problem]:
     """Engines that the recipe names and that would load none of its deliverables."""
-    possible = [_targets(one) for one in _possible(recipe, final)]
+    possible = [targets_of(one) for one in _possible(recipe, final)]
     found = []
     for engine in recipe.engines:
         reasons = {
-            export.name: [
-                *_unloadable(engine, possible, export),
-                *_cache_sentences(possible, export, final, (engine,)),
-            ]
-            for export in recipe.export
+            export.name: _unloadable(engine, possible, export, final) for export in recipe.export
         }
         if all(reasons.values()):
             told = "; ".join(f"{name}: {why[0]}" for name, why in reasons.items())
@@ -140,29 +139,18 @@ def _missing_environment(recipe: Recipe, index: int) -> list[Problem]:
 
 
 def _cache_problems(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
-    """A rounded cache that a format or an engine does not take."""
-    export = recipe.export[index]
-    possible = [_targets(one) for one in _possible(recipe, final)]
-    found = _cache_sentences(possible, export, final, export.engines)
+    """A rounded cache that a format does not take."""
+    if final.cache is None:
+        return []
+    container = recipe.export[index].container
+    possible = [targets_of(one) for one in _possible(recipe, final)]
+    problems = (cache_problems(one, container, final.cache) for one in possible)
     return [
         recipe.problem(
             ("export", index, "format"), message, "leave quantize.kv out, or change this"
         )
-        for message in found
+        for message in dict.fromkeys(sentence for one in problems for sentence in one)
     ]
-
-
-def _cache_sentences(
-    possible: Sequence[Sequence[Target]],
-    export: ExportConfig,
-    final: Architecture,
-    engines: Sequence[str],
-) -> list[str]:
-    """Why a format, or one of these engines, does not take the cache as it is rounded."""
-    if final.cache is None:
-        return []
-    problems = (cache_problems(one, export.container, final.cache, engines) for one in possible)
-    return list(dict.fromkeys(sentence for one in problems for sentence in one))
 
 
 def _serving(final: Architecture) -> Sequence[str]:
@@ -183,19 +171,3 @@ def _forgotten_inputs(recipe: Recipe, index: int, final: Architecture) -> Proble
     (right,) = _serving(final)
     hint = f"export {right}, or do not round inputs"
     return recipe.problem(("export", index, "format"), message, hint)
-
-
-def _summary(sentences: Sequence[str], most: int = 1) -> list[str]:
-    """The first few of many sentences of one kind; a model has hundreds of matrices."""
-    kept = list(sentences[:most])
-    if len(sentences) > most:
-        kept[-1] += f" (and {len(sentences) - most} more problems like these)"
-    return kept
-
-
-def _targets(architecture: Architecture) -> list[Target]:
-    return [
-        target_of(matrix, architecture)
-        for matrix in architecture.matrices
-        if matrix.role != "position"
-    ]

@@ -6,7 +6,7 @@ Formulas of one architecture are in `compressor.cost`; here they meet the recipe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
@@ -24,11 +24,13 @@ from compressor.cost import (
 from compressor.formats import gguf_types
 from compressor.formats.capabilities import ENVIRONMENTS
 from compressor.formats.sizes import Role
+from compressor.formats.support import loading
 from compressor.model.architecture import Architecture
 from compressor.order import cautions
 from compressor.recipe import Recipe
 from compressor.sections import ExportConfig
 from compressor.stages.base import StageConfig
+from compressor.stages.packing import targets_of
 
 # Forward passes of a block. `block`: one that captures all inputs and one onward. `sublayer`: one
 # that stands still in front of each matrix until it has been rounded. The parent, which nobody
@@ -184,8 +186,18 @@ def export_plan(export: ExportConfig, base: Architecture, final: Architecture) -
         size -= embedding_bytes(final) - embedding_bytes(final, export.blocks)
         remarks = _embedding_remarks(export, final, size)
     return ExportPlan(
-        format=export.name, tensor_bytes=size, ratio=base.bytes / size, remarks=tuple(remarks)
+        format=export.name,
+        tensor_bytes=size,
+        ratio=base.bytes / size,
+        remarks=(*remarks, *_refusals(export, final)),
     )
+
+
+def _refusals(export: ExportConfig, final: Architecture) -> Iterator[str]:
+    """Programs that read the format, and would not load this deliverable."""
+    found = loading(targets_of(final), export.container, final.cache)
+    for titles, why in found.refusals.items():
+        yield f"{titles} would not load it: {why}"
 
 
 def _embedding_remarks(export: ExportConfig, final: Architecture, size: int) -> list[str]:

@@ -219,7 +219,7 @@ def report_of(report: Report, artifact: Artifact, folder: Path, name: str) -> Re
     """The report as one deliverable's repository shows it: its size, its name, its snippets."""
     facts = {key: getattr(report, key) for key in Facts.model_fields}
     others, last = _split(report, artifact)
-    snippets = load_snippets(name, artifact.format, hub=True)
+    snippets = load_snippets(name, artifact.format, artifact.load_snippets, hub=True)
     own = artifact.model_copy(update={"path": name, "load_snippets": snippets})
     measured = measure(folder, report.base.logical_params)
     size = last.size.model_copy(

@@ -19,7 +19,6 @@ from compressor.report.schema import (
 )
 from compressor.report.schema import MixturePoint as ReportedPoint
 from compressor.report.schema import Variant as ReportVariant
-from compressor.report.snippets import load_snippets
 from compressor.stages.base import StageConfig
 from compressor.types import BlockRecord, Fallback, MixturePoint, ModuleMetric, StageResult
 
@@ -86,7 +85,7 @@ class Variant:
             stage=self.stage_facts(),
             size=size_of(size, base_bytes, kv_bytes_per_token),
             artifact=artifact,
-            load_snippets=load_snippets(artifact.path, artifact.format) if artifact else {},
+            load_snippets=artifact.load_snippets if artifact else {},
         )
 
     def _label(self) -> str:

@@ -118,6 +118,45 @@ def test_engines_that_fuse_layers_want_one_grid_for_them(
     assert "are one fused layer and must share one scheme" in caught.value.problems[0].message
 
 
+ATTENTION, MLP = "model.layers.0.self_attn", "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "layer"),
+    [
+        ("q", f"{ATTENTION}.q_proj, {ATTENTION}.k_proj, {ATTENTION}.v_proj"),
+        ("up", f"{MLP}.gate_proj, {MLP}.up_proj"),
+    ],
+)
+def test_a_fused_layer_of_several_grids_is_remarked_where_no_engine_is_named(
+    tmp_path: Path, pattern: str, layer: str
+) -> None:
+    made = plan(tmp_path, f"stages.0.overrides=[{{pattern: {pattern}, bits: 8}}]")
+    (remark,) = made.exports[0].remarks
+    assert remark.startswith(f"vLLM and SGLang would not load it: {layer} are one fused layer")
+    assert "round all of them alike, or none" in remark
+
+
+@pytest.mark.parametrize(
+    "overrides", ["[]", "[{pattern: q, bits: 4}]", "[{pattern: mlp, bits: 8}]"]
+)
+def test_fused_layers_of_one_grid_are_not_remarked(tmp_path: Path, overrides: str) -> None:
+    assert plan(tmp_path, f"stages.0.overrides={overrides}").exports[0].remarks == ()
+
+
+def test_the_report_names_the_engines_that_load_what_came_out(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "stages.0.overrides=[{pattern: q, bits: 8}]")
+    report = run_recipe(recipe, "builtin:tiny", tmp_path / "run").report
+    (artifact,) = report.deliverables
+    assert list(artifact.load_snippets) == ["Transformers"]
+    (why,) = artifact.refusals.values()
+    said = f"vLLM and SGLang would not load {artifact.path}: {why}."
+    assert said in [warning.text for warning in report.warnings]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "| Transformers |" in card
+    assert "vllm serve" not in card
+
+
 def test_explain_knows_the_keys_of_an_override() -> None:
     (whole,) = explain("quantize.gptq.overrides").options
     for key in Override.model_fields:

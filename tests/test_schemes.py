@@ -9,6 +9,7 @@ import torch
 
 from compressor import resources
 from compressor.errors import ModelError
+from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
 from compressor.model.load import load_model, read_config
 from compressor.model.serving import SERVING, serving_config
@@ -120,7 +121,9 @@ def test_engines_multiply_int8_by_int8(tmp_path: Path, engine: str) -> None:
     assert "no kernel in this layout" in refused(tmp_path, w4a8 + export)
     bytewise = export.replace("engines", "form: int-quantized, engines")
     assert "8-bit weights by channel" in refused(tmp_path, w4a8 + bytewise)
-    assert plan_stages(tmp_path, w4a8)
+    (remark,) = plan_stages(tmp_path, w4a8).exports[0].remarks
+    assert "vLLM and SGLang would not load it" in remark
+    assert "no kernel in this layout" in remark
     asymmetric = W8A8.replace("int8}", "int8, symmetry: asymmetric}")
     assert "asymmetric" in refused(tmp_path, asymmetric + export)
 
@@ -204,6 +207,44 @@ def test_what_a_float_format_fixes(tmp_path: Path, stage: str, words: str, hint:
     told = refused(tmp_path, stage)
     assert words in told
     assert hint in told
+
+
+def global_scales(run: Ran, block: int, *matrices: str) -> set[float]:
+    """Of these matrices of a block, as the deliverable has them."""
+    exported = CheckpointReader(run.deliverable)
+    names = (f"model.layers.{block}.{name}_proj.weight_global_scale" for name in matrices)
+    return {float(exported[name]) for name in names}
+
+
+ATTENTION = ("self_attn.q", "self_attn.k", "self_attn.v")
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_fused_matrices_have_one_global_scale(tmp_path: Path, method: str) -> None:
+    """vLLM keeps one of them for q, k and v, and one for gate and up, of a block."""
+    run = ran(tmp_path, floats("nvfp4").replace("rtn", method))
+    for block in range(TINY["num_hidden_layers"]):
+        attention = global_scales(run, block, *ATTENTION)
+        mlp = global_scales(run, block, "mlp.gate", "mlp.up")
+        assert len(attention) == len(mlp) == 1
+        assert attention != mlp
+    assert "vLLM" in run.outcome.report.deliverables[0].load_snippets
+
+
+def test_fused_matrices_of_nvfp4_split_over_stages(tmp_path: Path) -> None:
+    """Their divisors differ: refused for vLLM; without it, the plan and the report say so."""
+    split = floats("nvfp4", ", targets: [q]") + floats("nvfp4", ", targets: [k, v, o, mlp]")
+    vllm = "export: [{format: compressed-tensors, engines: [vllm]}]\n"
+    assert "must share one divisor" in refused(tmp_path, split + vllm)
+    whole = floats("nvfp4", ", targets: [attention]") + floats("nvfp4", ", targets: [mlp]")
+    assert plan_stages(tmp_path, whole + vllm)
+    remarks = plan_stages(tmp_path, split).exports[0].remarks
+    run = ran(tmp_path, split)
+    assert len(global_scales(run, 0, *ATTENTION)) == 2
+    (artifact,) = run.outcome.report.deliverables
+    assert list(artifact.load_snippets) == ["Transformers"]
+    assert "must share one divisor" in artifact.refusals["vLLM"]
+    assert f"vLLM would not load it: {artifact.refusals['vLLM']}" in remarks
 
 
 def test_fp4_wants_a_model_in_bf16(tmp_path: Path) -> None:

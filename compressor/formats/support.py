@@ -28,7 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from compressor.formats.capabilities import ENGINES, Container, Limits
+from compressor.formats.capabilities import ENGINES, Container, Engine, Limits
 from compressor.types import ActivationScheme, CacheScheme, Scales, WeightScheme
 
 Format = Literal[
@@ -54,6 +54,7 @@ class Target:
         scheme: None when the matrix stays dense.
         activations: how its inputs are rounded; None when they are not.
         scaled: an embedding whose module multiplies what it looks up.
+        rounding: number of the stage that rounded it, among those that round; 0 while dense.
     """
 
     name: str
@@ -62,6 +63,20 @@ class Target:
     scheme: WeightScheme | None
     activations: ActivationScheme | None = None
     scaled: bool = False
+    rounding: int = 0
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What programs make of an export, of those that read its format.
+
+    Attributes:
+        titles: of those that load it, on one machine or another.
+        refusals: titles of those that do not, as a sentence names them -> why.
+    """
+
+    titles: tuple[str, ...]
+    refusals: Mapping[str, str]
 
 
 _FLOAT_LAYOUTS: Mapping[Scales, Format] = {
@@ -146,18 +161,14 @@ def export_problems(targets: Sequence[Target], form: Form = "auto") -> list[str]
 
 
 def cache_problems(
-    targets: Sequence[Target],
-    container: Container,
-    cache: CacheScheme,
-    engines: Sequence[str],
+    targets: Sequence[Target], container: Container, cache: CacheScheme
 ) -> list[str]:
-    """Why a rounded cache cannot be exported so, or not to these engines; a sentence per rule.
+    """Why a rounded cache cannot be exported so; a sentence per rule.
 
     Args:
         targets: every matrix of the model.
         container: what lies on disk.
         cache: how keys and values are rounded.
-        engines: keys of `ENGINES`.
     """
     if container not in LAYOUTS:
         return [
@@ -172,8 +183,7 @@ def cache_problems(
         )
     if any(target.kind == "expert" and target.scheme is None for target in targets):
         problems.append("transformers loads experts beside a rounded cache only when quantized")
-    faults = {n: ENGINES[n].cache_fault for n in engines if cache.name not in ENGINES[n].caches}
-    return problems + [f"{name}: {fault}" for name, fault in faults.items()]
+    return problems
 
 
 def _dequantize_problems(quantized: Sequence[Target]) -> Iterable[str]:
@@ -243,19 +253,90 @@ def _expert_problems(targets: Sequence[Target], form: Form) -> Iterable[str]:
         yield "transformers cannot load int-quantized experts; use pack-quantized"
 
 
-def engine_problems(engine: str, targets: Sequence[Target], form: Container) -> list[str]:
-    """Why `engine` (a key of `ENGINES`) would not load this export; one sentence per rule."""
+def engine_problems(
+    engine: str, targets: Sequence[Target], form: Container, cache: CacheScheme | None = None
+) -> list[str]:
+    """Why an engine would not load an export, or compute otherwise than was measured.
+
+    Args:
+        engine: a key of `ENGINES`.
+        targets: every matrix of the model.
+        form: what lies on disk.
+        cache: how keys and values are rounded; None when they are not.
+
+    Returns:
+        A sentence per broken rule; empty when it loads.
+    """
     loads = ENGINES[engine].containers
+    if unknown := _unknown(ENGINES[engine], targets, form):
+        return [f"{engine} does not load {unknown}; it loads {', '.join(loads)}"]
+    found = _known_problems(ENGINES[engine], targets, form, cache)
+    return [f"{engine}: {sentence}" for sentence in found]
+
+
+def loading(
+    targets: Sequence[Target], form: Container, cache: CacheScheme | None = None
+) -> Loading:
+    """Who loads an export; arguments as in `engine_problems`, whose rules decide."""
+    faults = _faults(targets, form, cache)
+    refusing: dict[str, list[str]] = {}
+    for title, found in faults.items():
+        if found:
+            refusing.setdefault(first_of(found), []).append(title)
+    return Loading(
+        tuple(title for title, found in faults.items() if not found),
+        {_listed(titles): why for why, titles in refusing.items()},
+    )
+
+
+def _faults(
+    targets: Sequence[Target], form: Container, cache: CacheScheme | None
+) -> dict[str, list[str]]:
+    """By title of every program that reads the format: why it would not load the export."""
+    same_format = set(get_args(Format)) if form in LAYOUTS else {form}
+    faults: dict[str, list[str]] = {}
+    for engine in ENGINES.values():
+        if same_format.isdisjoint(engine.containers):
+            continue
+        unknown = _unknown(engine, targets, form)
+        layout = [f"its layout is {unknown}"] if unknown else []
+        found = layout or _known_problems(engine, targets, form, cache)
+        if not found or engine.title not in faults:  # one of its machines is enough
+            faults[engine.title] = found
+    return faults
+
+
+def first_of(sentences: Sequence[str]) -> str:
+    """The first of many sentences of one kind, since a model has hundreds of matrices; or ""."""
+    if len(sentences) < 2:
+        return "".join(sentences)
+    return f"{sentences[0]} (and {len(sentences) - 1} more problems like these)"
+
+
+def _listed(titles: Sequence[str]) -> str:
+    *others, last = titles
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _unknown(engine: Engine, targets: Sequence[Target], form: Container) -> Container | None:
+    """What the export holds and the engine cannot read at all; None where there is no such."""
+    held = {_container(target, form) for target in targets if target.scheme is not None}
+    return min((held or {form}) - {*engine.containers, "auto"}, default=None)
+
+
+def _known_problems(
+    engine: Engine, targets: Sequence[Target], form: Container, cache: CacheScheme | None
+) -> list[str]:
+    """Which limits an export breaks, all of whose containers the engine reads."""
     quantized = [target for target in targets if target.scheme is not None]
-    found = {_container(target, form): target for target in reversed(quantized)}
-    if unknown := set(found or {form}) - {*loads, "auto"}:
-        return [f"{engine} does not load {min(unknown)}; it loads {', '.join(loads)}"]
-    problems: list[str] = []
-    if not all(loads[container].mixed_fused for container in found):
+    held = [(engine.containers[_container(target, form)], target) for target in quantized]
+    forgets = cache is not None and cache.name not in engine.caches
+    problems = [engine.cache_fault] if forgets else []
+    if not all(limits.mixed_fused for limits, _ in held):
         problems += _fused_problems(targets)
-    for target in quantized:
-        problems += _limit_problems(loads[_container(target, form)], target)
-    return [f"{engine}: {sentence}" for sentence in problems]
+    for limits, target in held:
+        problems += _limit_problems(limits, target)
+    return problems
 
 
 def _container(target: Target, form: Container) -> Container:
@@ -270,12 +351,12 @@ def _limit_problems(limits: Limits, target: Target) -> Iterable[str]:
     scheme = target.scheme
     yield from _input_problems(limits, target, scheme)
     if target.kind == "embedding" and not limits.embeddings:
-        yield f"{target.name} is a quantized embedding, which it does not load"
+        yield f"{target.name} is a quantized embedding; embeddings must be dense"
     if scheme.bits not in limits.bits:
         widths = ", ".join(str(bits) for bits in sorted(limits.bits))
         yield f"{target.name} has {scheme.bits}-bit codes; it loads {widths}"
     if scheme.symmetry not in limits.symmetries:
-        yield f"{target.name} is {scheme.symmetry}, which it does not load"
+        yield f"{target.name} is {scheme.symmetry}; grids must be symmetric"
     if any(size % limits.multiple for size in target.shape):
         yield f"{target.name} is {list(target.shape)}; sizes must be multiples of {limits.multiple}"
     if scheme.group_size is not None and scheme.group_size % limits.group_multiple:
@@ -291,23 +372,43 @@ def _input_problems(limits: Limits, target: Target, scheme: WeightScheme) -> Ite
         return
     if inputs.kernel not in limits.inputs:
         yield (
-            f"{target.name} sees inputs rounded to {inputs.name}, for which it has no kernel in "
+            f"{target.name} sees inputs rounded to {inputs.name}, for which there is no kernel in "
             "this layout"
         )
     elif limits.inputs_by_channel and scheme.rows == 1 and not _by_channel(scheme):
         yield (
             f"{target.name} has {scheme.bits}-bit weights and inputs rounded to {inputs.name}; "
-            "it multiplies those with 8-bit weights by channel"
+            "those are multiplied with 8-bit weights by channel"
         )
     elif limits.inputs_by_channel and scheme.symmetry == "asymmetric":
-        yield f"{target.name} is asymmetric, which it does not load beside rounded inputs"
+        yield f"{target.name} is asymmetric; beside rounded inputs grids must be symmetric"
 
 
 def _fused_problems(targets: Sequence[Target]) -> Iterable[str]:
-    schemes = {target.name: (target.scheme, target.activations) for target in targets}
-    for name in schemes:
+    """An engine stacks fused matrices and keeps one scheme, and one divisor of fp8 scales.
+
+    Only matrices that are rounded together have the same divisor.
+    """
+    by_name = {target.name: target for target in targets}
+    for name in by_name:
         parent, _, leaf = name.rpartition(".")
         for group in _FUSED:
-            mates = [f"{parent}.{mate}" for mate in group if f"{parent}.{mate}" in schemes]
-            if leaf == group[0] and len({schemes[mate] for mate in mates}) > 1:
-                yield f"{', '.join(mates)} are one fused layer and must share one scheme"
+            names = [f"{parent}.{mate}" for mate in group if f"{parent}.{mate}" in by_name]
+            if leaf != group[0]:
+                continue
+            layer, mates = ", ".join(names), [by_name[mate] for mate in names]
+            if len({(mate.scheme, mate.activations) for mate in mates}) > 1:
+                yield (
+                    f"{layer} are one fused layer and must share one scheme; round all of them "
+                    "alike, or none"
+                )
+            elif _divided(mates[0]) and len({mate.rounding for mate in mates}) > 1:
+                yield (
+                    f"{layer} are one fused layer and must share one divisor of their scales; "
+                    "round all of them in one stage"
+                )
+
+
+def _divided(target: Target) -> bool:
+    """Whether its scales have a divisor, one for the matrix."""
+    return target.scheme is not None and target.scheme.scales == "e4m3"

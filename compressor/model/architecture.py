@@ -225,7 +225,17 @@ class Architecture:
         Raises:
             ModelError: a name belongs to no matrix.
         """
-        return self._with_each("scheme", dict.fromkeys(names, scheme))
+        return self.with_schemes(dict.fromkeys(names, scheme))
+
+    def with_schemes(self, schemes: Mapping[str, WeightScheme | None]) -> Architecture:
+        """The same model with the grids that one stage assigned, by the name of the matrix.
+
+        Raises:
+            ModelError: a name belongs to no matrix.
+        """
+        number = 1 + max((matrix.rounding for matrix in self.matrices), default=0)
+        numbered = self._with_each("rounding", dict.fromkeys(schemes, number))
+        return numbered._with_each("scheme", schemes)
 
     def with_activations(self, schemes: Mapping[str, ActivationScheme]) -> Architecture:
         """The same model with the inputs of the matrices of these names rounded; others as before.
@@ -267,6 +277,7 @@ class Architecture:
             replace(
                 matrix,
                 scheme=old[matrix.name].scheme,
+                rounding=old[matrix.name].rounding,
                 activations=old[matrix.name].activations,
             )
             if matrix.name in old

@@ -34,6 +34,7 @@ class Matrix:
         block: index of its block; None outside the blocks.
         input_group: matrices with the same group see the same input, hence share one Hessian.
         scheme: the integer grid that a plan has assigned; None while dense.
+        rounding: number of the stage that assigned it, among those that do; 0 while dense.
         activations: how its inputs are rounded while the model runs; None when they are not.
         allotted: the grid that a rounder is to use in place of its own; None leaves it the choice.
         expert: index of its expert in a mixture of experts.
@@ -46,6 +47,7 @@ class Matrix:
     block: int | None
     input_group: str
     scheme: WeightScheme | None = None
+    rounding: int = 0
     activations: ActivationScheme | None = None
     allotted: WeightScheme | None = None
     expert: int | None = None

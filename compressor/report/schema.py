@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.7.0"
+SCHEMA_VERSION = "1.8.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -216,6 +216,10 @@ class Artifact(Frozen):
     )
     load_snippets: dict[str, str] = Field(
         default_factory=dict, description="engine or library -> code that loads it"
+    )
+    refusals: dict[str, str] = Field(
+        default_factory=dict,
+        description="engines that read the format and would not load this -> why",
     )
 
 

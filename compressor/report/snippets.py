@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 _TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,27 +22,32 @@ def _optimum(extra: str, module: str, prefix: str) -> str:
     return f"# pip install optimum[{extra}]\n" + head + code.partition("AutoTokenizer")[2]
 
 
-_VLLM = "vllm serve {path}"
-_SGLANG = "python -m sglang.launch_server --model-path {path}"
-_SERVED = {"Transformers": _TRANSFORMERS, "vLLM": _VLLM}
-_GPTQMODEL = {"Transformers": "# pip install gptqmodel optimum\n" + _TRANSFORMERS, "vLLM": _VLLM}
-_FORMATS: Mapping[str, Mapping[str, str]] = {
-    "compressed-tensors": _SERVED,
-    "dense": {**_SERVED, "SGLang": _SGLANG},
-    "gptq": _GPTQMODEL,
-    "awq": _GPTQMODEL,
-    "bitsandbytes": {
-        "Transformers": "# pip install bitsandbytes accelerate\n" + _TRANSFORMERS,
-        "vLLM": _VLLM,
-    },
-    "gguf": {"llama.cpp": "llama-server -m {path}/model.gguf"},
-    "onnx": {"ONNX Runtime": _optimum("onnxruntime", "optimum.onnxruntime", "ORT")},
-    "openvino": {"OpenVINO": _optimum("openvino", "optimum.intel", "OV")},
+_GPTQMODEL = """\
+from gptqmodel import GPTQModel
+
+model = GPTQModel.load("{path}")
+print(model.tokenizer.decode(model.generate("The capital of France is")[0]))
+"""
+_CODE: Mapping[str, str] = {
+    "Transformers": _TRANSFORMERS,
+    "vLLM": "vllm serve {path}",
+    "SGLang": "python -m sglang.launch_server --model-path {path}",
+    "GPTQModel": _GPTQMODEL,
+    "llama.cpp": "llama-server -m {path}/model.gguf",
+    "ONNX Runtime": _optimum("onnxruntime", "optimum.onnxruntime", "ORT"),
+    "OpenVINO": _optimum("openvino", "optimum.intel", "OV"),
 }
+"""By the title of the program."""
+
+_PACKAGES: Mapping[str, str] = {
+    "gptq": "gptqmodel optimum",
+    "awq": "gptqmodel optimum",
+    "bitsandbytes": "bitsandbytes accelerate",
+}
+"""What Transformers needs beside it, by format."""
 
 _DRAFTED = "llama-server -m {target} --spec-type {kind} -md {draft} --spec-draft-n-max {most}"
 _KINDS = {"standalone": "draft-simple", "eagle3": "draft-eagle3"}
-_ON_HUB: Mapping[str, Mapping[str, str]] = {"gguf": {"llama.cpp": "llama-server -hf {path}"}}
 
 
 def draft_snippets(target: str, draft: str, drafted: int, kind: str) -> dict[str, str]:
@@ -59,14 +64,19 @@ def draft_snippets(target: str, draft: str, drafted: int, kind: str) -> dict[str
 
 
 def load_snippets(
-    path: str, form: str = "compressed-tensors", *, hub: bool = False
+    path: str, form: str, titles: Iterable[str], *, hub: bool = False
 ) -> dict[str, str]:
-    """How to load the checkpoint at `path` (a folder or a Hub id), by library.
+    """How to load the checkpoint at `path` (a folder or a Hub id), by program.
 
     Args:
         path: what stands in the code.
         form: of the deliverable, such as `gptq`.
+        titles: of the programs that load it.
         hub: whether `path` is a Hub id, which llama.cpp takes in another way.
     """
-    known = _ON_HUB if hub and form in _ON_HUB else _FORMATS
-    return {name: code.format(path=path) for name, code in known[form].items()}
+    code = dict(_CODE)
+    if form in _PACKAGES:
+        code["Transformers"] = f"# pip install {_PACKAGES[form]}\n{_TRANSFORMERS}"
+    if hub:
+        code["llama.cpp"] = "llama-server -hf {path}"
+    return {title: code[title].format(path=path) for title in titles}

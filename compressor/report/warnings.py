@@ -76,6 +76,17 @@ def _artifact_warnings(report: Report, document: Document) -> Iterator[Statement
                 "{label} was not read back from disk: memory does not hold it. Load it elsewhere.",
                 label=(pointer("variants", place, "label"), "text"),
             )
+    for place, item in enumerate(report.deliverables):
+        for number, engines in enumerate(item.refusals):
+            why = pointer("deliverables", place, "refusals", engines)
+            yield state(
+                document,
+                f"refused-{place}-{number}",
+                "{engines} would not load {path}: {why}.",
+                engines=(why, "key"),
+                path=(pointer("deliverables", place, "path"), "text"),
+                why=(why, "text"),
+            )
 
 
 def _engine_warnings(report: Report, document: Document) -> Iterator[Statement]:

@@ -16,7 +16,24 @@ from compressor.types import WeightScheme
 def target_of(matrix: Matrix, architecture: Architecture) -> Target:
     """The matrix as an export sees it."""
     scaled = matrix.role == "embed" and architecture.model_type in SCALED_EMBEDDINGS
-    return Target(matrix.name, matrix.shape, matrix.kind, matrix.scheme, matrix.activations, scaled)
+    return Target(
+        matrix.name,
+        matrix.shape,
+        matrix.kind,
+        matrix.scheme,
+        matrix.activations,
+        scaled,
+        matrix.rounding,
+    )
+
+
+def targets_of(architecture: Architecture) -> list[Target]:
+    """Every matrix as an export sees it; tables of positions always stay dense."""
+    return [
+        target_of(matrix, architecture)
+        for matrix in architecture.matrices
+        if matrix.role != "position"
+    ]
 
 
 def matrix_bytes(

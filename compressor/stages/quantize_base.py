@@ -200,9 +200,7 @@ class RounderConfig(StageConfig):
         else:
             self._check_groups(chosen, schemes, problems)
         self._check_activations(chosen, problems)
-        for scheme in dict.fromkeys(schemes.values()):
-            names = [name for name, own in schemes.items() if own == scheme]
-            architecture = architecture.with_scheme(names, scheme)
+        architecture = architecture.with_schemes(schemes)
         return architecture.with_activations(self.rounded_inputs(architecture))
 
     def _check_activations(self, chosen: Sequence[Matrix], problems: ReportProblem) -> None:

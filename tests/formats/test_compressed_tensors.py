@@ -10,12 +10,19 @@ from hypothesis import assume, given, settings
 
 from compressor.errors import ModelError, VerificationError
 from compressor.formats import compressed_tensors as ct
+from compressor.formats.capabilities import Container
 from compressor.formats.headers import INDEX, read_json
 from compressor.formats.shards import CheckpointReader, CheckpointWriter, shard_name
-from compressor.formats.support import Target, engine_problems, export_problems
+from compressor.formats.support import (
+    Loading,
+    Target,
+    engine_problems,
+    export_problems,
+    loading,
+)
 from compressor.model.load import load_model
 from compressor.model.serving import SERVING, serving_config
-from compressor.types import ACTIVATIONS, ActivationScheme, QTensor, WeightScheme
+from compressor.types import ACTIVATIONS, ActivationScheme, CacheScheme, QTensor, WeightScheme
 
 from .helpers import logits, quantize_checkpoint, same_tensors, tiny_model
 from .test_codes import qtensors
@@ -348,6 +355,33 @@ def test_engines_have_limits() -> None:
     assert not engine_problems("transformers", mixed, "pack-quantized")
     narrow = [Target(Q, (64, 80), "linear", WeightScheme(3, 16))]
     assert len(engine_problems("vllm-cpu", narrow, "pack-quantized")) == 2
+
+
+def test_who_loads_an_export_follows_from_the_same_rules() -> None:
+    names = [f"{Q[:-6]}{leaf}" for leaf in ("q_proj", "k_proj")]
+    wide = WeightScheme(8, None)
+    mxfp4 = WeightScheme(4, 32, number="float", scales="e8m0")
+
+    def found(
+        *schemes: WeightScheme | None, form: Container = "auto", cache: bool = False
+    ) -> Loading:
+        targets = [
+            Target(name, (64, 96), "linear", scheme)
+            for name, scheme in zip(names, schemes, strict=True)
+        ]
+        return loading(targets, form, CacheScheme(((1.0, 1.0),)) if cache else None)
+
+    assert found(W4, W4) == Loading(("Transformers", "vLLM", "SGLang"), {})
+    mixed = found(wide, W4)
+    assert mixed.titles == ("Transformers",)
+    assert "one fused layer" in mixed.refusals["vLLM and SGLang"]
+    three = found(WeightScheme(3, 32), WeightScheme(3, 32))
+    assert three.titles == ("Transformers", "vLLM")  # on GPU, though not on CPU
+    assert "(and 1 more problems like these)" in three.refusals["SGLang"]
+    assert "cache" in found(W4, W4, cache=True).refusals["SGLang"]
+    assert "mxfp4-pack-quantized" in found(mxfp4, mxfp4).refusals["SGLang"]
+    assert found(wide, W4, form="gguf") == Loading(("llama.cpp",), {})
+    assert found(wide, W4, form="dense").refusals == {}
 
 
 def ct_engines() -> tuple[str, ...]:

@@ -162,3 +162,18 @@ def test_engines() -> None:
     assert "does not load float-quantized" in problems("vllm-cpu", FP8, "fp8")
     assert "does not load nvfp4" in problems("sglang", NVFP4)
     assert "no kernel" in problems("vllm", FP8, "int8")
+
+
+def test_fused_nvfp4_is_rounded_by_one_stage() -> None:
+    """Engines keep one divisor for q, k and v; matrices that are rounded together share theirs."""
+
+    def problems(scheme: WeightScheme, *roundings: int) -> list[str]:
+        targets = [
+            Target(f"layers.0.attn.{leaf}", (128, 128), "linear", scheme, rounding=number)
+            for leaf, number in zip(("q_proj", "k_proj", "v_proj"), roundings, strict=True)
+        ]
+        return engine_problems("vllm", targets, "auto")
+
+    assert problems(NVFP4, 1, 1, 1) == problems(MXFP4, 1, 2, 2) == problems(FP8, 1, 2, 2) == []
+    (said,) = problems(NVFP4, 1, 2, 2)
+    assert "must share one divisor of their scales; round all of them in one stage" in said

@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 
 from compressor.errors import UsageError, VerificationError
 from compressor.evaluation.results import Estimate
+from compressor.formats.capabilities import ENGINES
 from compressor.report import card, palette, tables
-from compressor.report.build import build_report
+from compressor.report.build import build_report, check_evidence
 from compressor.report.figures import figures
 from compressor.report.figures.base import NARROW, WIDE
 from compressor.report.html import to_html
@@ -360,10 +361,25 @@ def test_text_fits_a_terminal_and_every_format_ends_with_a_newline(report: Repor
 
 
 def test_snippets_name_the_path() -> None:
-    found = load_snippets("out/artifact", "dense")
-    assert list(found) == ["Transformers", "vLLM", "SGLang"]
+    found = load_snippets("out/artifact", "gptq", every := {one.title for one in ENGINES.values()})
+    assert found.keys() == every
     assert all("out/artifact" in code for code in found.values())
-    compile(found["Transformers"], "snippet", "exec")
+    for title in ("Transformers", "GPTQModel", "ONNX Runtime"):
+        compile(found[title], "snippet", "exec")
+    hub = load_snippets("org/name", "gguf", ["llama.cpp"], hub=True)
+    assert hub == {"llama.cpp": "llama-server -hf org/name"}
+
+
+def test_engines_that_would_refuse_a_deliverable_are_named_with_the_reason() -> None:
+    facts = example.facts()
+    artifact = facts.variants[-1].artifact
+    assert artifact is not None
+    refused = artifact.model_copy(update={"refusals": {"vLLM and SGLang": "q has 9 bits"}})
+    report = build_report(facts.model_copy(update={"deliverables": (refused,)}))
+    check_evidence(report)
+    said = f"vLLM and SGLang would not load {artifact.path}: q has 9 bits."
+    assert said in [warning.text for warning in report.warnings]
+    assert said in card.to_markdown(report)
 
 
 def test_snippets_say_what_was_tried() -> None:
@@ -371,7 +387,7 @@ def test_snippets_say_what_was_tried() -> None:
     facts = example.facts()
     *others, last = facts.variants
     assert last.artifact is not None
-    snippets = load_snippets(last.artifact.path, "compressed-tensors")
+    snippets = load_snippets(last.artifact.path, "compressed-tensors", ["Transformers", "vLLM"])
     variants = (*others, last.model_copy(update={"load_snippets": snippets}))
     check = EngineCheck(
         engine="vllm", title="vLLM", version="0.32.0", format="compressed-tensors",

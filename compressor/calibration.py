@@ -9,11 +9,10 @@ bytes, and `CalibrationSet.sha256` says so in the lock file.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compressor import resources, text
-from compressor.errors import TextError
+from compressor.errors import TextError, guess
 from compressor.text import Document
 from compressor.text_sources import SUFFIXES, numbered_rows
 from compressor.types import TokenBatch
@@ -183,7 +182,7 @@ def _mix_path(mix: str) -> Path:
     path = Path(mix).expanduser()
     if path.is_file():
         return path
-    hint = f"{_guess(mix, mixes())}shipped: {', '.join(mixes())}; or give the path of a YAML file"
+    hint = f"{guess(mix, mixes())}shipped: {', '.join(mixes())}; or give the path of a YAML file"
     raise TextError(f"there is no calibration mix {mix!r}", hint)
 
 
@@ -192,11 +191,6 @@ def _first(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(map(str, problem["loc"]))
     return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-def _guess(word: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(valid), n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
 
 
 # Documents
@@ -276,7 +270,7 @@ def _user_documents(
 
 def _cell(row: Mapping[str, Any], column: str, source: str) -> Any:
     if column not in row:
-        hint = f"{_guess(column, row)}columns: {', '.join(row)}; set `column`"
+        hint = f"{guess(column, row)}columns: {', '.join(row)}; set `column`"
         raise TextError(f"{source} has no column {column!r}", hint)
     return row[column]
 

@@ -20,6 +20,7 @@ what would work. `cli` prints both and exits with `exit_code`; nothing else may.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 from compressor.types import Problem
@@ -108,3 +109,9 @@ class AccessError(CompressorError):
     """Credentials or a licence forbid the action."""
 
     exit_code = 6
+
+
+def guess(word: str, known: Iterable[str]) -> str:
+    """The beginning of a hint: which known word was meant, if one is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}? " if close else ""

@@ -8,21 +8,17 @@ time are estimates, with their formulas in `compressor.pricing` and `compressor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from pydantic import Field
 
-from compressor.calibration import require_origin
 from compressor.cost import evaluation_memory, evaluation_tokens, flops_per_second
 from compressor.efforts import DEFAULT, EffortName
-from compressor.errors import ModelError, PlanError, UsageError
-from compressor.evaluation.suites import load_suite
+from compressor.errors import ModelError, PlanError
 from compressor.export_checks import export_problems
 from compressor.model.architecture import Architecture
-from compressor.order import order_problems
+from compressor.premises import order_problems, text_problems
 from compressor.pricing import (
     ExportPlan,
     Priced,
@@ -127,26 +123,18 @@ def make_plan(
             f"{model} is quantized already; rounding it again would add up the errors",
             "start from the original weights",
         )
-    problems = _order(recipe)
+    problems = order_problems([stage.method for stage in recipe.stages], recipe.problem)
     chain = _chain(recipe, base, problems, settled)
     problems += _unspent(recipe, chain[-1])
     if not problems:  # else the exports would repeat what is wrong with the stages
         problems += export_problems(recipe, chain[-1])
-    problems += _texts(recipe)
+    problems += text_problems(recipe.calibration, recipe.evaluate, recipe.problem)
     if problems:
         raise PlanError(problems)
     return _price(recipe, chain, model)
 
 
 # ---------------------------------------------------------------------- what cannot work
-
-
-def _order(recipe: Recipe) -> list[Problem]:
-    methods = [stage.method for stage in recipe.stages]
-    return [
-        recipe.problem(("stages", found.index, "method"), found.message, found.hint)
-        for found in order_problems(methods)
-    ]
 
 
 def _chain(
@@ -193,33 +181,6 @@ def _reporter(recipe: Recipe, index: int, problems: list[Problem]) -> ReportProb
         )
 
     return report
-
-
-def _texts(recipe: Recipe) -> list[Problem]:
-    """Text that the recipe names and that does not exist."""
-    found: list[Problem] = []
-    calibration = recipe.calibration
-    if calibration is not None:
-        origin = "mix" if calibration.source is None else "source"
-        with _reported(recipe, ("calibration", origin), found):
-            require_origin(calibration)
-    if not recipe.evaluate.text:
-        with _reported(recipe, ("evaluate", "suite"), found):
-            load_suite(recipe.evaluate.suite)
-    for domain, path in recipe.evaluate.text.items():
-        if not Path(path).is_file():
-            place = ("evaluate", "text", domain)
-            found.append(recipe.problem(place, f"no file {path}", ""))
-    return found
-
-
-@contextmanager
-def _reported(recipe: Recipe, place: Location, found: list[Problem]) -> Iterator[None]:
-    """Within the block, a usage error is a problem at a place of the recipe."""
-    try:
-        yield
-    except UsageError as error:
-        found.append(recipe.problem(place, error.message, error.hint))
 
 
 # ---------------------------------------------------------------------- what it costs

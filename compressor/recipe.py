@@ -41,6 +41,7 @@ from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.paths import resolve_paths, written_paths
+from compressor.premises import order_problems, text_problems
 from compressor.registry import registry
 from compressor.sections import (
     Effort,
@@ -342,9 +343,30 @@ def _checked(
         # JSON is the strict input form in which a list may still become a tuple.
         recipe = model.model_validate_json(json.dumps(source.data), strict=True)
     except ValidationError as error:
-        return None, [*diagnose(error, model, source), *problems]
+        return None, [*diagnose(error, model, source), *problems, *_besides(source)]
     recipe._source = source
     return recipe, [*problems, *_idle(recipe), *_needs(recipe)]
+
+
+def _besides(source: Source) -> list[Problem]:
+    """What is wrong beside the form: the order of stages, and text that sections in order name."""
+    data = source.data if isinstance(source.data, dict) else {}
+    sections: list[Any] = []
+    for key, kind in (("calibration", CalibrationConfig), ("evaluate", EvaluateConfig)):
+        try:
+            sections.append(kind.model_validate_json(json.dumps(data[key]), strict=True))
+        except (KeyError, ValidationError):
+            sections.append(None)
+    stages = data.get("stages")
+    methods = [
+        str(stage.get("method")) if isinstance(stage, dict) else ""
+        for stage in (stages if isinstance(stages, list) else [])
+    ]
+    calibration, evaluate = sections
+    return [
+        *order_problems(methods, source.problem),
+        *text_problems(calibration, evaluate, source.problem),
+    ]
 
 
 def _idle(recipe: Recipe) -> list[Problem]:

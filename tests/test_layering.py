@@ -48,6 +48,7 @@ ENGINE |= {
     "following",
     "requantize",
     "export_checks",
+    "premises",
     "pricing",
     "sections",
 }
@@ -79,7 +80,7 @@ LIGHT += (
     "source",
 )
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
-LIGHT += ("commands/serving", "programs", "export_checks", "pricing", "sections")
+LIGHT += ("commands/serving", "programs", "export_checks", "pricing", "sections", "premises")
 LIGHT += ("model/matrices", "model/serving", "model/configuration")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")

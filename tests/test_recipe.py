@@ -183,6 +183,26 @@ def test_all_mistakes_come_at_once_in_the_order_of_the_file(tmp_path: Path) -> N
     assert [place[:2] for place in found] == [(1, 7), (2, 12), (5, 11), (6, 5), (7, 13)]
 
 
+def test_mistakes_of_form_hide_no_others(tmp_path: Path) -> None:
+    """The order of stages, and text that does not exist, are told of beside them."""
+    text = """\
+        calibration: {mix: defalt}
+        evaluate: {suite: quik}
+        stages:
+          - {method: quantize.gptq, bitz: 4}
+          - {method: transform.rotate}
+          - {methd: transform.awq}
+          - 7
+        """
+    found = problems_of(tmp_path, text)
+    words = [(1, "calibration mix"), (2, "evaluation suite"), (4, "did you mean 'bits'"),
+             (5, "cannot follow quantize.gptq")]  # fmt: skip
+    for (line, _, message), (expected, part) in zip(found, words, strict=False):
+        assert line == expected
+        assert part in message
+    assert {line for line, _, _ in found[4:]} == {6, 7}
+
+
 def test_the_message_starts_like_a_compiler(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, stage("groupsize: 64")))

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from compressor import resources
-from compressor.errors import TextError, UsageError
+from compressor.errors import TextError, UsageError, guess
 from compressor.evaluation.config import EvaluateConfig, ProtocolName, Suite
 from compressor.text import Document, evaluation_documents, read_utf8
 
@@ -69,7 +69,9 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        raise UsageError(f"no evaluation suite {name!r}", f"shipped: {', '.join(suite_names())}")
+        known = suite_names()
+        hint = f"{guess(name, known)}shipped: {', '.join(known)}"
+        raise UsageError(f"no evaluation suite {name!r}", hint)
     try:
         return Suite.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
     except (ValidationError, YAMLError) as error:

@@ -1,0 +1,55 @@
+"""What a recipe takes for granted, whatever the model: an order that works, text that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from compressor import order
+from compressor.calibration import CalibrationConfig, require_origin
+from compressor.errors import UsageError
+from compressor.evaluation.config import EvaluateConfig
+from compressor.evaluation.suites import load_suite
+from compressor.source import Location
+from compressor.types import Problem
+
+AtPlace = Callable[[Location, str, str], Problem]
+"""Makes a problem of a place in the recipe, a message and a hint."""
+
+
+def order_problems(methods: Sequence[str], problem: AtPlace) -> list[Problem]:
+    """Stages that may not stand where they stand, by the methods of a recipe."""
+    return [
+        problem(("stages", found.index, "method"), found.message, found.hint)
+        for found in order.order_problems(methods)
+    ]
+
+
+def text_problems(
+    calibration: CalibrationConfig | None, evaluate: EvaluateConfig | None, problem: AtPlace
+) -> list[Problem]:
+    """Text that the sections name and that does not exist; None is a section that is not there."""
+    found: list[Problem] = []
+    if calibration is not None:
+        origin = "mix" if calibration.source is None else "source"
+        with _reported(("calibration", origin), problem, found):
+            require_origin(calibration)
+    if evaluate is None:
+        return found
+    if not evaluate.text:
+        with _reported(("evaluate", "suite"), problem, found):
+            load_suite(evaluate.suite)
+    for domain, path in evaluate.text.items():
+        if not Path(path).is_file():
+            found.append(problem(("evaluate", "text", domain), f"no file {path}", ""))
+    return found
+
+
+@contextmanager
+def _reported(place: Location, problem: AtPlace, found: list[Problem]) -> Iterator[None]:
+    """Within the block, a usage error is a problem at a place of the recipe."""
+    try:
+        yield
+    except UsageError as error:
+        found.append(problem(place, error.message, error.hint))

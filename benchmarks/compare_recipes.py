@@ -52,6 +52,12 @@ def estimate(value: dict[str, Any], digits: int) -> str:
     return f"{text} ± {(value['high'] - value['low']) / 2:.{digits}f}"
 
 
+def kl_of(score: dict[str, Any]) -> str:
+    """A domain's KL, and whether the recipe's calibration held no text of its kind."""
+    text = f"KL {estimate(score['divergence']['mean'], 4)}"
+    return text if score["in_calibration"] is not False else f"{text}, not in calibration"
+
+
 def row(name: str, cells: list[str]) -> str:
     return f"| {name} | " + " | ".join(cells) + " |"
 
@@ -78,6 +84,8 @@ def table(reports: dict[str, dict[str, Any]], plans: dict[str, dict[str, Any]]) 
              *(estimate(s["overall"]["bits_per_byte"], 3) for s in scores.values())]),
         row("mean KL, nats", ["", *(estimate(s["overall"]["divergence"]["mean"], 4)
                                     for s in scores.values())]),
+        row("worst domain's KL, nats", ["", *(f"{estimate(w['kl'], 4)} ({w['kl_domain']})"
+                                              for w in (s["worst"] for s in scores.values()))]),
         row("99.9 % KL, nats", ["", *(f"{s['overall']['divergence']['p999']:.2f}"
                                       for s in scores.values())]),
         row("same top token", ["", *(f"{s['overall']['divergence']['top1_agreement']['value']:.1%}"
@@ -86,10 +94,7 @@ def table(reports: dict[str, dict[str, Any]], plans: dict[str, dict[str, Any]]) 
     for domain in base["domains"]:
         own = [s["domains"][domain] for s in scores.values()]
         cells = [f"{base['domains'][domain]['perplexity']['value']:.2f}"]
-        cells += [
-            f"{s['perplexity']['value']:.2f} (KL {estimate(s['divergence']['mean'], 4)})"
-            for s in own
-        ]
+        cells += [f"{s['perplexity']['value']:.2f} ({kl_of(s)})" for s in own]
         lines.append(row(f"perplexity, {domain}", cells))
     lines += [
         row("stage, s", ["", *(f"{s['seconds']:.0f}" for s in stages.values())]),

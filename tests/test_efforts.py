@@ -19,12 +19,19 @@ from compressor.engine import resume_run, run_recipe
 from compressor.errors import RecipeError, ResumeError
 from compressor.model.files import read_config
 from compressor.plan import make_plan
-from compressor.recipe import Recipe, budget_overrides, load_efforts, load_recipe
+from compressor.recipe import (
+    Recipe,
+    budget_overrides,
+    load_efforts,
+    load_recipe,
+    shipped_recipes,
+)
 from compressor.report.render import load_report
 from compressor.resources import builtin_model
 from compressor.source import Source
 
 TINY = read_config(builtin_model("tiny"))
+QUANTIZING = {"transform", "allocate", "quantize"}
 
 RECIPE = """\
 calibration:
@@ -286,6 +293,18 @@ def test_the_efforts_of_a_recipe_are_listed_and_explained() -> None:
     runner = CliRunner()
     assert "[--effort light | best]" in runner.invoke(cli, ["ls", "recipes"], obj=Settings()).output
     assert "--effort" in runner.invoke(cli, ["explain", "efforts"], obj=Settings()).output
+
+
+def test_recipes_that_only_quantize_on_text_have_a_first_look_and_a_thorough_version() -> None:
+    for name in shipped_recipes():
+        efforts = load_efforts(name)
+        used = methods(efforts["default"])
+        families = {method.partition(".")[0] for method in used}
+        rounds = any(method.startswith("quantize.") for method in set(used) - {"quantize.kv"})
+        if efforts["default"].calibration and rounds and families <= QUANTIZING:
+            assert list(efforts) == ["light", "default", "best"], name
+            light, plain, best = (text_of(recipe)[0] for recipe in efforts.values())
+            assert light < plain <= best, name
 
 
 def test_set_may_repair_what_every_effort_inherits(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.calibration import load_mix
 from compressor.evaluation.measure import TokenScores
 from compressor.evaluation.results import Protocol
 from compressor.evaluation.summary import compare
@@ -194,6 +195,21 @@ def token_scores(name: str, generator: np.random.Generator) -> TokenScores:
         base_top1=ones,
         **floats,
     )
+
+
+def test_domains_that_the_calibration_lacks_are_marked(load) -> None:
+    tables, name = load("tables"), "peers-w4-prose-only-128x512"
+    source = json.loads((PEERS.parent / "results" / f"{name}.json").read_text())
+    protocol = Protocol.model_validate(source["compressor-gptq"]["evaluation"]["protocol"])
+    cells = tables.read(PEERS.parent / "results" / f"{name}.json", protocol)
+    base = cells["compressor-gptq"]["evaluation"]
+    mix = load_mix("prose-only").domains
+    page = "\n".join(tables.page(cells, base, "m", "command", "prose-only-128x512", mix))
+    committed = (PEERS.parent / "results" / f"{name}.md").read_text()
+    (header,) = (line for line in page.splitlines() if line.startswith("| mean KL |"))
+    assert "| code (not in calibration) |" in header
+    assert "| prose |" in header
+    assert header in committed.splitlines()
 
 
 def test_rows_of_earlier_days_stay_in_the_table(load, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from dense import write_dense
 from methods import METHODS, OURS, Method, Task
 from tokens import write_tokens
 
+from compressor.calibration import load_mix
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.session import BASE
 from compressor.formats.atomic import atomic_write_json
@@ -246,7 +247,8 @@ def main() -> None:
         cells = {method.id: known[method.id] for method in METHODS if method.id in known}
     tables.paired(cells)
     command = portable([sys.executable, *sys.argv])
-    lines = tables.page(cells, base, bench.model.name, command, bench.calibration)
+    calibrated = load_mix(options.mix).domains
+    lines = tables.page(cells, base, bench.model.name, command, bench.calibration, calibrated)
     print("\n".join(lines))
     if options.results:
         tables.write(options.results, bench.page, lines, cells)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,13 @@ def accuracy(cells: Mapping[str, dict[str, Any]], base: Evaluation) -> list[str]
     return lines
 
 
-def divergences(cells: Mapping[str, dict[str, Any]], base: Evaluation) -> list[str]:
-    """Mean KL by domain."""
+def divergences(
+    cells: Mapping[str, dict[str, Any]], base: Evaluation, calibrated: Collection[str]
+) -> list[str]:
+    """Mean KL by domain; those whose kind of text the calibration lacks are marked."""
     domains = list(base.domains)
-    lines = [row(["mean KL", *domains]), row(["---"] * (len(domains) + 1))]
+    heads = [d if d in calibrated else f"{d} (not in calibration)" for d in domains]
+    lines = [row(["mean KL", *heads]), row(["---"] * (len(domains) + 1))]
     for name, cell in cells.items():
         scores = cell["evaluation"].domains
         lines.append(row([name, *(f"{scores[d].divergence.mean.value:.4f}" for d in domains)]))
@@ -168,8 +171,18 @@ def page(
     model: str,
     command: str,
     calibration: str,
+    calibrated: Collection[str],
 ) -> list[str]:
-    """The whole Markdown page."""
+    """The whole Markdown page.
+
+    Args:
+        cells: rows of the tables, by name.
+        base: scores of the original.
+        model: name of its folder.
+        command: that made the page.
+        calibration: mix, rows and tokens a row, in one word.
+        calibrated: domains of the mix.
+    """
     if not cells:
         return ["no cell has scores yet"]
     first = next(iter(cells.values()))
@@ -185,7 +198,7 @@ def page(
         "",
         "## By domain",
         "",
-        *divergences(cells, base),
+        *divergences(cells, base, calibrated),
         "",
         "## Ours minus theirs, mean KL, paired by document",
         "",

@@ -79,9 +79,12 @@ def _quality_claims(report: Report, document: Document) -> Iterator[Statement]:
         yield state(
             document,
             "worst-domain",
-            "The worst domain is {domain}: {delta} bits per byte.",
+            "The worst domain is {domain} in bits per byte, {delta}, and {kl_domain} in KL, "
+            "{kl} nats per token.",
             domain=(pointer(*worst, "domain"), "text"),
             delta=(pointer(*worst, "delta_bits_per_byte"), "delta"),
+            kl_domain=(pointer(*worst, "kl_domain"), "text"),
+            kl=(pointer(*worst, "kl"), "estimate"),
         )
     if evaluation.overall.divergence is not None:
         yield from _divergence_claims(report, document)

@@ -121,15 +121,18 @@ def tiles(report: Report) -> list[Tile]:
 
 def _quality_tiles(evaluation: Evaluation) -> list[Tile]:
     found = []
-    if evaluation.worst is not None:
-        delta = evaluation.worst.delta_bits_per_byte
+    worst, divergence = evaluation.worst, evaluation.overall.divergence
+    if worst is not None:
+        delta = worst.delta_bits_per_byte
         value, detail = numbers.value_of(delta, True), f"95 %: {numbers.limits(delta, True)}"
-        name = f"worst domain: {evaluation.worst.domain}"
-        found.append(Tile(name, value, "bits / byte", detail))
-    divergence = evaluation.overall.divergence
+        found.append(Tile(f"worst domain: {worst.domain}", value, "bits / byte", detail))
     if divergence is not None:
         mean, detail = divergence.mean, f"95 %: {numbers.limits(divergence.mean)}"
         found.append(Tile("mean KL", numbers.value_of(mean), "nats / token", detail))
+    if worst is not None:
+        value, detail = numbers.value_of(worst.kl), f"95 %: {numbers.limits(worst.kl)}"
+        found.append(Tile(f"worst KL: {worst.kl_domain}", value, "nats / token", detail))
+    if divergence is not None:
         agreement = f"same top token: {numbers.share(divergence.top1_agreement.value)}"
         found.append(Tile("99.9 % KL", numbers.number(divergence.p999), "nats", agreement))
     return found

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -352,6 +353,25 @@ def test_card_says_what_the_report_says_and_shows_files_that_exist(
     assert all((folder / image).is_file() for image in images)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(rows) == (2 + 3) + (2 + 3) + (2 + 7)
+
+
+def test_the_worst_domain_by_kl_is_shown_everywhere() -> None:
+    """It may be another one than that of bits per byte."""
+    facts = example.facts()
+    last = facts.evaluations["2-quantize-gptq"]
+    assert last.worst is not None
+    kl = Estimate(value=0.0612, low=0.0512, high=0.0712)
+    worst = last.worst.model_copy(update={"kl_domain": "code", "kl": kl})
+    evaluations = facts.evaluations | {last.variant: last.model_copy(update={"worst": worst})}
+    report = build_report(facts.model_copy(update={"evaluations": evaluations}))
+    page = to_html(report)
+    for shown in (page, card.to_markdown(report), to_text(report)):
+        assert "worst domain's KL" in html.unescape(shown)
+        assert "code 0.061 ± 0.010" in shown
+    assert "<dt>worst KL: code</dt>" in page
+    (claim,) = (claim.text for claim in report.claims if claim.id == "worst-domain")
+    assert "french in bits per byte" in claim
+    assert "code in KL, 0.061" in claim
 
 
 def test_text_fits_a_terminal_and_every_format_ends_with_a_newline(report: Report) -> None:

@@ -98,21 +98,20 @@ def quality_table(report: Report) -> Table:
         "quality",
         "Accuracy, mean over domains. ± is half the 95 % interval. Δ base: paired difference to "
         "the base, all stages together. Δ parent: the last stage alone; ≈ marks a difference of "
-        "means that was not paired by document and has no interval. Worst domain: the one that "
-        "lost most, by Δ base and by KL; its ± holds for the worst of all domains at once.",
+        "means that was not paired by document and has no interval. The ± of the worst domain "
+        "holds for the worst of all domains at once.",
         (
             "variant",
             "bits / byte",
             "Δ base",
             "Δ parent",
-            "worst domain",
             "mean KL, nats",
             "worst domain's KL",
             "99.9 % KL",
             "same top",
         ),
         tuple(rows),
-        frozenset({0, 4, 6}),
+        frozenset({0, 5}),
     )
 
 
@@ -126,7 +125,6 @@ def _quality_row(
         numbers.plus_minus(score.bits_per_byte),
         signed(score.delta_bits_per_byte),
         own_delta(own),
-        f"{worst.domain} {numbers.value_of(worst.delta_bits_per_byte, True)}" if worst else NONE,
         mean_kl,
         f"{worst.kl_domain} {numbers.plus_minus(worst.kl)}" if worst else NONE,
         *tails,

@@ -11,7 +11,7 @@ from compressor.report.schema import Report
 from compressor.report.tables import Table
 
 WIDTH = 100  # characters, of sentences
-DROPPED = ("docs", "ratio to base", "same top", "worst domain")  # what does not fit a terminal
+DROPPED = ("docs", "ratio to base", "same top")  # what does not fit a terminal
 
 
 def to_text(report: Report) -> str:

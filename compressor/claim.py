@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compressor.disk import writing
-from compressor.errors import ResourceError, ResumeError
+from compressor.errors import ResourceError, ResumeError, UsageError
 from compressor.recipe import UNDECISIVE, Recipe
 from compressor.report.numbers import size
 from compressor.sections import Lock
@@ -44,10 +44,27 @@ def exclusive(folder: Path) -> Iterator[None]:
         raise ResumeError(f"another process is writing {folder}", "wait for it") from None
 
 
+def require_empty(folder: Path) -> None:
+    """Refuse to begin a run among files of somebody else's.
+
+    Raises:
+        UsageError: the folder holds some.
+    """
+    found = sorted(path.name for path in folder.iterdir() if path.suffix != ".partial")
+    if others := [name for name in found if name != ".lock"]:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UsageError(
+            f"{folder} holds {others[0]}{more}, and no run that could go on",
+            "name an empty or a new folder with -o",
+        )
+
+
 def _remove_if_unused(folder: Path) -> None:
-    """A run that was refused before it wrote anything leaves no folder."""
-    if [path.name for path in folder.iterdir()] == [".lock"]:
-        (folder / ".lock").unlink()
+    """A run that was refused before it wrote anything leaves no trace."""
+    if (folder / "recipe.lock.yaml").exists():
+        return
+    (folder / ".lock").unlink()
+    if not any(folder.iterdir()):
         folder.rmdir()
 
 

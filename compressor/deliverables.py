@@ -121,6 +121,7 @@ class Deliverables:
         final = Architecture.from_config(read_config(self.run.last.checkpoint))
         for variant in self.run.variants:
             codes = CodesReader(variant.checkpoint)
+            _require_codes(variant, codes)
             if variant.stage and codes:
                 final = final.with_schemes({name: codes.scheme(name) for name in codes})
         return final
@@ -183,3 +184,20 @@ def _is_intact(folder: Path, sha256: str) -> bool:
         return combined_sha256(hash_files(folder)) == sha256
     except ModelError:  # it is gone, or lacks a file
         return False
+
+
+def _require_codes(variant: Variant, codes: CodesReader) -> None:
+    """Without its codes a matrix would be packed dense, and nobody told.
+
+    Raises:
+        ModelError: codes that a stage has written are gone.
+    """
+    if variant.stage is None or variant.result is None or not variant.stage.rounds_weights:
+        return
+    rounded = [metric.module for metric in variant.result.metrics]
+    if gone := [module for module in rounded if module not in codes]:
+        raise ModelError(
+            f"{variant.checkpoint} has no codes of {gone[0]} ({len(gone)} of {len(rounded)} "
+            "matrices), which its stage has written",
+            "files of the run are gone; start again in another folder with -o",
+        )

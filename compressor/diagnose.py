@@ -194,12 +194,15 @@ def _own_words(group: Sequence[_Fault]) -> str:
 
 def _wanted(fault: _Fault) -> str:
     if fault.type == "literal_error":
-        return _either([repr(choice) for choice in _choices(fault)])
+        return _either(
+            [choice if choice.isdecimal() else repr(choice) for choice in _choices(fault)]
+        )
     return _KINDS.get(fault.type, "")
 
 
 def _choices(fault: _Fault) -> list[str]:
-    return re.findall(r"'([^']*)'", str(fault.context.get("expected", "")))
+    expected = str(fault.context.get("expected", ""))
+    return re.findall(r"'([^']*)'", expected) or re.findall(r"\d+", expected)
 
 
 def _either(words: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.chain import Chain
-from compressor.claim import exclusive, refuse_changes, require_disk
+from compressor.claim import exclusive, refuse_changes, require_disk, require_empty
 from compressor.deliverables import Deliverables
 from compressor.errors import ResumeError
 from compressor.facts import build_facts
@@ -240,9 +240,11 @@ class _Run:
         if path.exists():
             recorded = load_recipe(path, allow_outside=True)
             refuse_changes(f"{folder} holds a run of something else", recorded, recipe, lock)
-            return
-        atomic_write_text(folder / "recipe.yaml", recipe.text())
-        atomic_write_text(path, dump_lock(recipe, lock, folder))
+        else:
+            require_empty(folder)
+            atomic_write_text(path, dump_lock(recipe, lock, folder))
+        if not (folder / "recipe.yaml").exists():  # the lock, which comes first, makes it ours
+            atomic_write_text(folder / "recipe.yaml", recipe.text())
 
     def _lock(self) -> Lock:
         source, calibration = self.state.source, self.state.calibration

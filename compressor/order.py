@@ -47,6 +47,12 @@ _CACHE_MOVED = (
 )
 
 FORBIDDEN = (
+    Forbidden(
+        "quantize.kv",
+        "quantize.kv",
+        "the second replaces the scales that the first has measured",
+        "keep one of the two",
+    ),
     *(
         Forbidden("quantize.kv", then, _CACHE_MOVED)
         for then in ("prune.*", "recover.*", "transform.*", "allocate.*", "quantize.*")

@@ -147,6 +147,7 @@ class Recipe(Section):
         for export in added:
             if export.name in present:
                 raise UsageError(f"the run has a deliverable {export.name} already")
+            present.add(export.name)
         changed = self.model_copy(update={"export": (*self.export, *added)})
         changed._source = None
         return changed

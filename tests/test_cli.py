@@ -60,6 +60,22 @@ def test_a_broken_recipe_is_reported_with_its_place(compress: Compress, tmp_path
     assert [(p["line"], p["column"]) for p in data["problems"]] == [(3, 5)]
 
 
+def test_mistakes_that_were_taken_for_ours(compress: Compress, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("stages: [{method: quantize.bnb, bits: 3, group_size: 48}]\n")
+    result = compress("plan", recipe, "builtin:tiny")
+    assert result.code == 2
+    assert "4 or 8" in result.err
+    assert "32, 64, 128, 256 or 512" in result.err
+    file = compress("plan", "w4-rtn", str(recipe))
+    assert file.code == 2
+    assert "is a file" in file.err
+    (tmp_path / "mine.gguf").write_text("mine")
+    taken = compress("imatrix", "builtin:tiny", "-o", tmp_path / "mine.gguf")
+    assert taken.code == 2
+    assert "exists already" in taken.err
+
+
 def test_a_folder_is_no_recipe(
     compress: Compress, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,8 @@ ROWS = [
     # The cache's scales are measured last.
     row("kv-round", [KV, GPTQ], "moves its keys", [GPTQ, KV], hint=ORDERED, export=PACKED),
     row("kv-rotate", [KV, ROTATE], "moves its keys", [ROTATE, GPTQ, KV], export=PACKED),
+    row("kv-twice", [GPTQ, KV, KV], "replaces the scales", [GPTQ, KV], hint="keep one",
+        export=PACKED),
     row("kv-prune", [KV, PRUNE], "moves its keys", [PRUNE, KV], hint=ORDERED, export=PACKED),
     row("kv-recover", [KV, RECOVER], "moves its keys", [RECOVER, KV], hint=ORDERED,
         export=PACKED),

@@ -76,6 +76,19 @@ def test_a_changed_recipe_is_refused_by_what_changed(place: Place, compress: Com
     assert hashes(place.run) == before
 
 
+def test_a_folder_of_somebody_elses_is_left_alone(
+    place: Place, compress: Compress, tmp_path: Path
+) -> None:
+    mine = tmp_path / "project"
+    mine.mkdir()
+    (mine / "README.md").write_text("mine")
+    result = compress(*place.line[:-1], mine, "-q")
+    assert result.code == 2
+    assert "holds README.md, and no run that could go on" in result.err
+    assert [path.name for path in mine.iterdir()] == ["README.md"]
+    assert (mine / "README.md").read_text() == "mine"
+
+
 def test_what_a_recipe_calls_itself_is_no_change(place: Place, compress: Compress) -> None:
     place.recipe.write_text(f"name: other\ndescription: Other words.\n{RECIPE}", encoding="utf-8")
     assert compress(*place.line, "-q").code == 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from compressor.engine import RunOutcome, export_run, run_recipe
-from compressor.errors import PlanError, ResumeError, UsageError
+from compressor.errors import ModelError, PlanError, ResumeError, UsageError
 from compressor.formats.atomic import atomic_write_bytes
 from compressor.journal import Journal
 from compressor.plan import make_plan
@@ -85,9 +85,18 @@ def test_what_cannot_be_exported_leaves_the_run_as_it_was(finished: RunOutcome) 
         export_run(finished.folder, [refused])
     with pytest.raises(PlanError, match=r"llama\.cpp does not load gptq"):
         export_run(finished.folder, [ExportConfig(format="gptq", engines=("llama.cpp",))])
+    with pytest.raises(UsageError, match="awq already"):
+        export_run(finished.folder, [ExportConfig(format="awq"), ExportConfig(format="awq")])
     assert (finished.folder / "recipe.lock.yaml").read_bytes() == lock
     with pytest.raises(ResumeError, match="holds no run"):
         export_run(finished.folder / "deliverable", [ExportConfig(format="gptq")])
+
+
+def test_codes_that_are_gone_are_not_packed_dense(finished: RunOutcome, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    next(run.glob("stages/*/codes-block-00001*")).unlink()
+    with pytest.raises(ModelError, match=r"no codes of model\.layers\.1\."):
+        export_run(run, [ExportConfig(format="gptq")])
 
 
 def test_a_finished_run_passes_every_check(finished: RunOutcome) -> None:

@@ -270,6 +270,8 @@ def imatrix(settings: Settings, /, model: str, out: Path, **options: Any) -> Non
 
     from compressor.calibration import CalibrationConfig
 
+    if out.exists():
+        raise UsageError(f"{out} exists already", "name another file with -o")
     try:
         text = CalibrationConfig(**{k: v for k, v in options.items() if v is not None})
     except ValidationError as error:

@@ -142,6 +142,13 @@ def _user_documents(domain: str, path: Path) -> list[Document]:
     return [Document(path.name, domain, text)]
 
 
+def _no_row(path: Path, number: int, why: str) -> TextError:
+    return TextError(
+        f"{path}:{number} is not an evaluation row: {why}",
+        'every line is a JSON object with "text" and, if known, "id"',
+    )
+
+
 def _rows(domain: str, path: Path) -> list[Document]:
     documents = []
     # Lines end at "\n" only: str.splitlines would also break a row at U+2028 inside the text.
@@ -150,14 +157,14 @@ def _rows(domain: str, path: Path) -> list[Document]:
             continue
         try:
             row = json.loads(line)
-            document = Document(str(row.get("id", number)), domain, str(row["text"]))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
-            raise TextError(
-                f"{path}:{number} is not an evaluation row: {error}",
-                'every line is a JSON object with "text" and, if known, "id"',
-            ) from error
-        if document.text.strip():
-            documents.append(document)
+        except json.JSONDecodeError as error:
+            raise _no_row(path, number, str(error)) from error
+        if not isinstance(row, dict) or "text" not in row:
+            raise _no_row(path, number, 'it has no "text"')
+        if not isinstance(row["text"], str):
+            raise _no_row(path, number, f'"text" holds {type(row["text"]).__name__}, not text')
+        if row["text"].strip():
+            documents.append(Document(str(row.get("id", number)), domain, row["text"]))
     if not documents:
         raise TextError(f"{path} holds no text")
     return documents

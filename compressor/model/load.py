@@ -74,6 +74,8 @@ def resolve(model: str, *, config_only: bool = False) -> ModelSource:
         source = ModelSource(builtin_model(model.removeprefix(_BUILTIN)), model, None)
     elif model and Path(model).is_dir():
         source = ModelSource(Path(model), model, None)
+    elif model and Path(model).is_file():
+        raise ModelError(f"{model} is a file", "a model is a folder, a Hub id, or builtin:tiny")
     elif model.startswith((".", "/", "~")):
         raise ModelError(f"there is no directory {model}")
     else:

@@ -25,6 +25,8 @@ class QuantizeBnb(StageConfig):
 
     source: ClassVar[str] = "QLoRA, arXiv:2305.14314; LLM.int8, arXiv:2208.07339; bitsandbytes"
 
+    rounds_weights: ClassVar[bool] = True
+
     method: Literal["quantize.bnb"] = "quantize.bnb"
     bits: Literal[4, 8] = option(
         4,

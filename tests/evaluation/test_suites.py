@@ -92,7 +92,9 @@ def test_missing_wikitext_says_how_to_fetch_it(tmp_path: Path) -> None:
     assert str(path) in caught.value.hint
 
 
-@pytest.mark.parametrize("content", ['{"id": 1}', "[1]", "{", "\n\n"])
+@pytest.mark.parametrize(
+    "content", ['{"id": 1}', "[1]", "{", "\n\n", '{"text": null}', '{"text": 5}']
+)
 def test_broken_rows_are_named(content: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(content)

@@ -170,7 +170,7 @@ def test_fp8_in_blocks_from_the_recipe_to_the_logits(tmp_path: Path) -> None:
         "group", "float-quantized")  # fmt: skip
     size = blocks.outcome.report.variants[1].size
     assert size.bits_linear == pytest.approx((16 + 8 * (8 + 16 / 128**2)) / 9)  # k and v stay
-    assert 0 < blocks.kl < 0.1
+    assert abs(blocks.kl) < 1e-3  # the embedding decides nearly everything
 
 
 @pytest.mark.parametrize(

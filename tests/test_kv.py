@@ -385,7 +385,13 @@ def test_weights_come_before_the_cache(tmp_path: Path) -> None:
     assert "the scales of the cache were measured on the model as it was" in found
     assert "order that works: quantize.rtn → quantize.kv" in found
     assert list(order_problems(["quantize.kv", "draft.eagle3"])) == []
-    for then in ("quantize.gptq", "transform.awq", "prune.depth", "allocate.bits", "recover.distill"):
+    for then in (
+        "quantize.gptq",
+        "transform.awq",
+        "prune.depth",
+        "allocate.bits",
+        "recover.distill",
+    ):
         (problem,) = order_problems(["quantize.kv", then])
         assert "scales of the cache" in problem.message
 

@@ -69,11 +69,14 @@ def _remove_if_unused(folder: Path) -> None:
 
 
 def differences(recorded: Recipe, recipe: Recipe, lock: Lock) -> list[str]:
-    """What a run on disk was made of that differs from what is asked for now, one line each."""
+    """What a run on disk was made of that differs from what is asked for now, one line each.
+
+    Deliverables that were added later are none of it.
+    """
     was, now = (_flat(r.model_dump(mode="json", exclude=UNDECISIVE)) for r in (recorded, recipe))
     assert recorded.lock is not None
-    was |= _flat({"lock": recorded.lock.model_dump(mode="json")})
-    now |= _flat({"lock": lock.model_dump(mode="json")})
+    was |= _flat({"lock": recorded.lock.model_dump(mode="json", exclude={"added"})})
+    now |= _flat({"lock": lock.model_dump(mode="json", exclude={"added"})})
     return [
         f"{key}: {was.get(key, 'absent')} then, {now.get(key, 'absent')} now"
         for key in sorted(was.keys() | now.keys())

@@ -22,6 +22,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from compressor.model.load import (
 )
 from compressor.plan import make_plan
 from compressor.progress import Observer, SilentObserver
-from compressor.provenance import packages
+from compressor.provenance import file_sha256, packages
 from compressor.publish import Publication, publish, require_access
 from compressor.recipe import Recipe, dump_lock, load_recipe
 from compressor.report.build import build_report
@@ -151,8 +152,7 @@ def resume_run(out: Path, *, observer: Observer | None = None, team: Team = ALON
         ResumeError: there is no run.
     """
     recipe, lock = _recorded(out)
-    starts = Journal(out / "journal.jsonl").all("run_started")
-    command = starts[0]["command"] if starts else ""
+    command = _first_command(out)
     return run_recipe(recipe, lock.model, out, observer=observer, command=command, team=team)
 
 
@@ -160,6 +160,8 @@ def export_run(
     out: Path, added: Sequence[ExportConfig], *, observer: Observer | None = None
 ) -> RunOutcome:
     """Add deliverables to a run; what is done is not done again, and the report is written anew.
+
+    They belong to the run once all of them are verified: one that fails leaves the run as it was.
 
     Args:
         out: directory of the run.
@@ -172,14 +174,14 @@ def export_run(
         PlanError: the chain cannot be exported so.
     """
     recipe, lock = _recorded(out)
-    changed = recipe.with_exports(added)
-    make_plan(changed, read_config(resolve(lock.model).path), lock.model)
-    with exclusive(out):
-        note = "".join(f"# added by `compress export`: {export.name}\n" for export in added)
-        text = (out / "recipe.yaml").read_text(encoding="utf-8").rstrip("\n")
-        atomic_write_text(out / "recipe.yaml", f"{text}\n{note}")
-        atomic_write_text(out / "recipe.lock.yaml", dump_lock(changed, lock, out))
-    return resume_run(out, observer=observer)
+    changed, command = recipe.with_exports(added), _first_command(out)
+    return run_recipe(changed, lock.model, out, observer=observer, command=command)
+
+
+def _first_command(out: Path) -> str:
+    """What began a run, as typed."""
+    starts = Journal(out / "journal.jsonl").all("run_started")
+    return starts[0]["command"] if starts else ""
 
 
 def _recorded(out: Path) -> tuple[Recipe, Lock]:
@@ -201,19 +203,26 @@ class _Run:
         self.state = state
         self.team = team
         self.signature = _signature(state.source.path)
+        self.recorded = state.recipe  # as the run on disk has it
 
     def execute(self) -> RunOutcome:
         """Do what is left to do."""
         self._claim()
         journal = self.state.journal
         resumed = journal.find("run_started") is not None
-        journal.append("run_started", command=self.state.command, resumed=resumed)
+        written = {path.name: file_sha256(path) for path in self._recipes()}
+        journal.append("run_started", command=self.state.command, resumed=resumed, written=written)
         try:
             with Interruptible() as interruptible:
                 return self._steps(interruptible)
-        except KeyboardInterrupt:
-            journal.append("interrupted")
+        except BaseException as error:
+            self._drop_added()
+            if isinstance(error, KeyboardInterrupt):
+                journal.append("interrupted")
             raise
+        finally:
+            if journal.find("report_written"):
+                shutil.rmtree(self.state.folder / "scratch", ignore_errors=True)
 
     def _steps(self, interruptible: Interruptible) -> RunOutcome:
         state = self.state
@@ -224,10 +233,10 @@ class _Run:
         self._require_unchanged_model()
         for export in state.recipe.export:
             deliverables.add(export)
+        self._record_added()
         report = build_report(build_facts(state))
         write_report(report, state.folder)
         state.journal.append("report_written", verdict=report.verdict)
-        shutil.rmtree(state.folder / "scratch", ignore_errors=True)
         state.observer.event("done", verdict=report.verdict, report=state.folder / "report.html")
         return RunOutcome(state.folder, report)
 
@@ -238,10 +247,15 @@ class _Run:
         if recipe.lock:
             refuse_changes("the lock file was made of something else", recipe, recipe, lock)
         if path.exists():
-            recorded = load_recipe(path, allow_outside=True)
-            refuse_changes(f"{folder} holds a run of something else", recorded, recipe, lock)
+            self._require_unedited()
+            self.recorded = load_recipe(path, allow_outside=True)
+            what = f"{folder} holds a run of something else"
+            refuse_changes(what, self.recorded.begun(), recipe.begun(), lock)
+            if later := [one for one in self.recorded.export if one not in recipe.export]:
+                self.state.recipe = recipe.with_exports(later)
         else:
             require_empty(folder)
+            _ = self.state.session.settings  # refuses text that cannot be scored
             atomic_write_text(path, dump_lock(recipe, lock, folder))
         if not (folder / "recipe.yaml").exists():  # the lock, which comes first, makes it ours
             atomic_write_text(folder / "recipe.yaml", recipe.text())
@@ -257,7 +271,52 @@ class _Run:
             calibration_sha256=calibration.sha256 if calibration else None,
             packages=packages(),
             effort=self.state.recipe.effort,
+            added=self.state.recipe.lock.added if self.state.recipe.lock else (),
         )
+
+    def _recipes(self) -> list[Path]:
+        """The recipe as written, and with every default."""
+        return [self.state.folder / name for name in ("recipe.yaml", "recipe.lock.yaml")]
+
+    def _require_unedited(self) -> None:
+        """Refuse to go on with a recipe that is not the one that the journal knows."""
+        for path in self._recipes():
+            events = [event for event in self.state.journal.events if "written" in event]
+            known = {event["written"].get(path.name) for event in events}
+            if known and path.exists() and file_sha256(path) not in known:
+                raise ResumeError(
+                    f"{path} was changed since the run wrote it, and a run is of one recipe",
+                    "undo the change; or run what it says now elsewhere: "
+                    f"compress {path} MODEL -o DIR",
+                )
+
+    def _added(self) -> list[ExportConfig]:
+        """Deliverables that the run on disk does not have yet."""
+        return [one for one in self.state.recipe.export if one not in self.recorded.export]
+
+    def _record_added(self) -> None:
+        """From now on they belong to the run."""
+        added = [export.name for export in self._added()]
+        if not added:
+            return
+        recipe, lock = self._recipes()
+        note = "".join(f"# added by `compress export`: {name}\n" for name in added)
+        texts = {
+            lock: dump_lock(self.state.recipe, self._lock(), self.state.folder),
+            recipe: recipe.read_text(encoding="utf-8").rstrip("\n") + f"\n{note}",
+        }
+        written = {path.name: sha256(text.encode()).hexdigest() for path, text in texts.items()}
+        self.state.journal.append("exports_added", formats=added, written=written)
+        for path, text in texts.items():
+            atomic_write_text(path, text)
+        self.recorded = self.state.recipe
+
+    def _drop_added(self) -> None:
+        """A run that could not be added to is what it was."""
+        for export in self._added():
+            shutil.rmtree(self.state.folder / "deliverable" / export.name, ignore_errors=True)
+            for path in (self.state.folder / "evaluations").glob(f"{export.name}.*"):
+                path.unlink()
 
     def _require_unchanged_model(self) -> None:
         """The original is read again and again during a run; it must stay what was hashed."""

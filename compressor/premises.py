@@ -37,9 +37,8 @@ def text_problems(
             require_origin(calibration)
     if evaluate is None:
         return found
-    if not evaluate.text:
-        with _reported(("evaluate", "suite"), problem, found):
-            load_suite(evaluate.suite)
+    with _reported(("evaluate", "suite"), problem, found):
+        load_suite(evaluate.suite)
     for domain, path in evaluate.text.items():
         if not Path(path).is_file():
             found.append(problem(("evaluate", "text", domain), f"no file {path}", ""))

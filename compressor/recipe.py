@@ -148,9 +148,19 @@ class Recipe(Section):
             if export.name in present:
                 raise UsageError(f"the run has a deliverable {export.name} already")
             present.add(export.name)
-        changed = self.model_copy(update={"export": (*self.export, *added)})
-        changed._source = None
-        return changed
+        changed: dict[str, Any] = {"export": (*self.export, *added)}
+        if self.lock is not None:
+            names = (*self.lock.added, *(export.name for export in added))
+            changed["lock"] = self.lock.model_copy(update={"added": names})
+        recipe = self.model_copy(update=changed)
+        recipe._source = None
+        return recipe
+
+    def begun(self) -> Recipe:
+        """The recipe without what `compress export` added to its run."""
+        added = self.lock.added if self.lock else ()
+        kept = tuple(export for export in self.export if export.name not in added)
+        return self.model_copy(update={"export": kept})
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result: not the name, say, or where it goes."""

@@ -144,6 +144,9 @@ class Lock(Section):
     )
     packages: dict[str, str] = Field(description="Versions that decide the bytes, by package.")
     effort: EffortName = Field(default=DEFAULT, description="The effort that was chosen.")
+    added: tuple[str, ...] = Field(
+        default=(), description="Deliverables that `compress export` added to the finished run."
+    )
 
 
 class Effort(Section):

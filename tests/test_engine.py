@@ -137,6 +137,24 @@ def test_an_edited_lock_file_is_refused(place: Place, compress: Compress) -> Non
     assert "lock.calibration_sha256" in result.err
 
 
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.lock.yaml"])
+@pytest.mark.parametrize("command", ["run", "resume"])
+def test_a_recipe_that_was_edited_in_its_run_is_refused(
+    place: Place, compress: Compress, name: str, command: str
+) -> None:
+    written = place.run / name
+    text = written.read_text(encoding="utf-8")
+    written.write_text(text.replace("bits: 4", "bits: 3"), encoding="utf-8")
+    before = hashes(place.run)
+    result = compress(*(place.line if command == "run" else ["resume", place.run]))
+    assert result.code == 2
+    assert f"{written} was changed since the run wrote it" in result.err
+    assert f"compress {written} MODEL -o DIR" in result.err
+    assert hashes(place.run) == before
+    written.write_text(text, encoding="utf-8")
+    assert compress("resume", place.run).code == 0
+
+
 # ---------------------------------------------------------------------- disk, processes, signals
 
 
@@ -320,6 +338,31 @@ def test_what_is_refused_before_work_leaves_no_folder(place: Place, compress: Co
     (place.model / "tokenizer.json").unlink()
     result = compress(place.recipe, place.model, "-o", "new")
     assert (result.code, "tokenizer" in result.err) == (2, True)
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "says"),
+    [
+        ("{text: {mine: t.txt}, suite: nosuch}", "no evaluation suite 'nosuch'"),
+        ("{text: {mine: t.txt}, suite: ./bad.yaml}", "bad.yaml"),
+        ("{text: {mine: latin.txt}}", "latin.txt is not UTF-8 text"),
+        ("{text: {mine: blank.txt}}", "blank.txt holds no text"),
+        ("{text: {mine: t.txt}, protocol: gptq}", "fewer than one window"),
+        ("{length: 4096}", "evaluate.length is 4096, but the model's context holds"),
+    ],
+)
+def test_evaluations_that_cannot_be_made_leave_no_folder(
+    place: Place, compress: Compress, evaluate: str, says: str
+) -> None:
+    Path("t.txt").write_text("A short text.", encoding="utf-8")
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("blank.txt").write_text(" \n", encoding="utf-8")
+    Path("bad.yaml").write_text("domains: 3", encoding="utf-8")
+    recipe = f"stages: [{{method: quantize.rtn, group_size: 64}}]\nevaluate: {evaluate}\n"
+    place.recipe.write_text(recipe, encoding="utf-8")
+    result = compress(place.recipe, place.model, "-o", "new", "-q")
+    assert (result.code, says in result.err) == (2, True), result.err
     assert not Path("new").exists()
 
 

@@ -7,13 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from compressor.engine import RunOutcome, export_run, run_recipe
-from compressor.errors import ModelError, PlanError, ResumeError, UsageError
+from compressor.errors import ModelError, PlanError, ResourceError, ResumeError, UsageError
+from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_bytes
 from compressor.journal import Journal
 from compressor.plan import make_plan
@@ -24,6 +26,7 @@ from compressor.report.text import to_text
 from compressor.resources import builtin_model
 from compressor.sections import ExportConfig
 from tests import runs
+from tests.place import hashes
 from tests.runs import TINY, plan, refusals
 
 RECIPE = """\
@@ -68,7 +71,7 @@ def test_a_deliverable_is_added_and_nothing_is_done_again(
     before = len(Journal(run / "journal.jsonl").events)
     outcome = export_run(run, [ExportConfig(format="gptq"), ExportConfig(format="awq")])
     events = [event["event"] for event in Journal(run / "journal.jsonl").events[before:]]
-    assert events == ["run_started", "exported", "exported", "report_written"]
+    assert events == ["run_started", "exported", "exported", "exports_added", "report_written"]
     formats = ["gguf", "dense", "gptq", "awq"]
     assert [item.format for item in outcome.report.deliverables] == formats
     assert "# added by `compress export`: awq" in (run / "recipe.yaml").read_text()
@@ -76,6 +79,44 @@ def test_a_deliverable_is_added_and_nothing_is_done_again(
     assert False not in results(run).values()
     with pytest.raises(UsageError, match="gptq already"):
         export_run(run, [ExportConfig(format="gptq")])
+
+
+def test_the_command_that_began_a_run_goes_on_after_an_export(
+    finished: RunOutcome, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    added = export_run(run, [ExportConfig(format="gptq")]).report.deliverables
+    lock = (run / "recipe.lock.yaml").read_bytes()
+    outcome = run_recipe(runs.load(tmp_path, RECIPE), "builtin:tiny", run)
+    assert outcome.report.deliverables == added
+    assert (run / "recipe.lock.yaml").read_bytes() == lock
+    fewer = runs.load(tmp_path, RECIPE.replace("  - {format: dense}\n", ""))
+    with pytest.raises(ResumeError, match=r"export\.1\.format: dense then, absent now"):
+        run_recipe(fewer, "builtin:tiny", run)
+
+
+@pytest.mark.parametrize("error", [ResourceError("no room"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_no_trace(
+    finished: RunOutcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    before = hashes(run)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    found, failing = exporters.exporter, replace(exporters.exporter("awq"), write=fail)
+    monkeypatch.setattr(exporters, "exporter", lambda n: failing if n == "awq" else found(n))
+    with pytest.raises(type(error)):
+        export_run(run, [ExportConfig(format="gptq"), ExportConfig(format="awq")])
+    after = hashes(run)
+    for files in (before, after):
+        files.pop("journal.jsonl")
+    assert after == before
+    monkeypatch.undo()
+    run_recipe(runs.load(tmp_path, RECIPE), "builtin:tiny", run)
+    again = export_run(run, [ExportConfig(format="gptq"), ExportConfig(format="awq")])
+    assert len(again.report.deliverables) == 4
 
 
 def test_what_cannot_be_exported_leaves_the_run_as_it_was(finished: RunOutcome) -> None:

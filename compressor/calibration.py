@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compressor import resources, text
-from compressor.errors import TextError, guess
+from compressor.diagnose import read_model
+from compressor.errors import RecipeError, TextError, guess
 from compressor.text import Document
 from compressor.text_sources import SUFFIXES, numbered_rows
 from compressor.types import TokenBatch
@@ -156,19 +155,21 @@ def load_mix(mix: str) -> Mix:
     """A shipped mix by name, or one of the user's by path.
 
     Raises:
-        TextError: no such mix, a broken file, shares that do not sum to 1, an unknown domain.
+        TextError: no such mix.
+        RecipeError: a broken file, shares that do not sum to 1, unknown domains; all of them.
     """
-    path = _mix_path(mix)
-    try:
-        loaded = Mix.model_validate(YAML(typ="safe").load(path))
-    except YAMLError as error:
-        raise TextError(f"{path} is not YAML: {error}") from error
-    except ValidationError as error:
-        raise TextError(f"mix {path}: {_first(error)}") from error
+    loaded, source = read_model(_mix_path(mix), Mix, "the mix")
     valid = text.domains(resources.calibration(), "calibration")
-    for domain in loaded.domains:
-        if domain not in valid:
-            raise text.unknown_domain(domain, valid)
+    if unknown := [domain for domain in loaded.domains if domain not in valid]:
+        raise RecipeError(
+            source.problem(
+                ("domains", domain),
+                f"there is no domain {domain!r} with calibration text",
+                f"{guess(domain, valid)}domains: {', '.join(valid)}",
+                at_key=True,
+            )
+            for domain in unknown
+        )
     return loaded
 
 
@@ -184,13 +185,6 @@ def _mix_path(mix: str) -> Path:
         return path
     hint = f"{guess(mix, mixes())}shipped: {', '.join(mixes())}; or give the path of a YAML file"
     raise TextError(f"there is no calibration mix {mix!r}", hint)
-
-
-def _first(error: ValidationError) -> str:
-    """The first problem of a validation, as `place: sentence`."""
-    problem = error.errors()[0]
-    place = ".".join(map(str, problem["loc"]))
-    return f"{place}: {problem['msg'].removeprefix('Value error, ')}"
 
 
 # Documents

@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from compressor.disk import writing
 from compressor.errors import ResourceError, ResumeError, UsageError
+from compressor.paths import real
 from compressor.recipe import UNDECISIVE, Recipe
 from compressor.report.numbers import size
 from compressor.sections import Lock
@@ -19,7 +20,7 @@ from compressor.sections import Lock
 
 def require_disk(out: Path, needed: int) -> None:
     """Refuse to start what the disk cannot hold; what a resumed run has written counts as free."""
-    existing = next(parent for parent in (out, *out.resolve().parents) if parent.exists())
+    existing = next(parent for parent in (out, *real(out).parents) if parent.exists())
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     free = shutil.disk_usage(existing).free + written
     if free < needed:

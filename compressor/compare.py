@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compressor.diagnose import diagnose
+from compressor.diagnose import diagnose, nearest
 from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates, judge, overall_verdict
@@ -71,11 +71,18 @@ def _require_same_tokens(tokenizer: Any, base: ModelSource, variant: ModelSource
 
 
 def read_gates(entries: Sequence[str]) -> Gates:
-    """Limits from `NAME=LIMIT` options and YAML files of such; later ones win.
+    """Limits from `NAME=LIMIT` options and YAML files of such; options win, then later files.
 
     Raises:
+        UsageError: an entry is neither.
         RecipeError: a limit is unknown or senseless; carries every problem found.
     """
+    for entry in entries:
+        if "=" not in entry and not Path(entry).is_file():
+            raise UsageError(
+                f"--gate {entry}: neither NAME=LIMIT nor a file of limits",
+                f"--gate {nearest(entry, Gates.model_fields) or 'max_kl'}=LIMIT",
+            )
     limits = Gates.model_validate({})
     for path in (Path(entry) for entry in entries if "=" not in entry):
         limits = _limits(read_text(path), str(path), [], limits)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from compressor.source import Location, Source
+from compressor.errors import RecipeError
+from compressor.source import Location, Source, read_source, read_text
 from compressor.types import Problem
+
+Read = TypeVar("Read", bound=BaseModel)
 
 _ROOT = "the recipe"
 
@@ -86,6 +91,24 @@ def diagnose(
     return sorted(found, key=lambda problem: (problem.line, problem.column))
 
 
+def read_model(path: Path, model: type[Read], root: str) -> tuple[Read, Source]:
+    """A small YAML file that a recipe names, such as a suite, and where everything in it stands.
+
+    Args:
+        path: of the file.
+        model: what it holds.
+        root: what to call it, such as `the suite`.
+
+    Raises:
+        RecipeError: it cannot be read or breaks a rule; carries every problem found.
+    """
+    source = read_source(read_text(path), str(path))
+    try:
+        return model.model_validate_json(json.dumps(source.data), strict=True), source
+    except ValidationError as error:
+        raise RecipeError(diagnose(error, model, source, root=root)) from None
+
+
 def _is_echo(error: ErrorDetails) -> bool:
     """Pydantic counts only the valid entries of a list, so one bad entry makes it too short."""
     value, least = error["input"], error.get("ctx", {}).get("min_length", 0)
@@ -145,7 +168,7 @@ def _unknown_key(
     near = nearest(fault.name, known)
     guess = f"; did you mean {near!r}?" if near else ""
     hint = _ask(f"{where}.{near}" if near else where) or f"known keys: {', '.join(known)}"
-    if near and " " in where:
+    if near and where == _ROOT:
         hint = _ask(near)
     message = f"unknown key {fault.name!r} in {where}{guess}"
     return source.problem(fault.location, message, hint, at_key=True)

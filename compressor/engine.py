@@ -55,6 +55,8 @@ from compressor.sections import ExportConfig, Lock
 from compressor.state import RunState
 from compressor.team import ALONE, Team
 
+_DAMAGED_RUN = "files of the run were changed; restore them, or start again in another folder"
+
 
 @dataclass(frozen=True)
 class RunOutcome:
@@ -192,7 +194,10 @@ def _recorded(out: Path) -> tuple[Recipe, Lock]:
             f"{out} holds no run (no recipe.lock.yaml)", "compress RECIPE MODEL -o DIR"
         )
     recipe = load_recipe(path, allow_outside=True)
-    assert recipe.lock is not None
+    if recipe.lock is None:
+        raise ResumeError(
+            f"{path} has no `lock`, which says what the run was made of", _DAMAGED_RUN
+        )
     return recipe, recipe.lock
 
 
@@ -248,7 +253,7 @@ class _Run:
             refuse_changes("the lock file was made of something else", recipe, recipe, lock)
         if path.exists():
             self._require_unedited()
-            self.recorded = load_recipe(path, allow_outside=True)
+            self.recorded, _ = _recorded(folder)
             what = f"{folder} holds a run of something else"
             refuse_changes(what, self.recorded.begun(), recipe.begun(), lock)
             if later := [one for one in self.recorded.export if one not in recipe.export]:

@@ -17,6 +17,16 @@ from compressor.errors import ResumeError
 
 Event = dict[str, Any]
 
+_FACTS = {
+    "run_started": {"command"},
+    "block_done": {"stage", "record", "seconds", "peak_bytes"},
+    "stage_done": {"stage", "result", "seconds", "peak_bytes"},
+    "stage_verified": {"stage", "kl_to_parent", "loaded_whole"},
+    "evaluated": {"variant"},
+    "exported": {"format", "sha256"},
+}
+"""What a run that goes on reads of an event."""
+
 
 class Journal:
     """Events of one run, in order.
@@ -42,7 +52,7 @@ class Journal:
             event: Event | object = json.loads(line)
         except ValueError:
             event = None
-        if not isinstance(event, dict) or not {"event", "time"} <= event.keys():
+        if not isinstance(event, dict) or not _is_whole(event):
             raise ResumeError(
                 f"{self.path}:{number} is damaged", "start again in another folder with -o"
             )
@@ -74,3 +84,9 @@ class Journal:
             if event["event"] == name
             and all(event.get(key) == value for key, value in facts.items())
         ]
+
+
+def _is_whole(event: Event) -> bool:
+    return {"event", "time"} <= event.keys() and event.keys() >= _FACTS.get(
+        str(event["event"]), set()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,18 @@ PATHS = ("evaluate.suite", "evaluate.text.*", "calibration.mix", "calibration.so
 _SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".txt", ".md", ".parquet")
 
 
+def real(path: Path) -> Path:
+    """The path without links; one that leads to itself, of which `resolve` raises, stays."""
+    return Path(os.path.realpath(path))
+
+
 def resolve_paths(source: Source, folder: Path, allow_outside: bool) -> list[Problem]:
     """Make the paths in a recipe absolute; report those that leave its folder unasked."""
     problems = []
     for location, container, key in written_paths(source.data, folder):
         written = container[key]
         typed = bool(source.overridden(location))
-        path = ((Path.cwd() if typed else folder) / Path(written).expanduser()).resolve()
+        path = real((Path.cwd() if typed else folder) / Path(written).expanduser())
         container[key] = str(path)
         if not (typed or allow_outside or path.is_relative_to(folder)):
             problems.append(

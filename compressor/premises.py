@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compressor import order
 from compressor.calibration import CalibrationConfig, require_origin
-from compressor.errors import UsageError
+from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
 from compressor.source import Location
@@ -50,5 +50,7 @@ def _reported(place: Location, problem: AtPlace, found: list[Problem]) -> Iterat
     """Within the block, a usage error is a problem at a place of the recipe."""
     try:
         yield
+    except RecipeError as error:  # a file that the recipe names has places of its own
+        found += error.problems
     except UsageError as error:
         found.append(problem(place, error.message, error.hint))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compressor.errors import CompressorError, ModelError, ResourceError
+from compressor.errors import CompressorError, ModelError, ResourceError, ResumeError
 from compressor.formats import exporters
 from compressor.formats.capabilities import ENVIRONMENTS
 from compressor.formats.files import checkpoint_files
@@ -27,6 +27,14 @@ from compressor.serving.words import continued
 from compressor.verify import value_problems, verify_weights
 
 _OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros", "weight_format")
+_CHECKPOINT = (
+    "config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.gguf",
+    "*.onnx",
+    "*.xml",
+)
 _CACHE = (".k_scale", ".v_scale")
 _PACKED = ("_packed", "_scale", "_zero_point")  # parts of a packed matrix: of compressed-tensors,
 _WORDS = ("qweight", "qzeros", "scales", "g_idx")  # of GPTQ and AWQ,
@@ -55,8 +63,17 @@ def verify_folder(folder: Path) -> list[Check]:
 
     Raises:
         ModelError: there is neither a checkpoint nor a run with deliverables.
+        ResumeError: the run is not finished.
     """
     if not (folder / "report.json").is_file():
+        if (folder / "recipe.lock.yaml").is_file():
+            raise ResumeError(f"the run in {folder} is not finished", f"compress resume {folder}")
+        if not any(any(folder.glob(pattern)) for pattern in _CHECKPOINT):
+            raise ModelError(
+                f"{folder} is neither a run, which has a report.json, nor a checkpoint, which has "
+                "a config.json beside its weights, or is one .gguf file",
+                "name the folder that `compress` wrote to, or one of its deliverables",
+            )
         return list(_verify_checkpoint(folder))
     report = load_report(folder)
     paths = [item.path for item in report.deliverables]

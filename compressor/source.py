@@ -23,6 +23,8 @@ Location = tuple[str | int, ...]
 
 _MAX_BYTES = 1 << 20
 _MAX_VALUES = 20_000
+_MAX_DEPTH = 50
+_TOO_DEEP = f"nested deeper than {_MAX_DEPTH} levels; this is no recipe"
 
 
 class _Refused(Exception):
@@ -119,6 +121,11 @@ def _parse(text: str, file: str) -> Any:
     except YAMLError as error:
         message = str(error).partition("\n")[0]
         raise RecipeError([Problem(f"not valid YAML: {message}", file, 1, 1)]) from None
+    except RecursionError:
+        raise RecipeError([Problem(_TOO_DEEP, file, 1, 1)]) from None
+    except ValueError:
+        message = "a number has thousands of digits; this is no recipe"
+        raise RecipeError([Problem(message, file, 1, 1)]) from None
 
 
 def _syntax(problem: str) -> tuple[str, str]:
@@ -128,7 +135,7 @@ def _syntax(problem: str) -> tuple[str, str]:
         key = problem.split('"')[1]
         return f"the key {key!r} stands twice in one mapping", "keep one of the two"
     if "'\\t'" in problem:
-        return "a tab is used for indentation; YAML allows spaces only", "replace it by spaces"
+        return "a tab stands where YAML allows spaces only", "replace it by spaces"
     return f"not valid YAML: {problem}", ""
 
 
@@ -144,6 +151,8 @@ class _Reader:
         self.values[location] = place
         if len(self.values) > _MAX_VALUES:
             raise _Refused(f"more than {_MAX_VALUES} values; this is no recipe", place)
+        if len(location) > _MAX_DEPTH:
+            raise _Refused(_TOO_DEEP, place)
         if isinstance(node, TaggedScalar) or getattr(getattr(node, "tag", None), "value", None):
             raise _Refused("YAML tags (`!name`) are not used in recipes", place)
         if isinstance(node, CommentedMap | CommentedSeq):
@@ -218,13 +227,27 @@ def _override(source: Source, text: str, name: str) -> Problem | None:
         return Problem(f"{name} {text}: not of the form dotted.path=value")
     try:
         value = _Reader().plain(YAML(typ="rt").load(written), (), (1, 1))
-    except (YAMLError, _Refused):
-        return Problem(f"{option}: {written!r} is not valid YAML")
-    steps: Location = tuple(int(step) if step.isdigit() else step for step in dotted.split("."))
+    except (YAMLError, _Refused, ValueError, RecursionError):
+        return Problem(f"{option}: {_shortened(written)!r} is not valid YAML")
+    steps: Location = tuple(map(_step, dotted.split(".")))
+    lost = next((how for at, how in source.overrides.items() if at[: len(steps)] == steps), "")
+    if lost:
+        if lost == option:
+            return Problem(f"{option}: given twice", hint="give it once")
+        return Problem(f"{option}: it replaces what {lost} wrote", hint="give the wider one first")
     if fault := _write(source.data, steps, value):
         return Problem(f"{option}: {fault}")
     source.overrides[steps] = option
     return None
+
+
+def _step(text: str) -> str | int:
+    """A key, or the place in a list."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else text
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _write(data: Any, steps: Location, value: Any) -> str:

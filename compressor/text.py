@@ -107,6 +107,21 @@ def read_utf8(path: Path) -> str:
         raise TextError(f"{path} is not UTF-8 text (byte {error.start})") from None
 
 
+def json_row(line: str) -> object:
+    """What one line of a user's JSON-lines file holds.
+
+    Raises:
+        ValueError: no JSON, nested beyond reason, or with half of a surrogate pair in its text.
+    """
+    try:
+        row: object = json.loads(line)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\u" in line:
+        json.dumps(row, ensure_ascii=False).encode()  # raises of half a pair
+    return row
+
+
 def unknown_domain(domain: str, valid: tuple[str, ...]) -> TextError:
     """The error for a domain that does not exist, with the nearest name and the list."""
     close = difflib.get_close_matches(domain, valid, n=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,9 +79,9 @@ def _json_rows(path: Path, content: str) -> Iterator[Mapping[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}:{number} is not JSON: {error}") from error
+            row = text.json_row(line)
+        except ValueError as error:
+            raise TextError(f"{path}:{number} is not a row of JSON: {error}") from None
         if not isinstance(row, dict):
             raise TextError(f"{path}:{number} must be a JSON object with named columns")
         yield row

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from compressor import calibration, resources, text, text_sources
 from compressor.calibration import CalibrationConfig, build_batches, load_documents, load_mix
-from compressor.errors import AccessError, ResourceError, TextError
+from compressor.errors import AccessError, RecipeError, ResourceError, TextError
 
 CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
@@ -148,15 +148,15 @@ def test_shipped_mixes_are_valid(name: str) -> None:
         ("{prose: 0.5, code: 0.4}", "sum to 0.9; they must sum to 1"),
         ("{prose: 1.5, code: -0.5}", "the share of 'code' is -0.5"),
         ("{prose: .nan}", "share of 'prose' is nan"),
-        ("{prosa: 1.0}", "there is no domain 'prosa'"),
-        ("{prose: [1}", "is not YAML"),
-        ("7", "valid dictionary"),
+        ("{prosa: 1.0}", r"mine\.yaml:3:11: there is no domain 'prosa'"),
+        ("{prose: [1}", r"mine\.yaml:3:20: not valid YAML"),
+        ("7", r"mine\.yaml:3:10: domains must be a mapping, not 7"),
     ],
 )
 def test_broken_mixes_are_refused(tmp_path: Path, domains: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"name: mine\ndescription: x\ndomains: {domains}\n")
-    with pytest.raises(TextError, match=message):
+    with pytest.raises(RecipeError, match=message):
         load_mix(str(path))
 
 
@@ -265,7 +265,7 @@ def test_conversations_are_rendered_by_the_chat_template(tmp_path: Path, tokeniz
         ("a.jsonl", '{"texts": "x"}\n', {"column": "text"}, "did you mean 'texts'"),
         ("a.jsonl", '{"text": ""}\n{"text": null}\n', {}, "column 'text' of .* holds no text"),
         ("a.jsonl", '{"text": [1]}\n', {}, "holds list, not text"),
-        ("a.jsonl", '{"text": "x"}\nnonsense\n', {}, "a.jsonl:2 is not JSON"),
+        ("a.jsonl", '{"text": "x"}\nnonsense\n', {}, "a.jsonl:2 is not a row of JSON"),
         ("a.jsonl", "[1]\n", {}, "must be a JSON object"),
         ("a.jsonl", "", {}, "holds no text"),
         ("a.parquet", "nonsense", {}, "is not a parquet file"),

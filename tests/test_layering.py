@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
 GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
-GROUND |= {"efforts", "paths", "programs", "disk"}
+GROUND |= {"efforts", "paths", "programs", "disk", "diagnose"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
@@ -28,7 +28,7 @@ BESIDE = {
     "meter",
 }
 BESIDE |= {"provenance", "meter", "stages", "order", "registry", "decoding", "training", "team"}
-ENGINE = {"diagnose", "recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
+ENGINE = {"recipe", "explain", "cost", "plan", "journal", "verify", "variants"}
 ENGINE |= {
     "claim",
     "facts",

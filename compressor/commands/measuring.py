@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def _evaluate_config(options: dict[str, Any]) -> EvaluateConfig:
     from compressor.source import Location, Source
 
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    given["text"] = dict(_text_option(entry) for entry in options["text"])
+    given["text"] = _texts(options["text"])
     try:
         return EvaluateConfig.model_validate(given)
     except ValidationError as error:
@@ -87,11 +88,20 @@ def _evaluate_config(options: dict[str, Any]) -> EvaluateConfig:
         raise RecipeError(diagnose(error, EvaluateConfig, source, root="evaluate")) from None
 
 
-def _text_option(entry: str) -> tuple[str, str]:
-    domain, equals, path = entry.partition("=")
-    if not equals:
-        raise UsageError(f"--text {entry!r} is not of the form DOMAIN=FILE")
-    return domain, path
+def _texts(entries: Sequence[str]) -> dict[str, str]:
+    """Files by domain."""
+    texts: dict[str, str] = {}
+    for entry in entries:
+        domain, equals, path = entry.partition("=")
+        if not (domain and equals and path):
+            raise UsageError(f"--text {entry!r} is not of the form DOMAIN=FILE")
+        if domain in texts:
+            raise UsageError(
+                f"--text names the domain {domain!r} twice: {texts[domain]} and {path}",
+                "give every file a domain of its own",
+            )
+        texts[domain] = path
+    return texts
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -127,6 +128,9 @@ def _reading(
     given = [name for name, value in budget.items() if value is not None]
     if len(given) > 1:
         raise UsageError("--target-bpw and --target-size are two budgets", "give one of them")
+    bpw = budget["target_bpw"]
+    if bpw is not None and not math.isfinite(bpw):
+        raise UsageError(f"--target-bpw must be a finite number, not {bpw}", "--target-bpw 3.5")
     if given:
         overrides = [*overrides, *budget_overrides(recipe, effort=effort, **budget)]
     return {"effort": effort, "overrides": overrides, "allow_outside": allow_outside}

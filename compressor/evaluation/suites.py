@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from compressor import resources
-from compressor.errors import TextError, UsageError, guess
+from compressor.diagnose import read_model
+from compressor.errors import RecipeError, TextError, UsageError, guess
 from compressor.evaluation.config import EvaluateConfig, ProtocolName, Suite
-from compressor.text import Document, evaluation_documents, read_utf8
+from compressor.text import (
+    Document,
+    evaluation_documents,
+    evaluation_domains,
+    json_row,
+    read_utf8,
+)
 
 _WIKITEXT = (
     "python -c \"from datasets import load_dataset as d; open('{path}', 'w').write('\\n\\n'.join("
@@ -63,7 +65,8 @@ def load_suite(name: str) -> Suite:
     """Read a shipped suite by name, or any by path.
 
     Raises:
-        UsageError: there is no such suite, or the file breaks a rule.
+        UsageError: there is no such suite.
+        RecipeError: the file breaks a rule; carries every problem found.
     """
     path = resources.evals() / "suites" / f"{name}.yaml"
     if not path.is_file():
@@ -72,10 +75,18 @@ def load_suite(name: str) -> Suite:
         known = suite_names()
         hint = f"{guess(name, known)}shipped: {', '.join(known)}"
         raise UsageError(f"no evaluation suite {name!r}", hint)
-    try:
-        return Suite.model_validate(YAML(typ="safe").load(path.read_text(encoding="utf-8")))
-    except (ValidationError, YAMLError) as error:
-        raise UsageError(f"{path}: not a valid suite: {error}") from error
+    suite, source = read_model(path, Suite, "the suite")
+    known = list(evaluation_domains())
+    if unknown := [name for name in suite.domains if name not in known]:
+        raise RecipeError(
+            source.problem(
+                ("domains", suite.domains.index(name)),
+                f"there is no domain {name!r} with evaluation text",
+                f"{guess(name, known)}domains: {', '.join(known)}",
+            )
+            for name in unknown
+        )
+    return suite
 
 
 def load_text(config: EvaluateConfig) -> EvaluationText:
@@ -156,9 +167,9 @@ def _rows(domain: str, path: Path) -> list[Document]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _no_row(path, number, str(error)) from error
+            row = json_row(line)
+        except ValueError as error:
+            raise _no_row(path, number, str(error)) from None
         if not isinstance(row, dict) or "text" not in row:
             raise _no_row(path, number, 'it has no "text"')
         if not isinstance(row["text"], str):

@@ -43,6 +43,7 @@ from compressor.model.load import (
     read_licence,
     resolve,
 )
+from compressor.original import require_sound
 from compressor.plan import make_plan
 from compressor.progress import Observer, SilentObserver
 from compressor.provenance import file_sha256, packages
@@ -110,6 +111,7 @@ def run_recipe(
     require_shares(recipe, team)
     source = resolve(model)
     plan = make_plan(recipe, read_config(source.path), model)
+    require_sound(source.path)
     for export in recipe.export:  # no stage changes what is checked here, say the tokenizer
         exporters.exporter(export.format).check(source.path)
     require_disk(out, plan.disk_bytes)
@@ -260,7 +262,8 @@ class _Run:
                 self.state.recipe = recipe.with_exports(later)
         else:
             require_empty(folder)
-            _ = self.state.session.settings  # refuses text that cannot be scored
+            session = self.state.session
+            _ = session.scorer(self.state.source.path), session.settings  # refuse what they cannot
             atomic_write_text(path, dump_lock(recipe, lock, folder))
         if not (folder / "recipe.yaml").exists():  # the lock, which comes first, makes it ours
             atomic_write_text(folder / "recipe.yaml", recipe.text())

@@ -129,6 +129,7 @@ def make_plan(
     if not problems:  # else the exports would repeat what is wrong with the stages
         problems += export_problems(recipe, chain[-1])
     problems += text_problems(recipe.calibration, recipe.evaluate, recipe.problem)
+    problems += _too_long(recipe, base.max_positions)
     if problems:
         raise PlanError(problems)
     return _price(recipe, chain, model)
@@ -167,6 +168,20 @@ def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:
         )
         for index, stage in enumerate(recipe.stages)
         if stage.chooses_grids
+    ]
+
+
+def _too_long(recipe: Recipe, context: int) -> list[Problem]:
+    """Windows that the model's context does not hold; a suite's own shrink to it."""
+    lengths = {"calibration": recipe.calibration, "evaluate": recipe.evaluate}
+    return [
+        recipe.problem(
+            (key, "length"),
+            f"{key}.length is {section.length}, but the model's context holds {context} tokens",
+            f"length: {context}",
+        )
+        for key, section in lengths.items()
+        if section is not None and section.length is not None and section.length > context
     ]
 
 

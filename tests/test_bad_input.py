@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from compressor.resources import builtin_model
 from tests.command import Compress
 
 RECIPE = """\
@@ -147,3 +153,100 @@ def test_a_lock_without_its_section_is_no_run(compress: Compress) -> None:
         assert (result.code, "recipe.lock.yaml has no `lock`" in result.err) == (2, True)
     result = compress("r.yaml", "builtin:tiny", "-o", "begun", "-q")
     assert (result.code, "recipe.lock.yaml has no `lock`" in result.err) == (2, True)
+
+
+# ---------------------------------------------------------------------- models
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+LINE = ("r.yaml", "model")
+
+
+@pytest.fixture
+def model() -> Path:
+    """A copy of the built-in model, to be damaged."""
+    return Path(shutil.copytree(builtin_model("tiny"), "model"))
+
+
+def configure(model: Path, **changes: Any) -> None:
+    file = model / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    file.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def cast(model: Path, dtype: torch.dtype, name: str = "") -> None:
+    """Store the tensors of whose name this is a part as another dtype."""
+    file = model / "model.safetensors"
+    tensors = {k: t.to(dtype) if name in k else t for k, t in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float8_e4m3fn])
+def test_weights_of_another_dtype_are_known_at_the_start(
+    compress: Compress, model: Path, dtype: torch.dtype
+) -> None:
+    cast(model, dtype, NAME)
+    name = str(dtype).removeprefix("torch.")
+    for line in (["plan", *LINE], [*LINE, "-o", "out"]):
+        result = compress(*line)
+        assert result.code == 2
+        assert "its weights are to be bfloat16, and 1 of 29 matrices are stored" in result.err
+        assert f"something else, such as {NAME} as {name}\n" in result.err
+    assert not Path("out").exists()
+
+
+def test_a_dtype_that_the_configuration_names_wrongly(compress: Compress, model: Path) -> None:
+    cast(model, torch.float32)
+    result = compress("plan", *LINE)
+    assert (result.code, 'write "dtype": "float32" in its config.json' in result.err) == (2, True)
+    configure(model, dtype=None)
+    assert compress("plan", *LINE).code == 0  # by the weights, as in transformers
+    cast(model, torch.bfloat16, NAME)
+    assert "are to be float32, and 1 of 29" in compress("plan", *LINE).err
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_act": "silly"}, "transformers knows no hidden_act called 'silly'"),
+        ({"rope_parameters": {"rope_type": "silly"}}, "knows no rope_type called 'silly'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "Missing required keys in `rope_parameters`"),
+        ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' must be true or false, not"),
+        ({"num_hidden_layers": 10**6}, "'num_hidden_layers' is 1,000,000; at most 100,000 can be"),
+    ],
+)
+def test_a_configuration_that_cannot_be_leaves_no_folder(
+    compress: Compress, model: Path, changes: dict[str, Any], says: str
+) -> None:
+    configure(model, **changes)
+    result = compress(*LINE, "-o", "out", "-q")
+    assert (result.code, says in result.err) == (2, True), result.err
+    assert not Path("out").exists()
+
+
+def test_a_configuration_nested_without_end(compress: Compress, model: Path) -> None:
+    (model / "config.json").write_text('{"a": ' + "[" * 100_000, encoding="utf-8")
+    result = compress("plan", *LINE)
+    assert (result.code, "config.json is not JSON" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("block", [b"license: [", b"- a\n- b", b"license: caf\xe9"])
+def test_a_damaged_card_is_told_of_before_work(
+    compress: Compress, model: Path, block: bytes
+) -> None:
+    (model / "README.md").write_bytes(b"---\n" + block + b"\n---\n")
+    for line in (["plan", *LINE], [*LINE, "-o", "out"]):
+        result = compress(*line)
+        assert result.code == 2
+        assert "README.md: the block between the lines `---` cannot be read" in result.err
+    assert not Path("out").exists()
+
+
+def test_windows_longer_than_the_context_are_told_of_at_once(compress: Compress) -> None:
+    lengths = ["--set", "calibration.length=1024", "--set", "evaluate.length=2048"]
+    result = compress("plan", "r.yaml", "builtin:tiny", *lengths)
+    assert result.code == 2
+    for key, length in (("calibration", 1024), ("evaluate", 2048)):
+        says = f"{key}.length is {length}, but the model's context holds 512 tokens"
+        assert f"--set {key}.length: {says}\n  → length: 512" in result.err

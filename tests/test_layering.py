@@ -48,6 +48,7 @@ ENGINE |= {
     "following",
     "requantize",
     "export_checks",
+    "original",
     "premises",
     "pricing",
     "sections",

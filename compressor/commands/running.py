@@ -103,6 +103,7 @@ def plan(
 ) -> None:
     """Check RECIPE against MODEL and price it, at every effort; reads no weight."""
     from compressor.model.load import read_config, resolve
+    from compressor.original import require_sound
     from compressor.plan import make_plan
     from compressor.recipe import load_efforts, load_recipe
 
@@ -111,6 +112,7 @@ def plan(
     source = resolve(model, config_only=True)
     config = read_config(source.path)
     del chosen["effort"]
+    require_sound(source.path)
     made = make_plan(loaded, config, model).beside(load_efforts(recipe, **chosen), config)
     if loaded.publish is not None:
         from compressor.engine import require_publishable

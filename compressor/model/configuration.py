@@ -8,6 +8,7 @@ from compressor.errors import ModelError
 from compressor.model.families import FAMILIES, Condition, Linear, Norm
 from compressor.model.matrices import Matrix
 
+_MOST_PARTS = 100_000  # blocks, or experts of all blocks: several times what any model has
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -41,7 +42,8 @@ class Configuration:
         self.positions = self.integer("max_position_embeddings")
         self.experts = self._experts()
         self.expert_intermediate = self.integer("moe_intermediate_size", self.intermediate)
-        self.tied = bool(self.value("tie_word_embeddings"))
+        self._require_possible()
+        self.tied = self._boolean("tie_word_embeddings")
         self.flags = self._flags()
         self.widths = self._widths()
 
@@ -60,6 +62,24 @@ class Configuration:
                 f" not {value!r}"
             )
         return value
+
+    def _boolean(self, key: str) -> bool:
+        value = self.value(key)
+        if value is not None and not isinstance(value, bool):
+            raise ModelError(
+                f"config.json of a {self.row.name} model: {key!r} must be true or false,"
+                f" not {value!r}"
+            )
+        return bool(value)
+
+    def _require_possible(self) -> None:
+        """Numbers that no model has would keep us counting its matrices for hours."""
+        if self.layers * max(self.experts, 1) > _MOST_PARTS:
+            experts = f" of {self.experts:,} experts" if self.experts else ""
+            raise ModelError(
+                f"config.json of a {self.row.name} model: 'num_hidden_layers' is {self.layers:,}"
+                f"{experts}; at most {_MOST_PARTS:,} can be"
+            )
 
     def _experts(self) -> int:
         """Number of experts, under either of the two names in use."""

@@ -151,11 +151,21 @@ def read_licence(path: Path) -> str | None:
     """Licence that the model's card names, as the Hub spells it; None when it names none.
 
     A licence called `other` is given by its own name.
+
+    Raises:
+        ModelError: the card is damaged.
     """
+    import yaml
     from huggingface_hub.repocard import metadata_load
 
     card = path / "README.md"
-    metadata = (metadata_load(card) if card.is_file() else None) or {}
+    try:
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ModelError(
+            f"{card}: the block between the lines `---` cannot be read: {_summary(error)}",
+            "mend it, or remove it; the licence of the model is read from there",
+        ) from None
     licence = metadata.get("license")
     named = metadata.get("license_name") if licence == "other" else licence
     return str(named) if named else None
@@ -298,6 +308,6 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
 def _summary(error: Exception) -> str:
     """The first line of what a library says, with the next one when the first ends in a colon."""
     first, *more = (str(error).strip() or type(error).__name__).splitlines()
-    if isinstance(error, KeyError):  # its text is the key alone
+    if isinstance(error, KeyError) and " " not in first:  # its text is the key alone
         return f"{first} is missing"
     return f"{first.strip()} {more[0].strip()}" if first.strip()[-1:] == ":" and more else first

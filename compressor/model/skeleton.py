@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
+from compressor.errors import ModelError
 from compressor.model.architecture import Architecture
 from compressor.model.cache import round_cache
 from compressor.model.configuration import attention_implementation
+from compressor.model.files import read_config
 from compressor.model.inputs import round_inputs
 from compressor.model.quiet import quiet
 
@@ -33,6 +36,30 @@ class _Reached(Exception):
         self.value = value
 
 
+@contextmanager
+def _refusals(checkpoint: Path) -> Iterator[None]:
+    """What transformers raises of a configuration, in one sentence."""
+    file = checkpoint / "config.json"
+    try:
+        yield
+    except KeyError as error:  # a name that it looks up, say of an activation; alone it says little
+        word = error.args[0]
+        key = next(_holding(read_config(checkpoint), word), None)
+        said = f"knows no {key} called {word!r}" if key else f"refuses it: {word}"
+        raise ModelError(f"{file}: transformers {said}") from None
+    except (ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"{file}: transformers refuses it: {error}") from None
+
+
+def _holding(config: Mapping[str, object], value: object) -> Iterator[str]:
+    """Keys with a value."""
+    for key, held in config.items():
+        if isinstance(held, Mapping):
+            yield from _holding(held, value)
+        elif held == value:
+            yield key
+
+
 class Skeleton:
     """A causal language model on the meta device, in evaluation mode.
 
@@ -41,13 +68,16 @@ class Skeleton:
         architecture: of the same configuration.
         device: where parts are brought to life.
         dtype: in which everything is computed.
+
+    Raises:
+        ModelError: transformers refuses the configuration.
     """
 
     def __init__(
         self, checkpoint: Path, architecture: Architecture, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.device, self.dtype = device, dtype
-        with quiet(), torch.device("meta"):
+        with _refusals(checkpoint), quiet(), torch.device("meta"):
             config = transformers.AutoConfig.from_pretrained(checkpoint, local_files_only=True)
             self.model = transformers.AutoModelForCausalLM.from_config(
                 config,

@@ -33,6 +33,8 @@ USER_DOMAIN = "user"  # the domain of text that the user brings
 DEVELOPMENT_WINDOWS, DEVELOPMENT_LENGTH = 8, 256  # of every domain; tokens a window
 _SHARE_TOLERANCE = 1e-6
 _OF_SOURCE = ("split", "column", "subset", "revision", "streaming", "chat_template")
+_COLUMNS = ("column", "chat_template")
+_READ = {".txt": (), ".md": (), ".jsonl": _COLUMNS, ".parquet": _COLUMNS}
 
 
 class CalibrationConfig(BaseModel):
@@ -95,6 +97,10 @@ class CalibrationConfig(BaseModel):
         stray = [name for name in _OF_SOURCE if getattr(self, name) != self._default(name)]
         if self.source is None and stray:
             raise ValueError(f"`{stray[0]}` describes a `source`, and none is named")
+        suffix = Path(self.source or "").suffix
+        read = _READ.get(suffix, _OF_SOURCE)
+        if idle := [f"`{name}`" for name in stray if name not in read]:
+            raise ValueError(f"{', '.join(idle)} has no effect on a {suffix} file: leave it out")
         return self
 
     @classmethod

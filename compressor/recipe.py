@@ -225,11 +225,12 @@ def load_recipe(
         raise RecipeError([Problem(message, hint="leave --effort out for the recipe as it stands")])
     found = {name: _checked(source, path, allow_outside) for name, source in choices.items()}
     common = set(found[DEFAULT][1])
+    mistyped: list[Problem] = []
     if overrides:
         chosen = _choices(path_or_name, path)[effort]
-        _override(chosen, overrides)
+        mistyped = _override(chosen, overrides)
         found[effort] = _checked(chosen, path, allow_outside)
-    recipe, problems = found[effort][0], list(found[DEFAULT][1])
+    recipe, problems = found[effort][0], [*mistyped, *found[DEFAULT][1]]
     for name, (_, own) in found.items():
         problems += [_at_effort(problem, name) for problem in own if problem not in common]
     if problems or recipe is None:
@@ -263,13 +264,19 @@ def _choices(path_or_name: str | Path, path: Path) -> dict[EffortName, Source]:
     return apart(read_source(read_text(path), shown))
 
 
-def _override(source: Source, overrides: Sequence[str]) -> None:
-    """Apply `--set`, which comes after the efforts."""
+def _override(source: Source, overrides: Sequence[str]) -> list[Problem]:
+    """Apply `--set`, which comes after the efforts; what is wrong with it."""
     early = [text for text in overrides if text.partition(".")[0].partition("=")[0] == KEY]
-    if early:
-        message = f"--set {early[0]}: the effort is merged before, so that this has no effect"
-        raise RecipeError([Problem(message, hint="set the key itself, and choose with --effort")])
-    apply_overrides(source, overrides)
+    hint = "set the key itself, and choose with --effort"
+    problems = [
+        Problem(f"--set {text}: the effort is merged before, so that this has no effect", hint=hint)
+        for text in early
+    ]
+    try:
+        apply_overrides(source, [text for text in overrides if text not in early])
+    except RecipeError as error:
+        problems += error.problems
+    return problems
 
 
 def _at_effort(problem: Problem, effort: EffortName) -> Problem:
@@ -356,7 +363,7 @@ def _checked(
     except ValidationError as error:
         return None, [*diagnose(error, model, source), *problems, *_besides(source)]
     recipe._source = source
-    return recipe, [*problems, *_idle(recipe), *_needs(recipe)]
+    return recipe, [*problems, *_idle(recipe), *_needs(recipe), *_unread(recipe)]
 
 
 def _besides(source: Source) -> list[Problem]:
@@ -390,6 +397,20 @@ def _idle(recipe: Recipe) -> list[Problem]:
             "stages in the recipe needs at least one entry",
             "or an export that rounds by itself: {format: gguf, type: Q4_K_M}",
         )
+    ]
+
+
+def _unread(recipe: Recipe) -> list[Problem]:
+    """Options that have no effect; a default spelled out, as in a lock file, says nothing."""
+    return [
+        recipe.problem(
+            ("stages", index, option),
+            f"{stage.method}.{option} has no effect without `{need}`",
+            "leave it out, or write that too",
+        )
+        for index, stage in enumerate(recipe.stages)
+        for option, need in stage.unread().items()
+        if getattr(stage, option) != type(stage).model_fields[option].default
     ]
 
 

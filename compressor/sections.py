@@ -103,10 +103,14 @@ class ExportConfig(Section):
 
     @model_validator(mode="after")
     def _typed(self) -> Self:
-        if self.type is not None and self.format != "gguf":
-            raise ValueError(f"`type` is for format gguf; {self.format} has none")
-        if self.blocks is not None and self.format != "gguf":
-            raise ValueError(f"`embedding` is for format gguf; {self.format} has none")
+        homes = {"form": "compressed-tensors", "type": "gguf", "embedding": "gguf"}
+        stray = [
+            f"`{key}` is for format {home}; {self.format} has none"
+            for key, home in homes.items()
+            if self.format != home and getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if stray:
+            raise ValueError("; ".join(stray))
         if self.blocks is not None and self.type is not None:
             raise ValueError(
                 f"`embedding` is for our codes; {self.type} rounds the embedding itself"

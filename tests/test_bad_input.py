@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.errors import RecipeError
 from compressor.resources import builtin_model
+from tests import runs
 from tests.command import Compress
 
 RECIPE = """\
@@ -250,3 +253,77 @@ def test_windows_longer_than_the_context_are_told_of_at_once(compress: Compress)
     for key, length in (("calibration", 1024), ("evaluate", 2048)):
         says = f"{key}.length is {length}, but the model's context holds 512 tokens"
         assert f"--set {key}.length: {says}\n  → length: 512" in result.err
+
+
+# ---------------------------------------------------------------------- what has no effect
+
+
+@pytest.mark.parametrize(
+    ("stage", "says"),
+    [
+        ("{method: quantize.gptq, radius: 0.2}", "quantize.gptq.radius has no effect without"),
+        ("{method: quantize.rtn, embedding_bits: 4}", "without `embeddings: quantize`"),
+        ("{method: transform.rotate, bits: 3}", "transform.rotate.bits has no effect without"),
+        ("{method: recover.distill, radius: 0.2}", "recover.distill.radius has no effect without"),
+        ("{method: recover.distill, reference: forecast}", "reference has no effect without"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_a_mistake(tmp_path: Path, stage: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        runs.load(tmp_path, f"calibration: {{}}\nstages:\n  - {stage}\n")
+    (problem,) = caught.value.problems
+    assert (problem.line, says in problem.message) == (3, True), problem
+
+
+def test_a_default_that_nothing_reads_says_nothing(tmp_path: Path) -> None:
+    """Lock files spell out every default."""
+    runs.load(tmp_path, "calibration: {}\nstages:\n  - {method: quantize.gptq, radius: 0.1}\n")
+    robust = "{method: quantize.gptq, robust: true, radius: 0.2}"
+    runs.load(tmp_path, f"calibration: {{}}\nstages:\n  - {robust}\n")
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (
+            "{source: a.txt, split: test, column: text2}",
+            "`split`, `column` has no effect on a .txt",
+        ),
+        ("{source: a.jsonl, column: body, revision: v2}", "`revision` has no effect on a .jsonl"),
+    ],
+)
+def test_a_file_has_no_splits(tmp_path: Path, section: str, says: str) -> None:
+    for name in ("a.txt", "a.jsonl"):
+        Path(name).write_text("{}", encoding="utf-8")
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        runs.load(tmp_path, f"calibration: {section}\nstages: [{{method: quantize.gptq}}]\n")
+
+
+def test_an_export_tells_all_that_it_has_not(tmp_path: Path) -> None:
+    export = "{format: gptq, form: int-quantized, embedding: Q8_0}"
+    with pytest.raises(RecipeError) as caught:
+        runs.load(tmp_path, f"stages: [{{method: quantize.rtn}}]\nexport: [{export}]\n")
+    message = str(caught.value)
+    assert "`form` is for format compressed-tensors; gptq has none" in message
+    assert "`embedding` is for format gguf; gptq has none" in message
+
+
+def test_a_layout_is_for_the_format_that_has_layouts(compress: Compress, tmp_path: Path) -> None:
+    result = compress("export", tmp_path, "--as", "gptq", "--form", "int-quantized")
+    assert (result.code, "--form is for --as compressed-tensors" in result.err) == (2, True)
+
+
+def test_the_command_line_hides_nothing_of_the_file(compress: Compress) -> None:
+    """Options that cannot be written, values that are wrong and keys that are unknown, at once."""
+    Path("r.yaml").write_text(f"{RECIPE}typo: 1\n", encoding="utf-8")
+    wrong = ("nothing", "stages.7.bits=3", "seed=many", "efforts.light=1")
+    result = compress("plan", "r.yaml", "m", *(word for one in wrong for word in ("--set", one)))
+    assert result.code == 2
+    for says in (
+        "--set nothing: not of the form",
+        "--set stages.7.bits: stages is a list of 1",
+        "--set seed: seed must be an integer, not 'many'",
+        "--set efforts.light=1: the effort is merged before",
+        "r.yaml:4:1: unknown key 'typo'",
+    ):
+        assert says in result.err

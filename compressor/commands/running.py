@@ -150,23 +150,25 @@ def _wanted(
     formats: tuple[str, ...], form: str | None, types: tuple[str, ...], embedding: str | None
 ) -> Iterator[dict[str, str]]:
     """Deliverables as a recipe would name them."""
-    for option, value, example in (
-        ("--type", types, "Q4_K_M"),
-        ("--embedding", embedding, "Q8_0"),
+    for option, value, name, example in (
+        ("--form", form, "compressed-tensors", "int-quantized"),
+        ("--type", types, "gguf", "Q4_K_M"),
+        ("--embedding", embedding, "gguf", "Q8_0"),
     ):
-        if value and "gguf" not in formats:
+        if value and name not in formats:
             raise UsageError(
-                f"{option} is for --as gguf", f"compress export RUN --as gguf {option} {example}"
+                f"{option} is for --as {name}",
+                f"compress export RUN --as {name} {option} {example}",
             )
     rounded = {"embedding": embedding} if embedding else {}
     extra = {"form": form} if form else {}
     for name in formats:
         if name != "gguf":
-            yield {"format": name, **extra}
+            yield {"format": name, **(extra if name == "compressed-tensors" else {})}
         elif types:
             yield from ({"format": name, "type": kind, **rounded} for kind in types)
         else:
-            yield {"format": name, **extra, **rounded}
+            yield {"format": name, **rounded}
 
 
 @click.command()

@@ -9,7 +9,7 @@ option means one field here or in the stage's own file: the recipe loader, the J
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -194,6 +194,10 @@ class StageConfig(BaseModel, ABC):
         """
         del problems
         return architecture
+
+    def unread(self) -> Mapping[str, str]:
+        """Options that nothing reads as the others stand, each with what it would take."""
+        return {}
 
     def check_text(self, calibration: CalibrationConfig | None, problems: ReportProblem) -> None:
         """Report what cannot work on the text that the stage would read. Reads no document.

@@ -220,6 +220,11 @@ class RounderConfig(StageConfig):
                 "write `activations: none`",
             )
 
+    def unread(self) -> Mapping[str, str]:
+        """A width for matrices that stay dense, or have their grid from allocate.bits."""
+        rounded = "quantize" in (self.embeddings, self.head)
+        return {} if rounded else {"embedding_bits": "embeddings: quantize"}
+
     def remarks(self, before: Architecture) -> tuple[str, ...]:
         """With overrides, how many matrices have which grid; and that scores see rounded inputs."""
         said = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
@@ -175,6 +176,10 @@ class QuantizeGptq(RounderConfig):
         dampings = (self.damping, self.damping / 3, min(3 * self.damping, 1.0))
         shares = (self.propagate, max(self.propagate - 0.25, 0.0), min(self.propagate + 0.25, 1.0))
         return tuple(dict.fromkeys(dampings)), tuple(dict.fromkeys(shares))
+
+    def unread(self) -> Mapping[str, str]:
+        """`radius` is for `robust`."""
+        return super().unread() if self.robust else {**super().unread(), "radius": "robust: true"}
 
     def tried_blocks(self, layers: int) -> int:
         """Blocks that `robust` rounds once for every pair it tries."""

@@ -169,6 +169,11 @@ class TrainConfig(StageConfig):
             message = f"windows of {self.length} tokens are longer than the model's context, "
             problems("length", f"{message}{architecture.max_positions}", "shorten them")
 
+    def unread(self) -> Mapping[str, str]:
+        """What `dro` alone reads."""
+        names = () if self.sampler == "dro" else ("radius", "reference", "drift", "measure_every")
+        return dict.fromkeys(names, "sampler: dro")
+
     def check_text(self, calibration: CalibrationConfig | None, problems: ReportProblem) -> None:
         """Report text that is missing, too rare, or would be seen too often."""
         config = self.text() if self.mix is not None else calibration

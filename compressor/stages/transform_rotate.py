@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -110,6 +111,11 @@ class TransformRotate(StageConfig):
         """With `learn`, the grid."""
         names = ("bits", "group_size") if self.learn else ()
         return {name: getattr(rounder, name) for name in names if hasattr(rounder, name)}
+
+    def unread(self) -> Mapping[str, str]:
+        """What learning alone reads."""
+        names = () if self.learn else ("bits", "group_size", "angle")
+        return dict.fromkeys(names, "learn: 200, say")
 
     def learned_block(self, size: int) -> int:
         """Size of the blocks that are learned in a stream of `size` channels."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,6 +210,31 @@ def require_origin(config: CalibrationConfig) -> None:
     local = path.suffix in SUFFIXES or config.source.startswith((".", "/", "~"))
     if local and not path.exists():
         raise TextError(f"calibration source {config.source} does not exist")
+
+
+def require_enough(config: CalibrationConfig) -> None:
+    """Refuse more windows than the shipped text can hold; no tokenizer makes more of it.
+
+    Raises:
+        TextError: a domain of the mix cannot fill its share.
+    """
+    if config.source is not None or not config.pack:
+        return
+    counts = apportion(load_mix(config.mix).domains, config.samples)
+    held = _most_tokens()
+    for domain, count in counts.items():
+        if count * (config.length - 1) > held[domain]:  # a window may begin with a token of its own
+            have, need = f"at most {held[domain]:,} tokens", f"{count * config.length:,}"
+            raise _too_little(domain, have, need, config)
+
+
+def _most_tokens() -> Counter[str]:
+    """By domain: a token a byte, and two around every document."""
+    held: Counter[str] = Counter()
+    for shard in text.shards(resources.calibration()):
+        if shard.split == "calibration":
+            held[shard.domain] += shard.bytes + 2 * shard.documents
+    return held
 
 
 def load_documents(

@@ -199,5 +199,4 @@ def _require_codes(variant: Variant, codes: CodesReader) -> None:
         raise ModelError(
             f"{variant.checkpoint} has no codes of {gone[0]} ({len(gone)} of {len(rounded)} "
             "matrices), which its stage has written",
-            "files of the run are gone; start again in another folder with -o",
         )

@@ -20,7 +20,8 @@ the journal holds; a run killed at any moment therefore ends with the bytes of o
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any
 from compressor.chain import Chain
 from compressor.claim import exclusive, refuse_changes, require_disk, require_empty
 from compressor.deliverables import Deliverables
-from compressor.errors import ResumeError
+from compressor.errors import ModelError, ResumeError
 from compressor.facts import build_facts
 from compressor.following import require_shares
 from compressor.formats import exporters
@@ -56,7 +57,7 @@ from compressor.sections import ExportConfig, Lock
 from compressor.state import RunState
 from compressor.team import ALONE, Team
 
-_DAMAGED_RUN = "files of the run were changed; restore them, or start again in another folder"
+_DAMAGED_RUN = "files of the run were changed; restore them, or start again in another with -o"
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class _Run:
         written = {path.name: file_sha256(path) for path in self._recipes()}
         journal.append("run_started", command=self.state.command, resumed=resumed, written=written)
         try:
-            with Interruptible() as interruptible:
+            with Interruptible() as interruptible, _damage_told(self.state.folder / "stages"):
                 return self._steps(interruptible)
         except BaseException as error:
             self._drop_added()
@@ -334,6 +335,17 @@ class _Run:
                 f"{path} changed while the run was reading it",
                 "start again in another folder with -o",
             )
+
+
+@contextmanager
+def _damage_told(stages: Path) -> Iterator[None]:
+    """What is wrong with a file of a stage is no matter of a model to be downloaded again."""
+    try:
+        yield
+    except ModelError as error:
+        if str(stages) not in error.message:
+            raise
+        raise ResumeError(error.message, _DAMAGED_RUN) from error
 
 
 def _signature(folder: Path) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from compressor import order
-from compressor.calibration import CalibrationConfig, require_origin
+from compressor.calibration import CalibrationConfig, require_enough, require_origin
 from compressor.errors import RecipeError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
@@ -35,6 +35,8 @@ def text_problems(
         origin = "mix" if calibration.source is None else "source"
         with _reported(("calibration", origin), problem, found):
             require_origin(calibration)
+            with _reported(("calibration", "samples"), problem, found):
+                require_enough(calibration)
     if evaluate is None:
         return found
     with _reported(("evaluate", "suite"), problem, found):

@@ -255,6 +255,13 @@ def test_windows_longer_than_the_context_are_told_of_at_once(compress: Compress)
         assert f"--set {key}.length: {says}\n  → length: 512" in result.err
 
 
+def test_more_text_than_there_is_is_known_by_the_plan(compress: Compress) -> None:
+    result = compress("plan", "r.yaml", "builtin:tiny", "--set", f"calibration.samples={10**21}")
+    assert result.code == 2
+    assert "--set calibration.samples: domain 'prose' has at most " in result.err
+    assert "lower `samples` or `length`" in result.err
+
+
 # ---------------------------------------------------------------------- what has no effect
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from compressor.engine import RunOutcome, export_run, run_recipe
-from compressor.errors import ModelError, PlanError, ResourceError, ResumeError, UsageError
+from compressor.errors import PlanError, ResourceError, ResumeError, UsageError
 from compressor.formats import exporters
 from compressor.formats.atomic import atomic_write_bytes
 from compressor.journal import Journal
@@ -136,7 +136,7 @@ def test_what_cannot_be_exported_leaves_the_run_as_it_was(finished: RunOutcome) 
 def test_codes_that_are_gone_are_not_packed_dense(finished: RunOutcome, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
     next(run.glob("stages/*/codes-block-00001*")).unlink()
-    with pytest.raises(ModelError, match=r"no codes of model\.layers\.1\."):
+    with pytest.raises(ResumeError, match=r"no codes of model\.layers\.1\."):
         export_run(run, [ExportConfig(format="gptq")])
 
 

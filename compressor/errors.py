@@ -8,7 +8,7 @@
     │   ├── PlanError               2  the chain cannot work on this model
     │   ├── ModelError              2  the model is missing, broken or of an unknown family
     │   ├── TextError               2  calibration or evaluation text is missing or unusable
-    │   └── ResumeError             2  the run on disk belongs to another recipe or model
+    │   └── ResumeError             2  the run on disk is another one, or was changed
     ├── ResourceError               3  disk, memory, network or an optional package is missing
     ├── GateFailed                  4  a quality gate failed
     ├── GateInconclusive            5  the evidence does not decide a quality gate
@@ -84,7 +84,7 @@ class TextError(UsageError):
 
 
 class ResumeError(UsageError):
-    """The run on disk belongs to another recipe, model or version."""
+    """The run on disk belongs to another recipe, model or version, or was changed by hand."""
 
 
 class ResourceError(CompressorError):

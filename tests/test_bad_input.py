@@ -320,6 +320,13 @@ def test_a_layout_is_for_the_format_that_has_layouts(compress: Compress, tmp_pat
     assert (result.code, "--form is for --as compressed-tensors" in result.err) == (2, True)
 
 
+def test_options_of_an_export_are_told_of_in_words(compress: Compress, tmp_path: Path) -> None:
+    both = ["--type", "Q4_K_M", "--embedding", "Q8_0"]
+    result = compress("export", tmp_path, "--as", "gguf", *both)
+    assert result.code == 2
+    assert result.err.startswith("error: `embedding` is for our codes; Q4_K_M rounds")
+
+
 def test_the_command_line_hides_nothing_of_the_file(compress: Compress) -> None:
     """Options that cannot be written, values that are wrong and keys that are unknown, at once."""
     Path("r.yaml").write_text(f"{RECIPE}typo: 1\n", encoding="utf-8")

@@ -315,7 +315,7 @@ FORETOLD = [
     (["{method: transform.awq, bits: 4, group_size: 64}", ALLOCATE, SPEND],
      (4, 64, "symmetric"), ""),
     (["{method: transform.rotate, learn: 4, bits: 3}", GPTQ], (3, 64), "bits: 3"),
-    (["{method: transform.rotate, bits: 3}", GPTQ], (3, 128), ""),
+    (["{method: transform.rotate}", GPTQ], (4, 128), ""),
     ([ALLOCATE, SPEND], ("gptq", 0.1), ""),
     ([ALLOCATE, "{method: quantize.gptq, damping: 0.02}"], ("gptq", 0.02), ""),
     ([ALLOCATE, "{method: quantize.rtn}"], ("rtn", 0.1), ""),

@@ -16,6 +16,8 @@ from compressor.errors import CompressorError, UsageError, VerificationError
 from compressor.team import Team, assembled
 
 if TYPE_CHECKING:
+    from pydantic import ValidationError
+
     from compressor.efforts import EffortName
     from compressor.engine import RunOutcome
     from compressor.progress import Observer
@@ -171,6 +173,15 @@ def _wanted(
             yield {"format": name, **rounded}
 
 
+def _told(error: ValidationError) -> str:
+    """Everything that is wrong with a deliverable; what is wrong with one value, after it."""
+    return "\n".join(
+        ("" if isinstance(wrong["input"], dict) else f"{wrong['input']!r}: ")
+        + wrong["msg"].removeprefix("Value error, ")
+        for wrong in error.errors()
+    )
+
+
 @click.command()
 @click.argument("folder", type=FOLDER)
 @click.option(
@@ -215,8 +226,7 @@ def export(
             ExportConfig.model_validate(one) for one in _wanted(formats, form, types, embedding)
         ]
     except ValidationError as error:
-        wrong = error.errors()[0]
-        raise UsageError(f"{wrong['input']!r}: {wrong['msg']}", "compress ls formats") from None
+        raise UsageError(_told(error), "compress ls formats") from None
     with working(settings) as observer:
         from compressor.engine import export_run
 

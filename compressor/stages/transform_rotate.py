@@ -115,7 +115,7 @@ class TransformRotate(StageConfig):
     def unread(self) -> Mapping[str, str]:
         """What learning alone reads."""
         names = () if self.learn else ("bits", "group_size", "angle")
-        return dict.fromkeys(names, "learn: 200, say")
+        return dict.fromkeys(names, "learn: 200")
 
     def learned_block(self, size: int) -> int:
         """Size of the blocks that are learned in a stream of `size` channels."""

@@ -21,7 +21,7 @@ Two ratios to the floor are printed:
   processes take counts in neither, so that it holds on a loaded machine; crowded caches and memory
   still slow both. It is blind to threads that idle: steps that only one thread can take raise the
   wall ratio above it, and threads that spin while they wait raise it above the wall ratio
-  (`OMP_WAIT_POLICY=passive` lets them sleep).
+  (`GOMP_SPINCOUNT=1000`, which `compress` sets for itself, lets them sleep soon).
 
 The first block brings the set-up of both walks; more blocks spread it. The peak is the largest
 resident set of the whole process.

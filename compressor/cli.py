@@ -35,7 +35,7 @@ from compressor.errors import (
     UsageError,
 )
 from compressor.interrupts import Interruptible
-from compressor.machine import prefer_huge_pages
+from compressor.machine import prefer_huge_pages, sleep_soon
 
 INTERRUPTED = 130
 _YAML = (".yaml", ".yml")
@@ -106,6 +106,7 @@ def main(args: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if args is None else args)
     settings = Settings(argv=argv)
     prefer_huge_pages()
+    sleep_soon()
     sys.excepthook = _crash_hook(settings)
     try:
         with Interruptible():

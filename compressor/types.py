@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -185,15 +186,16 @@ class QTensor:
     """What a rounder produced for one matrix: weight = scale * (codes - zero_point).
 
     Codes of a float grid stand for floats, which take the place of `codes - zero_point`, and so do
-    those of `nf4`; those of `absmax` are divided by 127.
+    those of `nf4`; those of `absmax` are divided by 127. Matrices of one shape may come as a batch;
+    `*` is its size, and nothing for a single matrix.
 
     Attributes:
-        codes: int8 [out, in], within `scheme.code_range`.
-        scale: [out / rows, groups] in the dtype of the dense weight (bf16, fp16 or fp32); what
+        codes: int8 [*, out, in], within `scheme.code_range`.
+        scale: [*, out / rows, groups] in the dtype of the dense weight (bf16, fp16 or fp32); what
             the scheme stores in fewer bits is exact in it.
-        zero_point: int8 [out, groups] within `scheme.code_range`, or None when symmetric.
+        zero_point: int8 [*, out, groups] within `scheme.code_range`, or None when symmetric.
         scheme: the grid.
-        divisor: fp32 [1], by which every scale is divided; None unless scales are `e4m3`.
+        divisor: fp32 [*, 1], by which every scale is divided; None unless scales are `e4m3`.
     """
 
     codes: Tensor
@@ -203,24 +205,23 @@ class QTensor:
     divisor: Tensor | None = None
 
     def dequantize(self) -> Tensor:
-        """Dense weight [out, in] in the dtype of `scale`.
+        """Dense weight [*, out, in] in the dtype of `scale`.
 
         The arithmetic (subtract and multiply in the scale's dtype, in fp32 if scales are divided
         or largest magnitudes) is the one that compressed-tensors or bitsandbytes performs, so that
         dense and packed checkpoints agree bit for bit.
         """
-        out, in_features = self.codes.shape
         scale = step_sizes(self.scale, self.divisor, self.scheme)
-        grouped = self.numbers().to(scale.dtype).view(out, scale.shape[1], -1)
+        grouped = self.numbers().to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
         if self.zero_point is not None:
             grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
         weight = grouped * scale.unsqueeze(-1)
         if self.scheme.number == "absmax":
             weight = weight * _OVER_127
-        return weight.view(out, in_features).to(self.scale.dtype)
+        return weight.flatten(-2).to(self.scale.dtype)
 
     def numbers(self) -> Tensor:
-        """What the codes [out, in] stand for before zero-point and scale: int8, or fp32."""
+        """What the codes [*, out, in] stand for before zero-point and scale: int8, or fp32."""
         if self.scheme.number in ("int", "absmax"):
             return self.codes
         if self.scheme.number == "nf4":
@@ -238,20 +239,31 @@ class QTensor:
 
         Both are multiples of the channels that share a scale.
         """
-        zero_point = None if self.zero_point is None else self.zero_point[start:stop].contiguous()
+        zero_point = None
+        if self.zero_point is not None:
+            zero_point = self.zero_point[..., start:stop, :].contiguous()
         shared = self.scheme.rows
-        scale = self.scale[start // shared : stop // shared].contiguous()
-        codes = self.codes[start:stop].contiguous()
+        scale = self.scale[..., start // shared : stop // shared, :].contiguous()
+        codes = self.codes[..., start:stop, :].contiguous()
         divisor = None if self.divisor is None else self.divisor.clone()  # parts share no memory
         return replace(self, codes=codes, scale=scale, zero_point=zero_point, divisor=divisor)
 
+    def members(self) -> list[QTensor]:
+        """The matrices of a batch; a single one is its only member."""
+        if self.codes.ndim == 2:
+            return [self]
+        zeros = repeat(None) if self.zero_point is None else self.zero_point
+        divisors = repeat(None) if self.divisor is None else self.divisor
+        parts = zip(self.codes, self.scale, zeros, divisors, strict=False)
+        return [QTensor(c, s, zero, self.scheme, divisor) for c, s, zero, divisor in parts]
+
 
 def step_sizes(scale: Tensor, divisor: Tensor | None, scheme: WeightScheme) -> Tensor:
-    """What numbers are multiplied with, [out, groups], from scales as they are stored."""
+    """What numbers are multiplied with, [*, out, groups], from scales as they are stored."""
     if scheme.number in ("nf4", "absmax"):
         return scale.float()
-    divided = scale if divisor is None else scale.float() / divisor
-    return divided if scheme.rows == 1 else divided.repeat_interleave(scheme.rows, 0)
+    divided = scale if divisor is None else scale.float() / divisor.unsqueeze(-1)
+    return divided if scheme.rows == 1 else divided.repeat_interleave(scheme.rows, -2)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compressor.numerics.columns import GridColumns
+from compressor.numerics.columns import (
+    GridColumns,
+    add_columns_,
+    at,
+    columns_first,
+    columns_last,
+    in_order,
+)
 from compressor.numerics.grid import Grid
 from compressor.numerics.hessian import full_precision
 from compressor.types import QTensor
@@ -31,25 +38,28 @@ def coordinate_descent(
     """Better codes on the same grid.
 
     Args:
-        weight: the target [out, in].
+        weight: the target [*, out, in]; `*` is a batch or nothing.
         quantized: where to start.
-        hessian: fp32 [in, in], damped: symmetric with a positive diagonal.
-        order: int64 [in], the order in which columns are visited.
+        hessian: fp32 [*, in, in], damped: symmetric with a positive diagonal.
+        order: int64 [*, in], the order in which columns are visited.
         sweeps: times that every column is revisited; each costs 2·out·in² operations.
         block_size: columns between two matrix products. Changes speed only.
     """
-    pull = hessian[order.unsqueeze(1), order]
-    pull = pull.div_(pull.diagonal().clone().unsqueeze(1)).fill_diagonal_(0)
-    target = weight.float().T.contiguous()[order]
-    error = target - quantized.dequantize().float().T.contiguous()[order]
+    pull = in_order(hessian, order)
+    diagonal = pull.diagonal(dim1=-2, dim2=-1)
+    pull.div_(diagonal.clone().unsqueeze(-1))
+    diagonal.zero_()
+    target = columns_first(weight.float()).contiguous()[at(order)]
+    error = target - columns_first(quantized.dequantize().float()).contiguous()[at(order)]
     columns = GridColumns(Grid.of(quantized), quantized.scheme, order)
-    codes = quantized.codes.T.contiguous()
+    codes = columns_first(quantized.codes).contiguous()
     with full_precision():
         for _ in range(sweeps):
-            for start in range(0, len(order), block_size):
-                stop = min(start + block_size, len(order))
-                codes[order[start:stop]] = _revisit(target, error, pull, columns, start, stop)
-    return replace(quantized, codes=codes.T.contiguous())
+            for start in range(0, len(codes), block_size):
+                stop = min(start + block_size, len(codes))
+                found = _revisit(target, error, pull, columns, start, stop)
+                codes[at(order[..., start:stop])] = found
+    return replace(quantized, codes=columns_last(codes))
 
 
 def _revisit(
@@ -60,8 +70,9 @@ def _revisit(
     The best real value of column j is w_j + Σ_{k≠j} H_jk/H_jj (w_k - ŵ_k). One product gives that
     for the whole leaf; changes within the leaf are added as they happen.
     """
-    wanted = torch.addmm(target[start:stop], pull[start:stop], error)
-    within = pull[start:stop, start:stop].contiguous()
+    wanted = target[start:stop].clone()
+    add_columns_(wanted, pull[..., start:stop, :], error)
+    within = pull[..., start:stop, start:stop].contiguous()
     leaf = columns.leaf(start, stop)
     changes = leaf.settle(wanted, within, aim=target[start:stop], old=error[start:stop])
     error[start:stop] += changes

@@ -43,18 +43,20 @@ group's block of H, as in AWQ's clip search (Lin et al., "AWQ", 2023). All three
 it starts from what `imatrix` finds and searches scale and zero-point jointly.
 """
 
-# Elements searched at once: a few buffers of this size stay in a core's second-level cache.
+# Elements searched at once: a few buffers of this size stay in a core's second-level cache; on an
+# accelerator, operations on fewer would wait for each other's launch.
 _CHUNK_ELEMENTS = 1 << 17
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 22
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Scales and zero-points of one matrix.
+    """Scales and zero-points of one matrix, or of a batch of them; `*` is its size or nothing.
 
     Attributes:
-        scale: [out / rows, groups] in the dtype of the dense weight; finite and never zero.
-        zero_point: int8 [out, groups] within the scheme's code range; None unless asymmetric.
-        divisor: fp32 [1], by which every scale is divided; None unless scales are `e4m3`.
+        scale: [*, out / rows, groups] in the dtype of the dense weight; finite and never zero.
+        zero_point: int8 [*, out, groups] within the scheme's code range; None unless asymmetric.
+        divisor: fp32 [*, 1], by which every scale is divided; None unless scales are `e4m3`.
     """
 
     scale: Tensor
@@ -67,11 +69,11 @@ class Grid:
         return cls(quantized.scale, quantized.zero_point, quantized.divisor)
 
     def tensor(self, codes: Tensor, scheme: WeightScheme) -> QTensor:
-        """Codes [out, in] on this grid."""
+        """Codes [*, out, in] on this grid."""
         return QTensor(codes, self.scale, self.zero_point, scheme, self.divisor)
 
     def steps(self, scheme: WeightScheme) -> Tensor:
-        """What numbers are multiplied with, fp32 [out, groups]."""
+        """What numbers are multiplied with, fp32 [*, out, groups]."""
         return step_sizes(self.scale, self.divisor, scheme).float()
 
 
@@ -85,18 +87,18 @@ def fit_grid(
     scale_dtype: torch.dtype = torch.bfloat16,
     tries: int = TRIES,
 ) -> Grid:
-    """Scales (and zero-points) for a weight matrix.
+    """Scales (and zero-points) for a weight matrix, or for each of a batch.
 
     Matrices that an engine fuses and that share a divisor (NVFP4) are fitted together, stacked.
 
     Args:
-        weight: [out, in], finite.
+        weight: [*, out, in], finite; `*` is a batch or nothing.
         scheme: the grid; its group size divides `in`.
         search: how they are found; see `Search`.
-        importance: [in], non-negative: E[x²] or the diagonal of the Hessian, in any unit.
+        importance: [*, in], non-negative: E[x²] or the diagonal of the Hessian, in any unit.
             Required by `imatrix` and `neuqi`, ignored otherwise. Inputs with zero importance do
             not count; a group of nothing but such inputs is treated as `mse`.
-        hessian: H [in, in], in any unit; read by `clip` only, which requires it. Only the blocks
+        hessian: H [*, in, in], in any unit; read by `clip` only, which requires it. Only the blocks
             about its diagonal count. Inputs without energy are treated as by `imatrix`.
         scale_dtype: the dtype scales are stored in: bfloat16, float16 or float32.
         tries: ranges that a search tries, evenly spaced; its time is proportional.
@@ -109,19 +111,20 @@ def fit_grid(
     grouped = _grouped(weight.float(), scheme)
     weighted = search in ("imatrix", "neuqi")
     emphasis = _emphasis(importance, grouped, scheme) if weighted else None
-    moment = _moment(hessian, weight.shape[1], scheme) if search == "clip" else None
+    moment = _moment(hessian, weight, scheme) if search == "clip" else None
     stored = Stored.of(weight, scheme, scale_dtype)
     found = (
         _fit_rows(rows, stored, search, emphasis, moment, tries) for rows in _row_chunks(grouped)
     )
-    scale, zero = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+    scale, zero = (torch.cat(parts, -3).squeeze(-1) for parts in zip(*found, strict=True))
     return _as_stored(scale, zero, stored)
 
 
 def _as_stored(scale: Tensor, zero: Tensor, stored: Stored) -> Grid:
-    """The grid of scales, as they are multiplied with, and zero-points, fp32 [rows, groups]."""
+    """The grid of scales, as they are multiplied with, and zero-points, fp32 [*, rows, groups]."""
     if stored.divisor is not None:
-        exact = round_to_float_(scale * stored.divisor, 8)  # dividing may have cost a last bit
+        # Dividing may have cost a last bit.
+        exact = round_to_float_(scale * stored.divisor.unsqueeze(-1), 8)
         return Grid(exact.to(stored.dtype), None, stored.divisor)
     if stored.scheme.symmetry != "asymmetric":
         return Grid(scale.to(stored.dtype), None)
@@ -132,28 +135,27 @@ def round_to_grid(weight: Tensor, grid: Grid, scheme: WeightScheme) -> QTensor:
     """The nearest code of every weight; ties go to the even multiple of the scale.
 
     Args:
-        weight: [out, in], finite.
-        grid: made for a matrix of this shape and scheme.
+        weight: [*, out, in], finite.
+        grid: made for matrices of this shape and scheme.
         scheme: the grid's scheme.
 
     Raises:
         NumericalError: the weight holds NaN or infinity.
     """
     _check_finite(weight, "weight matrix")
-    out, in_features = weight.shape
     steps = grid.steps(scheme)
-    grouped = weight.float().reshape(out, steps.shape[1], -1) / steps.unsqueeze(-1)
+    grouped = weight.float().unflatten(-1, (steps.shape[-1], -1)) / steps.unsqueeze(-1)
     if scheme.number == "float":
-        numbers = round_to_float_(grouped, scheme.bits).reshape(out, in_features)
+        numbers = round_to_float_(grouped, scheme.bits).flatten(-2)
         return grid.tensor(float_codes(numbers, scheme.bits), scheme)
     zero = 0.0 if grid.zero_point is None else grid.zero_point.float().unsqueeze(-1)
     lowest, highest = scheme.code_range
     codes = grouped.round_().add_(zero).clamp_(lowest, highest)
-    return grid.tensor(codes.to(torch.int8).reshape(out, in_features), scheme)
+    return grid.tensor(codes.to(torch.int8).flatten(-2), scheme)
 
 
 def _check_fit(weight: Tensor, scheme: WeightScheme, search: Search) -> None:
-    out, in_features = weight.shape
+    out, in_features = weight.shape[-2:]
     if not 2 <= scheme.bits <= 8:
         raise ValueError(f"codes are 2 to 8 bits wide, not {scheme.bits}")
     if scheme.group_size is not None and in_features % scheme.group_size:
@@ -168,13 +170,11 @@ def _check_fit(weight: Tensor, scheme: WeightScheme, search: Search) -> None:
 
 
 def _grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
-    """Everything that shares a scale side by side: [out / rows, groups, rows · group size]."""
-    out, in_features = weight.shape
-    groups = scheme.groups(in_features)
+    """Everything that shares a scale side by side: [*, out / rows, groups, rows · group size]."""
+    grouped = weight.unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
     if scheme.rows == 1:
-        return weight.reshape(out, groups, -1)
-    blocks = weight.reshape(out // scheme.rows, scheme.rows, groups, -1)
-    return blocks.transpose(1, 2).flatten(2)
+        return grouped
+    return grouped.unflatten(-3, (-1, scheme.rows)).transpose(-3, -2).flatten(-2)
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:
@@ -183,34 +183,38 @@ def _check_finite(tensor: Tensor, what: str) -> None:
 
 
 def _emphasis(importance: Tensor | None, grouped: Tensor, scheme: WeightScheme) -> Tensor:
-    """Square roots of the importance, one for each element of a group, its largest being 1."""
+    """Square roots of the importance [*, 1, groups, size], the largest of each group being 1."""
     if importance is None:
         raise ValueError("a search that weighs errors needs the importance of every input")
     _check_finite(importance, "importance of the inputs")
-    width = grouped.shape[1] * grouped.shape[2] // scheme.rows
-    if importance.shape != (width,) or (importance < 0).any():
+    *batch, _, groups, size = grouped.shape
+    if importance.shape != (*batch, groups * size // scheme.rows) or (importance < 0).any():
         raise ValueError("importance is one non-negative number for every input")
-    by_group = importance.to(grouped).reshape(grouped.shape[1], -1).repeat(1, scheme.rows)
+    by_group = importance.to(grouped).unflatten(-1, (groups, -1))
+    by_group = torch.cat([by_group] * scheme.rows, -1).unsqueeze(-3)
     largest = by_group.amax(-1, keepdim=True)
     return torch.where(largest > 0, by_group / largest, 1.0).sqrt()
 
 
-def _moment(hessian: Tensor | None, width: int, scheme: WeightScheme) -> Tensor:
-    """The blocks of H about its diagonal, [groups, size, size], fp32, the largest variance 1."""
-    if hessian is None or hessian.shape != (width, width):
+def _moment(hessian: Tensor | None, weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """The blocks of H about its diagonal, [*, groups, size, size], fp32, the largest variance 1."""
+    *batch, _, width = weight.shape
+    if hessian is None or hessian.shape != (*batch, width, width):
         raise ValueError("search 'clip' needs the Hessian of all inputs")
     groups = scheme.groups(width)
-    size = width // groups
-    places = torch.arange(groups, device=hessian.device)
-    blocks = hessian.view(groups, size, groups, size)[places, :, places].float()
+    squares = hessian.unflatten(-1, (groups, -1)).unflatten(-3, (groups, -1))
+    blocks = squares.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).float().contiguous()
     _check_finite(blocks, "Hessian of the inputs")
-    largest = blocks.diagonal(dim1=1, dim2=2).amax(-1).view(-1, 1, 1)
-    return torch.where(largest > 0, blocks / largest, torch.eye(size, device=hessian.device))
+    largest = blocks.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    unit = torch.eye(blocks.shape[-1], device=hessian.device)
+    return torch.where(largest > 0, blocks / largest, unit)
 
 
 def _row_chunks(grouped: Tensor) -> Iterator[Tensor]:
-    rows = max(1, _CHUNK_ELEMENTS // (grouped.shape[1] * grouped.shape[2]))
-    yield from torch.split(grouped, rows)
+    """The same rows of all matrices at a time."""
+    most = _CHUNK_ELEMENTS if grouped.device.type == "cpu" else _CHUNK_ELEMENTS_ELSEWHERE
+    rows = max(1, most * grouped.shape[-3] // grouped.numel())
+    yield from torch.split(grouped, rows, -3)
 
 
 def _fit_rows(
@@ -221,7 +225,7 @@ def _fit_rows(
     moment: Tensor | None,
     tries: int,
 ) -> tuple[Tensor, Tensor]:
-    """Scale, as it is multiplied with, and zero-point in fp32, both [rows, groups, 1]."""
+    """Scale, as it is multiplied with, and zero-point in fp32, both [*, rows, groups, 1]."""
     widest, zero = full_range_of(weight, stored.scheme)
     if search == "minmax":
         return stored.scale(widest), zero

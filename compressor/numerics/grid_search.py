@@ -1,7 +1,8 @@
 """The search for a group's scale: what is tried, what it costs, and what the format stores of it.
 
 `compressor.numerics.grid` is the way in. Everything here works on groups side by side,
-[rows, groups, size], with one scale and zero-point each, [rows, groups, 1], in fp32.
+[*, rows, groups, size], with one scale and zero-point each, [*, rows, groups, 1], in fp32; `*` is a
+batch of matrices or nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Stored:
     Attributes:
         scheme: the grid.
         dtype: of the dense weight.
-        divisor: fp32 [1]; None unless scales are `e4m3`.
+        divisor: fp32 [*, 1]; None unless scales are `e4m3`.
     """
 
     scheme: WeightScheme
@@ -45,15 +46,15 @@ class Stored:
 
     @classmethod
     def of(cls, weight: Tensor, scheme: WeightScheme, dtype: torch.dtype) -> Stored:
-        """For a matrix, whose largest element decides the divisor: its scale is the largest e4m3.
+        """For matrices whose largest element decides the divisor: its scale is the largest e4m3.
 
         The divisor is what compressed-tensors takes: 448 · 6 / max|W|.
         """
         if scheme.scales != "e4m3":
             return cls(scheme, dtype, None)
-        peak = weight.float().abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        peak = weight.float().abs().amax((-2, -1)).clamp_min(torch.finfo(torch.float32).tiny)
         divisor = (LARGEST[8] * LARGEST[scheme.bits] / peak).nan_to_num(posinf=1.0)
-        return cls(scheme, dtype, divisor.reshape(1))
+        return cls(scheme, dtype, divisor.unsqueeze(-1))
 
     def scale(self, wanted: Tensor) -> Tensor:
         """The nearest scale that can be stored, as it will be multiplied with, fp32.
@@ -62,8 +63,9 @@ class Stored:
         so exactly. One that would overflow is held where every grid point stays finite.
         """
         if self.divisor is not None:
-            stored = round_to_float_(wanted * self.divisor, 8)
-            return torch.where(stored == 0, 1.0, stored) / self.divisor
+            divisor = self.divisor[..., None, None]
+            stored = round_to_float_(wanted * divisor, 8)
+            return torch.where(stored == 0, 1.0, stored) / divisor
         limit = torch.finfo(self.dtype).max / (1 << self.scheme.bits)
         stored = wanted.clamp(-limit, limit)
         if self.scheme.scales == "e8m0":
@@ -88,7 +90,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Objective:
-    """Weighted squared error of the groups [rows, groups, size], as stored.
+    """Weighted squared error of the groups [*, rows, groups, size], as stored.
 
     `emphasis` carries 1/max|w| of the group, so that squares neither overflow nor vanish.
     """
@@ -119,8 +121,8 @@ class OutputObjective(Objective):
     """Squared error of what the groups add to the layer's output: d H d over each group's block.
 
     Attributes:
-        moment: H of the inputs of every group, fp32 [groups, inputs, inputs]; a group of several
-            output channels has as many stretches of that many inputs.
+        moment: H of the inputs of every group, fp32 [*, groups, inputs, inputs]; a group of
+            several output channels has as many stretches of that many inputs.
     """
 
     moment: Tensor
@@ -140,13 +142,11 @@ class OutputObjective(Objective):
         return torch.where(energy > 0, fitted, scale)
 
     def _through(self, values: Tensor) -> Tensor:
-        """H times every group [rows, groups, size], a new tensor."""
-        rows, groups, _ = values.shape
-        inputs = self.moment.shape[-1]
-        by_group = values.view(rows, groups, -1, inputs).transpose(0, 1).reshape(groups, -1, inputs)
+        """H times every group [*, rows, groups, size], a new tensor."""
+        by_group = values.unflatten(-1, (-1, self.moment.shape[-1])).transpose(-4, -3)
         with full_precision():
-            product = by_group @ self.moment
-        return product.view(groups, rows, -1, inputs).transpose(0, 1).reshape(values.shape)
+            product = by_group.flatten(-3, -2) @ self.moment
+        return product.unflatten(-2, by_group.shape[-3:-1]).transpose(-4, -3).flatten(-2)
 
 
 def clip_search(objective: Objective, widest: Tensor, zero: Tensor, tries: int = TRIES) -> Best:
@@ -177,7 +177,7 @@ def refitted(objective: Objective, best: Best) -> Best:
 
 
 def full_range_of(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
-    """Unrounded min-max scale and zero-point, [rows, groups, 1]."""
+    """Unrounded min-max scale and zero-point, [*, rows, groups, 1]."""
     lowest, _ = scheme.code_range
     intervals = (1 << scheme.bits) - 1
     low = weight.amin(-1, keepdim=True).clamp_max(0)

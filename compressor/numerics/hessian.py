@@ -172,20 +172,30 @@ def normalisation(tokens: int) -> float:
     return 2.0 / tokens
 
 
+def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> None:
+    """total [*, m, n] += α left [*, m, k] @ right [*, k, n], in place; `*` is a batch or nothing."""
+    add = total.addmm_ if total.ndim == 2 else total.baddbmm_
+    add(left, right, alpha=alpha)
+
+
 def row_losses(difference: Tensor, hessian: Tensor) -> Tensor:
-    """d H dᵀ for every row d of `difference` [out, in], fp32 [out]; at least 0.
+    """d H dᵀ for every row d of `difference` [*, out, in] with its H [*, in, in]; at least 0.
 
     H is symmetric, so blocks above its diagonal count twice and those below are never read.
+
+    Returns:
+        [*, out] in the dtype of H, fp32 or fp64; `*` is a batch or nothing.
     """
-    width = difference.shape[1]
-    losses = torch.zeros(difference.shape[0], dtype=hessian.dtype, device=hessian.device)
+    width = difference.shape[-1]
+    losses = torch.zeros(difference.shape[:-1], dtype=hessian.dtype, device=hessian.device)
     with full_precision():
         for start in range(0, width, _BLOCK):
             stop = min(start + _BLOCK, width)
-            part = difference[:, start:stop]
-            product = part @ hessian[start:stop, start:stop]
-            product.addmm_(difference[:, stop:], hessian[start:stop, stop:].T, alpha=2)
-            losses += product.mul_(part).sum(1)
+            part = difference[..., start:stop]
+            product = part @ hessian[..., start:stop, start:stop]
+            later = hessian[..., start:stop, stop:].mT
+            add_product_(product, difference[..., stop:], later, alpha=2)
+            losses += product.mul_(part).sum(-1)
     return losses.clamp_min_(0)
 
 
@@ -197,21 +207,20 @@ def relative_loss(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> 
         quantized: Ŵ [out, in], dense.
         hessian: H [in, in], any scale; None means the identity.
     """
-    return relative_losses(weight, [quantized], hessian)[0]
+    return float(relative_losses(weight, [quantized], hessian)[0])
 
 
 def relative_losses(
     weight: Tensor, quantized: Sequence[Tensor], hessian: Tensor | None
-) -> list[float]:
-    """`relative_loss` of several matrices Ŵ that stand for the same W."""
+) -> list[Tensor]:
+    """`relative_loss`, fp64 [*], of several Ŵ [*, out, in] that stand for the same W."""
     dense = weight if hessian is None else weight.to(hessian)
     total = _energy(dense, hessian)
     lost = [_energy(dense - other.to(dense), hessian) for other in quantized]
-    if total == 0:
-        return [0.0 if loss == 0 else float("inf") for loss in lost]
-    return [loss / total for loss in lost]
+    return [torch.where(loss == 0, 0.0, loss / total) for loss in lost]  # nothing of nothing is 0
 
 
-def _energy(matrix: Tensor, hessian: Tensor | None) -> float:
-    rows = matrix.square().sum(1) if hessian is None else row_losses(matrix, hessian)
-    return rows.double().sum().item()
+def _energy(matrix: Tensor, hessian: Tensor | None) -> Tensor:
+    """tr(M H Mᵀ), fp64 [*]."""
+    rows = matrix.square().sum(-1) if hessian is None else row_losses(matrix, hessian)
+    return rows.double().sum(-1)

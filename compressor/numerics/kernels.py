@@ -2,7 +2,7 @@
 
 GPTQ and coordinate descent round one column after the other, with half a dozen operations each on
 as many numbers as a matrix has rows. A leaf of them is one kernel here; rows do not interact, so
-that every program takes some of them through all columns.
+that every program takes some of them, of one matrix of the batch, through all columns.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def settle(
     errors = columns if aim is None else torch.empty_like(columns)
     given = [columns, pull, points.scale, points.zero, aim, old, drift, met, errors, points.steps]
     assert all(tensor is None or tensor.is_contiguous() for tensor in given)
-    count, width = columns.shape
-    _settle[(triton.cdiv(width, _ROWS),)](
+    count, width, members = len(columns), columns.shape[-1], columns[0].numel() // columns.shape[-1]
+    _settle[(triton.cdiv(width, _ROWS), members)](
         *given,
         width,
         *map(float, points.span),
@@ -99,12 +99,16 @@ def _settle(  # type: ignore[no-untyped-def]
 ):
     """Columns stay in registers; each one's error goes to those that are still open."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    member = tl.program_id(1)
     index = tl.arange(0, PADDED)
     here = row < width
     inside = (index[:, None] < COUNT) & here[None, :]
-    still = tl.load(columns + index[:, None] * width + row[None, :], mask=inside, other=0.0)
+    apart = tl.num_programs(1) * width  # from a column to the next
+    first = member * width + row
+    still = tl.load(columns + index[:, None] * apart + first[None, :], mask=inside, other=0.0)
+    shares = member * COUNT * COUNT + index * COUNT
     for i in range(COUNT):
-        place = i * width + row
+        place = i * apart + first
         column = tl.sum(tl.where(index[:, None] == i, still, 0.0), 0)
         size = tl.load(scale + place, mask=here, other=1.0)
         low, high = lowest, highest
@@ -122,9 +126,9 @@ def _settle(  # type: ignore[no-untyped-def]
         tl.store(errors + place, error, mask=here)
         tl.store(steps + place, step, mask=here)
         later = (index > i) & (index < COUNT)
-        share = tl.load(pull + index * COUNT + i, mask=later, other=0.0)
+        share = tl.load(pull + shares + i, mask=later, other=0.0)
         still += share[:, None] * error[None, :]
         if drift is not None:
             tl.store(met + place, column, mask=here)
-            share = tl.load(drift + index * COUNT + i, mask=later, other=0.0)
+            share = tl.load(drift + shares + i, mask=later, other=0.0)
             still += share[:, None] * column[None, :]

@@ -28,13 +28,14 @@ SCHEMES = {
 
 
 def leaves(
-    scheme: WeightScheme, stored: torch.dtype, out: int, count: int
+    scheme: WeightScheme, stored: torch.dtype, shape: tuple[int, ...], count: int
 ) -> tuple[loops.Leaf, loops.Points]:
-    """The same columns, in the order that a permutation gives, for the loop and for the kernel."""
-    torch.manual_seed(out + count)
-    weight = torch.randn(out, 128)
+    """The same columns, in the order that permutations give, for the loop and for the kernel."""
+    torch.manual_seed(shape[-1] + count)
+    weight = torch.randn(*shape, 128)
     grid = fit_grid(weight, scheme, search="minmax", scale_dtype=stored)
-    loop = loops.GridColumns(grid, scheme, torch.randperm(128)).leaf(8, 8 + count)
+    order = torch.rand(*shape[:-1], 128).argsort()
+    loop = loops.GridColumns(grid, scheme, order).leaf(8, 8 + count)
     there = loop.points()
     return loop, replace(
         there,
@@ -59,20 +60,23 @@ def settled(
 
 
 @pytest.mark.parametrize("variant", ["plain", "revisited", "drifted"])
-@pytest.mark.parametrize(("out", "count"), [(64, 16), (100, 5), (3, 33)])
+@pytest.mark.parametrize(
+    ("shape", "count"), [((64,), 16), ((100,), 5), ((3,), 33), ((3, 70), 9)], ids=str
+)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_the_kernel_rounds_like_the_loop(
-    scheme: WeightScheme, stored: torch.dtype, out: int, count: int, variant: str
+    scheme: WeightScheme, stored: torch.dtype, shape: tuple[int, ...], count: int, variant: str
 ) -> None:
-    loop, points = leaves(scheme, stored, out, count)
-    columns, pull = torch.randn(count, out), torch.randn(count, count) / count
+    loop, points = leaves(scheme, stored, shape, count)
+    square = *shape[:-1], count, count
+    columns, pull = torch.randn(count, *shape), torch.randn(square) / count
     others: dict[str, torch.Tensor] = {}
     if variant == "revisited":
-        others = {"aim": torch.randn(count, out), "old": torch.randn(count, out)}
+        others = {"aim": torch.randn(count, *shape), "old": torch.randn(count, *shape)}
     if variant == "drifted":
-        drift = torch.randn(count, count) / count
-        others = {"drift": drift, "met": torch.full((count, out), torch.nan)}
+        drift = torch.randn(square) / count
+        others = {"drift": drift, "met": torch.full((count, *shape), torch.nan)}
     theirs = {name: tensor.clone() for name, tensor in others.items()}
     found = settled(points, columns, pull, **theirs)
     expected = loop.settle(columns, pull, **others)
@@ -91,7 +95,7 @@ def test_ties_go_to_the_even_number_and_the_ends_hold(name: str) -> None:
     wanted = torch.tensor([-500.0, -100, -8.5, -7.5, -6.5, -5, -3.5, -2.5, -1.75, -1.5, -1.25,
                            -0.75, -0.5, -0.25, 0, 2**-10, 3 * 2**-10, 0.25, 0.5, 0.75, 1.25, 1.5,
                            1.75, 2.5, 3.5, 5, 7.5, 17, 19, 100, 460, 500])  # fmt: skip
-    loop, points = leaves(SCHEMES[name], torch.float32, len(wanted), 1)
+    loop, points = leaves(SCHEMES[name], torch.float32, (len(wanted),), 1)
     columns, scale = wanted[None].clone(), torch.ones(1, len(wanted))
     points.scale.copy_(scale)
     loop.points().scale.copy_(scale)

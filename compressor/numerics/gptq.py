@@ -154,8 +154,9 @@ def gptq(
     on the same grid, row by row.
 
     Args:
-        weight: [*, out, in], the target; `*` is a batch or nothing. It may differ from the matrix the grid was fitted to, for
-            example by errors of earlier layers that it should make up for.
+        weight: [*, out, in], the target; `*` is a batch or nothing. It may differ from the matrix
+            the grid was fitted to, for example by errors of earlier layers that it should make up
+            for.
         factor: of this layer's inputs.
         scheme: the grid's scheme.
         grid: [*, out, groups], in the original column order.

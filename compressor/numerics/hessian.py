@@ -173,7 +173,7 @@ def normalisation(tokens: int) -> float:
 
 
 def add_product_(total: Tensor, left: Tensor, right: Tensor, *, alpha: float = 1) -> None:
-    """total [*, m, n] += α left [*, m, k] @ right [*, k, n], in place; `*` is a batch or nothing."""
+    """total [*, m, n] += α left [*, m, k] right [*, k, n], in place; `*` is a batch or nothing."""
     add = total.addmm_ if total.ndim == 2 else total.baddbmm_
     add(left, right, alpha=alpha)
 

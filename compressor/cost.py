@@ -25,9 +25,11 @@ from compressor.formats.sizes import STORED, Role, bits_per_weight
 from compressor.formats.support import LAYOUTS
 from compressor.model.architecture import (
     ROOM_BESIDE_PARKED,
+    SOLVED_AT_ONCE,
     Architecture,
     held_by_forward,
     moments_held,
+    solving_bytes,
 )
 from compressor.model.matrices import Matrix
 from compressor.stages.packing import target_of
@@ -147,8 +149,9 @@ def block_memory(
     """Peak memory of a stage that streams blocks, in bytes.
 
     One block, as stored, in the working precision and once more in fp32 as the rounder's copy; the
-    fp32 Hessians of `moments_held` and three fp64 copies of the largest while it is factored; the
-    residual stream of all calibration tokens before and after the block. With the parent run
+    fp32 Hessians of `moments_held` and three fp64 copies of the largest while it is factored, or
+    where there are experts, `solving_bytes` of as many as `SOLVED_AT_ONCE` allows; the residual
+    stream of all calibration tokens before and after the block. With the parent run
     beside: its block, its residual stream and a second matrix per input group. Where forwards stand
     still in front of each matrix: what they hold, in the parent only where a part of the block
     begins, as far as it is not parked in a file. Where the moments of domains are kept apart, their
@@ -174,7 +177,8 @@ def block_memory(
             held = moments_held(
                 architecture, index, streams=streams, sublayers=standing, parts=parts
             )
-            need += 4 * parts * held + 24 * max(widths) ** 2
+            routed = (solving_bytes(one) for one in groups.values() if one[0].expert is not None)
+            need += 4 * parts * held + max(24 * max(widths) ** 2, min(sum(routed), SOLVED_AT_ONCE))
         if standing:
             still = _standing_bytes(architecture, index, tokens, activation_bytes)[:streams]
             need += sum(min(size, ROOM_BESIDE_PARKED) for size in still)

@@ -212,7 +212,7 @@ class QTensor:
         dense and packed checkpoints agree bit for bit.
         """
         scale = step_sizes(self.scale, self.divisor, self.scheme)
-        grouped = self.numbers().to(scale.dtype).unflatten(-1, (scale.shape[-1], -1))
+        grouped = self.numbers().to(scale.dtype).view(*scale.shape, -1)
         if self.zero_point is not None:
             grouped = grouped - self.zero_point.to(scale.dtype).unsqueeze(-1)
         weight = grouped * scale.unsqueeze(-1)

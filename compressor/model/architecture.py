@@ -7,7 +7,7 @@ milliseconds. What a family looks like is data, in `compressor.model.families`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -303,6 +303,9 @@ ROOM_BESIDE_PARKED = 64 << 20
 MOMENTS_AT_ONCE = 1 << 30
 """Bytes in which second moments of the inputs of experts are summed together."""
 
+SOLVED_AT_ONCE = 1 << 30
+"""Bytes of working memory in which matrices of several experts are solved together."""
+
 
 def moments_held(
     architecture: Architecture, index: int, *, streams: int, sublayers: bool, parts: int = 1
@@ -325,6 +328,16 @@ def moments_held(
     if not sublayers:
         return sum(shared) + sum(routed)
     return max(*shared, *routed, min(sum(routed), MOMENTS_AT_ONCE // (4 * parts)))
+
+
+def solving_bytes(matrices: Sequence[Matrix]) -> int:
+    """Working memory, at most, of solving an expert's matrices that see the same input.
+
+    H in fp32 once more and in fp64 three times while it is factored; seven copies of the weights
+    in fp32.
+    """
+    weights = sum(matrix.parameters for matrix in matrices)
+    return 28 * (matrices[0].shape[1] ** 2 + weights)
 
 
 def held_by_forward(architecture: Architecture, index: int) -> int:

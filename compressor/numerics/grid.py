@@ -144,7 +144,7 @@ def round_to_grid(weight: Tensor, grid: Grid, scheme: WeightScheme) -> QTensor:
     """
     _check_finite(weight, "weight matrix")
     steps = grid.steps(scheme)
-    grouped = weight.float().unflatten(-1, (steps.shape[-1], -1)) / steps.unsqueeze(-1)
+    grouped = weight.float().reshape(*steps.shape, -1) / steps.unsqueeze(-1)
     if scheme.number == "float":
         numbers = round_to_float_(grouped, scheme.bits).flatten(-2)
         return grid.tensor(float_codes(numbers, scheme.bits), scheme)
@@ -171,10 +171,12 @@ def _check_fit(weight: Tensor, scheme: WeightScheme, search: Search) -> None:
 
 def _grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
     """Everything that shares a scale side by side: [*, out / rows, groups, rows · group size]."""
-    grouped = weight.unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
+    *batch, out, in_features = weight.shape
+    groups = scheme.groups(in_features)
     if scheme.rows == 1:
-        return grouped
-    return grouped.unflatten(-3, (-1, scheme.rows)).transpose(-3, -2).flatten(-2)
+        return weight.reshape(*batch, out, groups, -1)
+    blocks = weight.reshape(*batch, out // scheme.rows, scheme.rows, groups, -1)
+    return blocks.transpose(-3, -2).flatten(-2)
 
 
 def _check_finite(tensor: Tensor, what: str) -> None:
@@ -190,7 +192,7 @@ def _emphasis(importance: Tensor | None, grouped: Tensor, scheme: WeightScheme) 
     *batch, _, groups, size = grouped.shape
     if importance.shape != (*batch, groups * size // scheme.rows) or (importance < 0).any():
         raise ValueError("importance is one non-negative number for every input")
-    by_group = importance.to(grouped).unflatten(-1, (groups, -1))
+    by_group = importance.to(grouped).reshape(*batch, groups, -1)
     by_group = torch.cat([by_group] * scheme.rows, -1).unsqueeze(-3)
     largest = by_group.amax(-1, keepdim=True)
     return torch.where(largest > 0, by_group / largest, 1.0).sqrt()
@@ -202,11 +204,12 @@ def _moment(hessian: Tensor | None, weight: Tensor, scheme: WeightScheme) -> Ten
     if hessian is None or hessian.shape != (*batch, width, width):
         raise ValueError("search 'clip' needs the Hessian of all inputs")
     groups = scheme.groups(width)
-    squares = hessian.unflatten(-1, (groups, -1)).unflatten(-3, (groups, -1))
+    size = width // groups
+    squares = hessian.reshape(*batch, groups, size, groups, size)
     blocks = squares.diagonal(dim1=-4, dim2=-2).movedim(-1, -3).float().contiguous()
     _check_finite(blocks, "Hessian of the inputs")
     largest = blocks.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    unit = torch.eye(blocks.shape[-1], device=hessian.device)
+    unit = torch.eye(size, device=hessian.device)
     return torch.where(largest > 0, blocks / largest, unit)
 
 

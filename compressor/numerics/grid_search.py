@@ -143,10 +143,11 @@ class OutputObjective(Objective):
 
     def _through(self, values: Tensor) -> Tensor:
         """H times every group [*, rows, groups, size], a new tensor."""
-        by_group = values.unflatten(-1, (-1, self.moment.shape[-1])).transpose(-4, -3)
+        stretches = values.reshape(*values.shape[:-1], -1, self.moment.shape[-1])
+        by_group = stretches.transpose(-4, -3)
         with full_precision():
             product = by_group.flatten(-3, -2) @ self.moment
-        return product.unflatten(-2, by_group.shape[-3:-1]).transpose(-4, -3).flatten(-2)
+        return product.view(by_group.shape).transpose(-4, -3).flatten(-2)
 
 
 def clip_search(objective: Objective, widest: Tensor, zero: Tensor, tries: int = TRIES) -> Best:

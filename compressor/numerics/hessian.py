@@ -143,12 +143,13 @@ def shrink(moment: Tensor, share: float) -> Tensor:
     the diagonal as the target).
 
     Args:
-        moment: M [in, in].
+        moment: M [*, in, in].
         share: s in [0, 1]; 0 returns M itself.
     """
     if share == 0:
         return moment
-    return (moment * (1 - share)).diagonal_scatter(moment.diagonal())
+    variances = moment.diagonal(dim1=-2, dim2=-1)
+    return (moment * (1 - share)).diagonal_scatter(variances, dim1=-2, dim2=-1)
 
 
 def require_finite(sums: Tensor) -> None:

@@ -56,7 +56,8 @@ def learned(options: QuantizeAutoround) -> RoundBlock:
             matrix.info.name: _begin(job, matrix, block, options, begun) for matrix in chosen
         }
         outcome = _Bench(job, block, original, roundings).learn(options)
-        codes, record = round_block(replace(job, solve=_in_turn(roundings)), block, None)
+        in_turn = replace(job, solve=_in_turn(roundings), together=False)
+        codes, record = round_block(in_turn, block, None)
         if not outcome.improved:
             fallbacks += tuple(Fallback(name, _NEVER, _KEPT[start]) for name in roundings)
         notes = {

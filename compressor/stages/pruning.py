@@ -323,8 +323,8 @@ def _install(place: Place, choice: Choice, measured: Mapping[str, Inputs]) -> Mo
     return ModuleMetric(
         module=place.reader.info.name,
         bits=8.0 * stored.element_size(),
-        loss=loss,
-        baseline_loss=baseline_loss,
+        loss=float(loss),
+        baseline_loss=float(baseline_loss),
     )
 
 

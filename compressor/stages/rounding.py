@@ -1,6 +1,7 @@
 """The loop that every rounder shares: stream blocks, round the chosen matrices, write, go on.
 
-A rounder supplies one function, `Solve`, that rounds the matrices which see the same input.
+A rounder supplies one function, `Solve`, that rounds the matrices which see the same input. Experts
+whose matrices have the same shapes and grids are rounded together, as a batch.
 Everything a block leaves (weights, codes, the activations that enter the next block) is on disk
 before the block is reported done, so that an interrupted stage goes on at the next block.
 """
@@ -8,7 +9,7 @@ before the block is reported done, so that an interrupted stage goes on at the n
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby, repeat
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +21,12 @@ from compressor.formats.allocation import read_allocation
 from compressor.formats.codes import codes_name, write_codes
 from compressor.formats.shards import TORCH_DTYPES, CheckpointWriter, shard_name
 from compressor.formats.sizes import bits_per_weight
-from compressor.model.architecture import MOMENTS_AT_ONCE, Architecture
+from compressor.model.architecture import (
+    MOMENTS_AT_ONCE,
+    SOLVED_AT_ONCE,
+    Architecture,
+    solving_bytes,
+)
 from compressor.model.block import Block, BlockMatrix
 from compressor.model.files import read_config
 from compressor.model.lanes import Lanes
@@ -47,25 +53,27 @@ ON_GRID = ("its weights lie on the grid already", "they stay as they are")
 
 @dataclass(frozen=True)
 class Rounded:
-    """One matrix after rounding.
+    """One matrix after rounding, or a batch of matrices; `*` is its size or nothing.
 
     Attributes:
-        qtensor: its codes.
-        fallback: (reason, action) when not done as asked.
-        target: fp32 [out, in], what the codes were to come close to, where not the weight itself.
+        qtensor: the codes.
+        fallbacks: (reason, action) of every member of the batch that was not done as asked, by its
+            place; a single matrix is member 0.
+        target: fp32 [*, out, in], what the codes were to come close to, where not the weight
+            itself.
     """
 
     qtensor: QTensor
-    fallback: tuple[str, str] | None = None
+    fallbacks: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     target: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What calibration text says about one input.
+    """What calibration text says about one input, or a batch of inputs.
 
     Attributes:
-        hessian: H = (2/N) X̃ X̃ᵀ, fp32 [in, in]; X̃ are inputs that passed through rounded blocks.
+        hessian: H = (2/N) X̃ X̃ᵀ, fp32 [*, in, in]; X̃ are inputs that passed through rounded blocks.
         drift: G - H = (2/N)(X - X̃) X̃ᵀ, fp32 [in, in], with X the same tokens' inputs in the
             parent; None when the parent was not run beside, and for routed experts.
     """
@@ -86,13 +94,15 @@ class Job:
 
     Attributes:
         schemes: grid of every matrix to be rounded, by its name on disk without `.weight`.
-        solve: rounds matrices [out, in] (fp32) that see the same input; gets their schemes, that
+        solve: rounds matrices [*, out, in] (fp32) that see the same input; gets their schemes, that
             input's moments (None when no token reached it or none were asked for) and the dtype
-            in which scales are stored.
+            in which scales are stored. `*` is a batch of experts, which comes with moments only,
+            or nothing.
         batches: calibration tokens; none when `solve` wants no Hessians.
         sublayers: measure inputs again after each group of matrices has been rounded.
         balance: weighs the domains of the text; None counts every token once.
         inputs: how inputs of matrices are rounded, by matrix.
+        together: experts that are alike come to `solve` as a batch.
     """
 
     schemes: Mapping[str, WeightScheme]
@@ -101,6 +111,7 @@ class Job:
     sublayers: bool = False
     balance: Balance | None = None
     inputs: Mapping[str, ActivationScheme] | None = None
+    together: bool = True
 
 
 class Rounder(Protocol):
@@ -248,26 +259,105 @@ def round_block(
     for wave in _waves(job, block, groups):
         measured = _measure(job, block, original, groups, wave) if job.batches and wave else {}
         return_memory()  # what forwards have freed is room for the solves
-        for name in wave:
-            seen = measured.pop(name, None)
-            moments = seen.moments(_ratios(job, block)) if seen else None
-            del seen  # the sums behind the moments
-            weights = [matrix.weight.float() for matrix in groups[name]]
-            schemes = [job.schemes[matrix.info.name] for matrix in groups[name]]
-            dtype = block.tensor(groups[name][0].info.tensor).dtype
-            solved = job.solve(weights, schemes, moments, dtype)
-            for matrix, weight, rounded in zip(groups[name], weights, solved, strict=True):
-                module = matrix.info.name
-                codes[module] = rounded.qtensor
-                hessian = moments.hessian if moments else None
-                metrics.append(_metric(module, weight, rounded, hessian))
-                if rounded.fallback:
-                    fallbacks.append(Fallback(module, *rounded.fallback))
-                before = block.tensor(matrix.info.tensor)
-                matrix.set_weight(rounded.qtensor.dequantize())
-                if torch.equal(block.tensor(matrix.info.tensor), before):
-                    fallbacks.append(Fallback(module, *ON_GRID))
+        done: dict[str, Sequence[_Done]] = {}
+        for names in _batches(job, block, groups, wave, measured):
+            moments = _taken(measured, names, _ratios(job, block))
+            solved = _solve_together(job, block, [groups[name] for name in names], moments)
+            done |= zip(names, solved, strict=True)
+        for one in (one for name in wave for one in done[name]):
+            codes[one.metric.module] = one.qtensor
+            metrics.append(one.metric)
+            fallbacks += one.fallbacks
     return codes, BlockRecord(block.index, tuple(metrics), tuple(fallbacks))
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What became of one matrix."""
+
+    qtensor: QTensor
+    metric: ModuleMetric
+    fallbacks: tuple[Fallback, ...]
+
+
+def _batches(
+    job: Job,
+    block: Block,
+    groups: Mapping[str, Sequence[BlockMatrix]],
+    wave: Sequence[str],
+    measured: Mapping[str, _Measured],
+) -> Iterator[Sequence[str]]:
+    """Inputs whose matrices are solved together: of experts that are alike, as memory allows.
+
+    An expert that no token reached is left alone: without moments there is little to solve.
+    """
+    alike: dict[object, list[str]] = {}
+    for name in wave:
+        reached = name in measured and measured[name].reached
+        kind: object = name
+        if job.together and reached and groups[name][0].info.expert is not None:
+            kind = tuple(_kind(job, block, matrix) for matrix in groups[name])
+        alike.setdefault(kind, []).append(name)
+    for names in alike.values():
+        working = solving_bytes([matrix.info for matrix in groups[names[0]]])
+        most = max(SOLVED_AT_ONCE // working, 1)
+        yield from (names[start : start + most] for start in range(0, len(names), most))
+
+
+def _kind(job: Job, block: Block, matrix: BlockMatrix) -> object:
+    """Matrices of which this is the same can be parts of a batch."""
+    dtype = block.tensor(matrix.info.tensor).dtype
+    return matrix.info.shape, job.schemes[matrix.info.name], dtype
+
+
+def _taken(
+    measured: dict[str, _Measured], names: Sequence[str], ratios: Sequence[float]
+) -> Moments | None:
+    """Moments of inputs, a batch if there are several; the sums behind them are let go of."""
+    parts = [measured.pop(name).moments(ratios) for name in names if name in measured]
+    found = [part for part in parts if part]
+    if len(found) < 2:
+        return found[0] if found else None
+    return Moments(torch.stack([part.hessian for part in found]))  # experts have no drift
+
+
+def _solve_together(
+    job: Job, block: Block, members: Sequence[Sequence[BlockMatrix]], moments: Moments | None
+) -> Iterable[Sequence[_Done]]:
+    """Round the matrices of an input, or of several inputs as a batch; by input."""
+    columns = list(zip(*members, strict=True))
+    weights = [_stacked([matrix.weight.float() for matrix in alike]) for alike in columns]
+    schemes = [job.schemes[matrix.info.name] for matrix in members[0]]
+    dtype = block.tensor(members[0][0].info.tensor).dtype
+    solved = job.solve(weights, schemes, moments, dtype)
+    hessian = moments.hessian if moments else None
+    every = zip(columns, weights, solved, strict=True)
+    return zip(*(_place(block, *one, hessian) for one in every), strict=True)
+
+
+def _stacked(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.stack(list(weights))
+
+
+def _place(
+    block: Block,
+    matrices: Sequence[BlockMatrix],
+    weight: Tensor,
+    rounded: Rounded,
+    hessian: Tensor | None,
+) -> list[_Done]:
+    """Put a matrix, or every member of a batch, into the block."""
+    metrics = _metrics([matrix.info.name for matrix in matrices], weight, rounded, hessian)
+    done = []
+    for i, (matrix, qtensor) in enumerate(zip(matrices, rounded.qtensor.members(), strict=True)):
+        reasons = [rounded.fallbacks[i]] if i in rounded.fallbacks else []
+        before = block.tensor(matrix.info.tensor)
+        matrix.set_weight(qtensor.dequantize())
+        if torch.equal(block.tensor(matrix.info.tensor), before):
+            reasons.append(ON_GRID)
+        fallbacks = tuple(Fallback(matrix.info.name, *reason) for reason in reasons)
+        done.append(_Done(qtensor, metrics[i], fallbacks))
+    return done
 
 
 def chosen_groups(
@@ -345,6 +435,11 @@ class _Measured:
         hessian.add(inputs)
         if drift and reference is not None:
             drift.add(reference, inputs)
+
+    @property
+    def reached(self) -> bool:
+        """Whether any token came in."""
+        return bool(self._parts)
 
     def moments(self, ratios: Sequence[float]) -> Moments | None:
         """Both moments, a token of domain i counting ratios[i] times; None without any token."""
@@ -426,21 +521,18 @@ class _Seen(dict[str, tuple[Tensor, Tensor]]):
         self[name] = inputs, domains
 
 
-def _metric(module: str, weight: Tensor, rounded: Rounded, hessian: Tensor | None) -> ModuleMetric:
+def _metrics(
+    modules: Sequence[str], weight: Tensor, rounded: Rounded, hessian: Tensor | None
+) -> list[ModuleMetric]:
     """Relative layer error beside that of plain rounding, on the same inputs, to one target."""
     qtensor = rounded.qtensor
     simple = rtn(weight, qtensor.scheme, scale_dtype=qtensor.scale.dtype)
     target = weight if rounded.target is None else rounded.target
-    shape = (weight.shape[0], weight.shape[1])
-    loss, baseline_loss = relative_losses(
-        target, [qtensor.dequantize(), simple.dequantize()], hessian
-    )
-    return ModuleMetric(
-        module=module,
-        bits=bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype)),
-        loss=loss,
-        baseline_loss=baseline_loss,
-    )
+    losses = relative_losses(target, [qtensor.dequantize(), simple.dequantize()], hessian)
+    shape = (weight.shape[-2], weight.shape[-1])
+    bits = bits_per_weight(shape, qtensor.scheme, _dtype_name(qtensor.scale.dtype))
+    pairs = zip(*(loss.reshape(-1).tolist() for loss in losses), strict=True)
+    return [ModuleMetric(module, bits, *pair) for module, pair in zip(modules, pairs, strict=True)]
 
 
 def _round_outside(
@@ -459,7 +551,7 @@ def _round_outside(
         if module in job.schemes:
             weight = tensor.float()
             codes[module] = rtn(weight, job.schemes[module], search="mse", scale_dtype=tensor.dtype)
-            metrics.append(_metric(module, weight, Rounded(codes[module]), None))
+            metrics += _metrics([module], weight, Rounded(codes[module]), None)
             if torch.equal(codes[module].dequantize(), tensor):
                 fallbacks.append(Fallback(module, *ON_GRID))
     dense = {f"{module}.weight": qtensor.dequantize() for module, qtensor in codes.items()}

@@ -40,9 +40,9 @@ def nearest(search: Search) -> Solve:
     ) -> list[Rounded]:
         blind = search in READ_TEXT and moments is None
         hessian = None if moments is None else moments.hessian
-        importance = None if hessian is None else hessian.diagonal()
+        importance = None if hessian is None else hessian.diagonal(dim1=-2, dim2=-1)
         used: Search = "mse" if blind else search
-        fallback = (_UNREACHED, "its grid ignores importance") if blind else None
+        fallbacks = {0: (_UNREACHED, "its grid ignores importance")} if blind else {}
 
         def rounded(stacked: Tensor, scheme: WeightScheme, _: slice) -> QTensor:
             return rtn(
@@ -54,7 +54,7 @@ def nearest(search: Search) -> Solve:
                 scale_dtype=dtype,
             )
 
-        return [Rounded(qtensor, fallback) for qtensor in _stacked(weights, schemes, rounded)]
+        return [Rounded(qtensor, fallbacks) for qtensor in _stacked(weights, schemes, rounded)]
 
     return solve
 
@@ -79,7 +79,10 @@ def half_quadratic(options: QuantizeHqq) -> Solve:
 
 
 def compensated(options: QuantizeGptq) -> Solve:
-    """GPTQ: one factorisation for all matrices of an input, their rows solved together."""
+    """GPTQ: one factorisation for all matrices of an input, their rows solved together.
+
+    Of a batch of inputs, every step is taken for all of them at once.
+    """
 
     def solve(
         weights: Sequence[Tensor],
@@ -89,10 +92,10 @@ def compensated(options: QuantizeGptq) -> Solve:
     ) -> list[Rounded]:
         if moments is None:
             simple = nearest("mse")(weights, schemes, None, dtype)
-            return [Rounded(r.qtensor, (_UNREACHED, "rounded to nearest")) for r in simple]
+            return [Rounded(r.qtensor, {0: (_UNREACHED, "rounded to nearest")}) for r in simple]
         hessian = shrink(moments.hessian, options.shrinkage)
         factor = factorize(hessian, damping=options.damping, act_order=options.act_order)
-        if factor.failed and options.on_failure == "stop":
+        if options.on_failure == "stop" and factor.failed.any():
             raise NumericalError("a Hessian is not positive definite even with full damping")
         drift = moments.drift
         if drift is not None and options.shrinkage:
@@ -102,7 +105,7 @@ def compensated(options: QuantizeGptq) -> Solve:
             share = options.gptaq or options.propagate
             target = propagated_target(torch.cat(targets), factor, drift, share=share)
             targets = list(torch.split(target, [len(weight) for weight in weights]))
-        fallback = _fallback(factor, options.damping)
+        fallbacks = _fallbacks(factor, options.damping)
         if options.gptaq and drift is not None:
             pull = forward_pull(factor, drift, share=options.gptaq)
             solved = _asymmetric(torch.cat(targets), pull, factor, options, dtype)
@@ -110,7 +113,7 @@ def compensated(options: QuantizeGptq) -> Solve:
         else:
             codes = _stacked(targets, schemes, _symmetric(factor, options, dtype))
         return [
-            Rounded(qtensor, fallback, target)
+            Rounded(qtensor, fallbacks, target)
             for qtensor, target in zip(codes, targets, strict=True)
         ]
 
@@ -155,9 +158,9 @@ def _stacked(
     found: list[QTensor] = []
     row = 0
     for scheme, pairs in groupby(zip(schemes, weights, strict=True), key=lambda pair: pair[0]):
-        members = [weight for _, weight in pairs]
-        ends = [0, *accumulate(len(weight) for weight in members)]
-        together = rounded(torch.cat(members), scheme, slice(row, row + ends[-1]))
+        parts = [weight for _, weight in pairs]
+        ends = [0, *accumulate(weight.shape[-2] for weight in parts)]
+        together = rounded(torch.cat(parts, -2), scheme, slice(row, row + ends[-1]))
         found += [together.rows(start, end) for start, end in pairwise(ends)]
         row += ends[-1]
     return found
@@ -197,18 +200,25 @@ def _fitted(
         stacked,
         scheme,
         search=search,
-        importance=factor.curvature() if curved else factor.hessian.diagonal(),
+        importance=factor.curvature() if curved else factor.hessian.diagonal(dim1=-2, dim2=-1),
         hessian=factor.hessian,
         scale_dtype=dtype,
     )
 
 
-def _fallback(factor: HessianFactor, damping: float) -> tuple[str, str] | None:
-    if factor.failed:
-        return "its Hessian is not positive definite even with full damping", "rounded to nearest"
-    if factor.attempts > 1:
-        return (
-            f"its Hessian is not positive definite with damping {damping:g}",
-            f"damping raised to {factor.damping_used:g}",
-        )
-    return None
+def _fallbacks(factor: HessianFactor, damping: float) -> dict[int, tuple[str, str]]:
+    """(reason, action) of every input that was not done as asked, by its place in the batch."""
+    found = {}
+    facts = (factor.failed, factor.attempts, factor.damping_used)
+    for i, (failed, attempts, used) in enumerate(zip(*map(_listed, facts), strict=True)):
+        if failed:
+            reason = "its Hessian is not positive definite even with full damping"
+            found[i] = reason, "rounded to nearest"
+        elif attempts > 1:
+            reason = f"its Hessian is not positive definite with damping {damping:g}"
+            found[i] = reason, f"damping raised to {used:g}"
+    return found
+
+
+def _listed(facts: Tensor) -> list[float]:
+    return facts.reshape(-1).tolist()

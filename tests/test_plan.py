@@ -10,10 +10,16 @@ from typing import Any
 
 import pytest
 
+from compressor import cost
 from compressor.console import plan_text
 from compressor.cost import block_memory, checkpoint_bytes, flops_per_second, linear_bits
 from compressor.errors import ModelError, PlanError
-from compressor.model.architecture import MOMENTS_AT_ONCE, Architecture, moments_held
+from compressor.model.architecture import (
+    MOMENTS_AT_ONCE,
+    SOLVED_AT_ONCE,
+    Architecture,
+    moments_held,
+)
 from compressor.order import FORBIDDEN, ORDER, forbidden, order_problems, rank
 from compressor.plan import Plan, make_plan
 from compressor.recipe import Recipe, load_efforts, shipped_recipes
@@ -305,6 +311,18 @@ def test_moments_of_experts_are_bounded_and_not_paired() -> None:
     assert moments_held(base, 0, streams=2, sublayers=True) == routed
     # Twenty copies do not fit into 1 GiB: as many experts go together as do.
     assert moments_held(base, 0, streams=2, sublayers=True, parts=20) == MOMENTS_AT_ONCE // 80
+
+
+def test_memory_of_experts_that_are_solved_together_is_planned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = Architecture.from_config(SMOL | {"model_type": "mixtral", "num_local_experts": 8})
+    together = block_memory(base, 1000)
+    monkeypatch.setattr(cost, "SOLVED_AT_ONCE", 1)  # then the largest is factored by itself
+    assert (
+        together - block_memory(base, 1000)
+        == min(8 * 28 * (576**2 + 1536**2 + 3 * 576 * 1536), SOLVED_AT_ONCE) - 24 * 1536**2
+    )
 
 
 def test_propagating_costs_the_parents_passes_and_memory(tmp_path: Path) -> None:

@@ -126,6 +126,10 @@ class Block:
             raise ModelError(f"block {self.index} has no tensor {name!r}")
         return self._changed[name] if name in self._changed else self._walk.reader.read(name)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """That a tensor of the block has on disk."""
+        return self._walk.reader.dtype(name)
+
     def set_tensor(self, name: str, value: Tensor) -> None:
         """Replace any tensor of the block by one of the disk's shape, rounded to its dtype.
 

@@ -261,9 +261,10 @@ def round_block(
         return_memory()  # what forwards have freed is room for the solves
         done: dict[str, Sequence[_Done]] = {}
         for names in _batches(job, block, groups, wave, measured):
+            members = [groups[name] for name in names]
             moments = _taken(measured, names, _ratios(job, block))
-            solved = _solve_together(job, block, [groups[name] for name in names], moments)
-            done |= zip(names, solved, strict=True)
+            done |= zip(names, _solve_together(job, block, members, moments), strict=True)
+            del moments  # before the next are formed
         for one in (one for name in wave for one in done[name]):
             codes[one.metric.module] = one.qtensor
             metrics.append(one.metric)
@@ -306,8 +307,8 @@ def _batches(
 
 def _kind(job: Job, block: Block, matrix: BlockMatrix) -> object:
     """Matrices of which this is the same can be parts of a batch."""
-    dtype = block.tensor(matrix.info.tensor).dtype
-    return matrix.info.shape, job.schemes[matrix.info.name], dtype
+    info = matrix.info
+    return info.shape, job.schemes[info.name], block.dtype(info.tensor)
 
 
 def _taken(
@@ -325,18 +326,18 @@ def _solve_together(
     job: Job, block: Block, members: Sequence[Sequence[BlockMatrix]], moments: Moments | None
 ) -> Iterable[Sequence[_Done]]:
     """Round the matrices of an input, or of several inputs as a batch; by input."""
-    columns = list(zip(*members, strict=True))
-    weights = [_stacked([matrix.weight.float() for matrix in alike]) for alike in columns]
+    roles = list(zip(*members, strict=True))  # such as all gates, all ups
+    weights = [_stacked([matrix.weight.float() for matrix in alike]) for alike in roles]
     schemes = [job.schemes[matrix.info.name] for matrix in members[0]]
-    dtype = block.tensor(members[0][0].info.tensor).dtype
+    dtype = block.dtype(members[0][0].info.tensor)
     solved = job.solve(weights, schemes, moments, dtype)
     hessian = moments.hessian if moments else None
-    every = zip(columns, weights, solved, strict=True)
+    every = zip(roles, weights, solved, strict=True)
     return zip(*(_place(block, *one, hessian) for one in every), strict=True)
 
 
-def _stacked(weights: Sequence[Tensor]) -> Tensor:
-    return weights[0] if len(weights) == 1 else torch.stack(list(weights))
+def _stacked(weights: list[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.stack(weights)
 
 
 def _place(

@@ -17,8 +17,9 @@ from compressor.calibration import CalibrationConfig, CalibrationSet, build_batc
 from compressor.model.load import load_model, load_tokenizer
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
+from compressor.stages.moments import Moments
 from compressor.stages.quantize_gptq import QuantizeGptq
-from compressor.stages.rounding import Moments, Rounded, round_model
+from compressor.stages.rounding import Rounded, round_model
 from compressor.types import StageResult, TokenBatch, WeightScheme
 from tests.helpers import stage_context
 from tests.model.conftest import build

@@ -14,10 +14,10 @@ from compressor.model.block import Block, BlockMatrix
 from compressor.numerics.grid import Grid, fit_grid
 from compressor.numerics.signround import LearnedRounding, rate_at
 from compressor.stages.grids import READ_TEXT
+from compressor.stages.moments import Moments
 from compressor.stages.rounding import (
     ON_GRID,
     Job,
-    Moments,
     RoundBlock,
     Rounded,
     Solve,

@@ -33,10 +33,10 @@ from compressor.model.lanes import Lanes
 from compressor.model.memory import return_memory
 from compressor.model.serving import serving_config
 from compressor.model.walk import BlockWalk
-from compressor.numerics.hessian import HessianAccumulator, relative_losses
-from compressor.numerics.propagation import DriftAccumulator
+from compressor.numerics.hessian import relative_losses
 from compressor.numerics.rtn import rtn
 from compressor.stages.context import StageContext
+from compressor.stages.moments import Moments, MomentSums
 from compressor.types import (
     ActivationScheme,
     BlockRecord,
@@ -66,20 +66,6 @@ class Rounded:
     qtensor: QTensor
     fallbacks: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     target: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What calibration text says about one input, or a batch of inputs.
-
-    Attributes:
-        hessian: H = (2/N) X̃ X̃ᵀ, fp32 [*, in, in]; X̃ are inputs that passed through rounded blocks.
-        drift: G - H = (2/N)(X - X̃) X̃ᵀ, fp32 [in, in], with X the same tokens' inputs in the
-            parent; None when the parent was not run beside, and for routed experts.
-    """
-
-    hessian: Tensor
-    drift: Tensor | None = None
 
 
 Solve = Callable[
@@ -286,7 +272,7 @@ def _batches(
     block: Block,
     groups: Mapping[str, Sequence[BlockMatrix]],
     wave: Sequence[str],
-    measured: Mapping[str, _Measured],
+    measured: Mapping[str, MomentSums],
 ) -> Iterator[Sequence[str]]:
     """Inputs whose matrices are solved together: of experts that are alike, as memory allows.
 
@@ -312,7 +298,7 @@ def _kind(job: Job, block: Block, matrix: BlockMatrix) -> object:
 
 
 def _taken(
-    measured: dict[str, _Measured], names: Sequence[str], ratios: Sequence[float]
+    measured: dict[str, MomentSums], names: Sequence[str], ratios: Sequence[float]
 ) -> Moments | None:
     """Moments of inputs, a batch if there are several; the sums behind them are let go of."""
     parts = [measured.pop(name).moments(ratios) for name in names if name in measured]
@@ -411,65 +397,6 @@ def _bounded(names: Iterable[str], widths: Mapping[str, int], parts: int) -> Ite
     yield wave
 
 
-class _Measured:
-    """Moments of one input while tokens come in, domain by domain where domains are weighed."""
-
-    def __init__(self, width: int, device: torch.device, *, paired: bool, apart: bool) -> None:
-        self._width, self._device = width, device
-        self._parts: dict[int, tuple[HessianAccumulator, DriftAccumulator | None]] = {}
-        self.paired, self._apart = paired, apart
-
-    def add(self, inputs: Tensor, reference: Tensor | None, domains: Tensor) -> None:
-        """Count in tokens [tokens, in], with the parent's beside them, of domains [tokens]."""
-        if not self._apart:
-            self._count(0, inputs, reference)
-            return
-        for domain in sorted(set(domains.tolist())):
-            own = domains == domain
-            self._count(domain, inputs[own], None if reference is None else reference[own])
-
-    def _count(self, part: int, inputs: Tensor, reference: Tensor | None) -> None:
-        if part not in self._parts:
-            drift = DriftAccumulator(self._width, self._device) if self.paired else None
-            self._parts[part] = HessianAccumulator(self._width, self._device), drift
-        hessian, drift = self._parts[part]
-        hessian.add(inputs)
-        if drift and reference is not None:
-            drift.add(reference, inputs)
-
-    @property
-    def reached(self) -> bool:
-        """Whether any token came in."""
-        return bool(self._parts)
-
-    def moments(self, ratios: Sequence[float]) -> Moments | None:
-        """Both moments, a token of domain i counting ratios[i] times; None without any token."""
-        if not self._apart:
-            return next((_moments(*part) for part in self._parts.values()), None)
-        counts = {i: ratios[i] * hessian.tokens for i, (hessian, _) in self._parts.items()}
-        mixed: Moments | None = None
-        for domain, part in sorted(self._parts.items()):
-            share = counts[domain] / sum(counts.values())
-            mixed = _blended(mixed, _moments(*part), share)
-        return mixed
-
-
-def _moments(hessian: HessianAccumulator, drift: DriftAccumulator | None) -> Moments:
-    return Moments(hessian.matrix(), drift.matrix() if drift else None)
-
-
-def _blended(so_far: Moments | None, part: Moments, share: float) -> Moments:
-    """The sum with a share of another part; one matrix more than the parts at a time."""
-    hessian = part.hessian.mul_(share)
-    drift = None if part.drift is None else part.drift.mul_(share)
-    if so_far is None:
-        return Moments(hessian, drift)
-    hessian = so_far.hessian.add_(hessian)
-    if so_far.drift is not None and drift is not None:
-        drift = so_far.drift.add_(drift)
-    return Moments(hessian, drift)
-
-
 def _ratios(job: Job, block: Block) -> list[float]:
     """What a token of each domain of the walk counts, by the walk's index of domains."""
     ratios = job.balance.ratios if job.balance else {}
@@ -482,7 +409,7 @@ def _measure(
     original: Block | None,
     groups: Mapping[str, Sequence[BlockMatrix]],
     wave: Sequence[str],
-) -> dict[str, _Measured]:
+) -> dict[str, MomentSums]:
     """One pass of all calibration tokens through the block, and through the parent's beside it.
 
     Inputs of routed experts are not paired: the parent may send a token to another expert.
@@ -491,7 +418,9 @@ def _measure(
     infos = {name: groups[name][0].info for name in wave}
     paired = {name for name in wave if original and infos[name].expert is None}
     found = {
-        name: _Measured(info.shape[1], device, paired=name in paired, apart=job.balance is not None)
+        name: MomentSums(
+            info.shape[1], device, paired=name in paired, apart=job.balance is not None
+        )
         for name, info in infos.items()
     }
     last = wave[-1] == list(groups)[-1]

@@ -17,7 +17,8 @@ from compressor.numerics.hqq import HalfQuadratic, hqq
 from compressor.numerics.propagation import forward_pull, propagated_target
 from compressor.numerics.rtn import rtn
 from compressor.stages.grids import READ_TEXT, CompensatedSearch
-from compressor.stages.rounding import Moments, Rounded, Solve
+from compressor.stages.moments import Moments
+from compressor.stages.rounding import Rounded, Solve
 from compressor.types import QTensor, WeightScheme
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from compressor.evaluation.divergence import log_probabilities
 from compressor.model.load import load_model, load_tokenizer
 from compressor.numerics.robust import divergence
 from compressor.stages.context import StageContext
+from compressor.stages.moments import MomentSums
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.robust import (
     DAMPING,
@@ -29,7 +30,7 @@ from compressor.stages.robust import (
     choose,
     relative_drift,
 )
-from compressor.stages.rounding import Block, _Measured, round_model
+from compressor.stages.rounding import Block, round_model
 from compressor.stages.solving import compensated
 from compressor.types import BlockRecord, TokenBatch
 from tests.helpers import stage_context
@@ -94,7 +95,7 @@ def test_moments_count_every_token_as_often_as_its_domain_says(paired: bool) -> 
     rows = torch.randn(60, 16, generator=generator)
     parent = rows + 0.1 * torch.randn(60, 16, generator=generator)
     domains = torch.randint(3, (60,), generator=generator)
-    measured = _Measured(16, torch.device("cpu"), paired=paired, apart=True)
+    measured = MomentSums(16, torch.device("cpu"), paired=paired, apart=True)
     for part in (slice(0, 20), slice(20, 60)):
         measured.add(rows[part], parent[part] if paired else None, domains[part])
     ratios = [0.5, 1.0, 2.5]

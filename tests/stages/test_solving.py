@@ -14,8 +14,8 @@ from compressor.model.load import load_model, load_tokenizer
 from compressor.numerics.gptq import factorize
 from compressor.numerics.grid import fit_grid
 from compressor.numerics.hessian import HessianAccumulator, relative_loss
+from compressor.stages.moments import Moments
 from compressor.stages.quantize_gptq import QuantizeGptq
-from compressor.stages.rounding import Moments
 from compressor.stages.solving import compensated
 from compressor.types import WeightScheme
 

@@ -16,11 +16,11 @@ from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture, solving_bytes
 from compressor.model.files import read_config
 from compressor.stages import rounding
+from compressor.stages.moments import Moments
 from compressor.stages.quantize_autoround import QuantizeAutoround
 from compressor.stages.quantize_base import RounderConfig
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.quantize_rtn import QuantizeRtn
-from compressor.stages.rounding import Moments
 from compressor.stages.solving import compensated
 from compressor.types import BlockRecord, StageResult, TokenBatch, WeightScheme
 from tests.helpers import Killed, stage_context

@@ -170,9 +170,9 @@ def test_what_cannot_work_is_refused_by_the_plan(
 
 def test_an_engine_is_asked_about_every_grid_that_may_be_chosen(tmp_path: Path) -> None:
     """The example in the plan happens to be 8 bits throughout; 3 would be chosen on the run."""
-    change = ["stages.0.target_bpw=8.5", "stages.0.bits=[3, 8]", "stages.0.group_sizes=[64]"]
+    change = ["stages.0.target_bpw=8.5", "stages.0.group_sizes=[64]"]
     engine = "export=[{format: compressed-tensors, engines: [sglang]}]"
-    (problem,) = refusals(tmp_path, *change, engine)
+    (problem,) = refusals(tmp_path, *change, engine, "stages.0.bits=[3, 8]")
     assert "3-bit codes" in problem.message
     plan(tmp_path, *change, engine, "stages.0.bits=[4, 8]")
 

@@ -331,7 +331,7 @@ def test_the_command_line_hides_nothing_of_the_file(compress: Compress) -> None:
     """Options that cannot be written, values that are wrong and keys that are unknown, at once."""
     Path("r.yaml").write_text(f"{RECIPE}typo: 1\n", encoding="utf-8")
     wrong = ("nothing", "stages.7.bits=3", "seed=many", "efforts.light=1")
-    result = compress("plan", "r.yaml", "m", *(word for one in wrong for word in ("--set", one)))
+    result = compress("plan", "r.yaml", "./m", *(word for one in wrong for word in ("--set", one)))
     assert result.code == 2
     for says in (
         "--set nothing: not of the form",
@@ -341,3 +341,19 @@ def test_the_command_line_hides_nothing_of_the_file(compress: Compress) -> None:
         "r.yaml:4:1: unknown key 'typo'",
     ):
         assert says in result.err
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_wrong_recipe_does_not_hide_a_wrong_model(compress: Compress, command: str) -> None:
+    wrong = ["--set", "seed=many", "--format", "json"]
+    result = compress(command, "r.yaml", "builtin:tinyy", *wrong)
+    said = [problem["message"] for problem in result.json["problems"]]
+    assert said == ["--set seed: seed must be an integer, not 'many'", "no built-in model 'tinyy'"]
+    assert (result.code, result.json["error"]) == (2, "RecipeError")
+
+
+def test_the_format_of_a_deliverable_is_another_option(compress: Compress, tmp_path: Path) -> None:
+    result = compress("export", tmp_path, "--format", "gguf")
+    assert result.code == 2
+    assert "compress export RUN --as gguf writes that format" in result.err
+    assert "writes that" not in compress("export", tmp_path, "--format", "xml").err

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 from click.shell_completion import CompletionItem
@@ -64,12 +64,24 @@ def _set(name: str) -> Callable[[click.Context, click.Parameter, Any], None]:
     return store
 
 
+class _Output(click.Choice[str]):
+    """How results are printed; not to be mixed up with the format of a deliverable."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        """Click's sentence, and which command writes the format that was named."""
+        from compressor.sections import ExportFormat
+
+        said = super().get_invalid_choice_message(value, ctx)
+        known = value in get_args(ExportFormat)
+        return f"{said} compress export RUN --as {value} writes that format." if known else said
+
+
 def common(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options that every command takes."""
     options = (
         click.option(
             "--format",
-            type=click.Choice(["human", "json"]),
+            type=_Output(["human", "json"]),
             callback=_set("format"),
             is_eager=True,  # an error in any other option is told in this format already
             expose_value=False,

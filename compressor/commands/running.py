@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import click
 
 from compressor import console
 from compressor.commands.options import FOLDER, Settings, common, finish, recipe_options, working
-from compressor.errors import CompressorError, UsageError, VerificationError
+from compressor.errors import CompressorError, RecipeError, UsageError, VerificationError
 from compressor.team import Team, assembled
+from compressor.types import Problem
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -44,7 +46,8 @@ def run(
     """Run RECIPE on MODEL; the same command again resumes it."""
     from compressor.recipe import load_recipe
 
-    loaded = load_recipe(recipe, **_reading(recipe, **reading))
+    with _model_too(model):
+        loaded = load_recipe(recipe, **_reading(recipe, **reading))
     folder = out or default_out(loaded.name, model, loaded.effort)
 
     def job(observer: Observer, team: Team) -> RunOutcome:
@@ -109,8 +112,9 @@ def plan(
     from compressor.plan import make_plan
     from compressor.recipe import load_efforts, load_recipe
 
-    chosen = _reading(recipe, **reading)
-    loaded = load_recipe(recipe, **chosen)
+    with _model_too(model):
+        chosen = _reading(recipe, **reading)
+        loaded = load_recipe(recipe, **chosen)
     source = resolve(model, config_only=True)
     config = read_config(source.path)
     del chosen["effort"]
@@ -121,6 +125,22 @@ def plan(
 
         require_publishable(loaded, source)
     settings.emit(made.model_dump(), lambda: console.plan_text(made))
+
+
+@contextmanager
+def _model_too(model: str) -> Iterator[None]:
+    """Tell, with what is wrong with a recipe, what is wrong with the model that it is for."""
+    try:
+        yield
+    except RecipeError as wrong:
+        from compressor.model.load import resolve
+        from compressor.original import require_sound
+
+        try:
+            require_sound(resolve(model, config_only=True).path)
+        except CompressorError as also:
+            raise RecipeError([*wrong.problems, Problem(also.message, hint=also.hint)]) from None
+        raise
 
 
 def _reading(

@@ -31,10 +31,13 @@ def columns_last(matrix: Tensor) -> Tensor:
 
 
 def at(order: Tensor) -> tuple[Tensor, ...]:
-    """The index that takes from columns [in, *, out] those in an order [*, n], as [n, *, out]."""
+    """The index that takes from columns [in, *, out] those in an order [*, n], as [n, *, out].
+
+    What is taken lies in memory as its index does, hence the copy: kernels want it contiguous.
+    """
     if order.ndim == 1:
         return (order,)
-    return order.T, torch.arange(len(order), device=order.device)
+    return order.T.contiguous(), torch.arange(len(order), device=order.device)
 
 
 def add_columns_(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -142,6 +145,8 @@ class Leaf(ABC):
         Column i becomes m_i = c_i + Σ_{k<i} (pull_ik e_k + drift_ik m_k) and is rounded to q_i; e_i
         is a_i - q_i - o_i.
 
+        All tensors are contiguous; kernels read them as if they were.
+
         Args:
             columns: c, fp32 [columns, *, out]; used up.
             pull: fp32 [*, columns, columns]; what is not below the diagonal does not matter.
@@ -153,6 +158,8 @@ class Leaf(ABC):
         Returns:
             e [columns, *, out]; without an aim it is in the place of `columns`.
         """
+        given = (columns, pull, aim, old, drift, met)
+        assert all(tensor is None or tensor.is_contiguous() for tensor in given)
         # Launches would take longer than the work. Not every system with CUDA has Triton.
         if columns.is_cuda and find_spec("triton"):
             from compressor.numerics.kernels import settle

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor import following, sessions
+from compressor import calibration, following, sessions
 from compressor.decoding import measure
 from compressor.recipe import load_recipe, shipped_recipes
 from compressor.stages import distilling, masking
@@ -52,6 +52,8 @@ def device() -> Iterator[torch.device]:
         patch.setattr(measure, "_ROUNDS", 1)  # of timing, which says nothing here
         patch.setattr(masking, "_FISHER_WINDOWS", 4)
         patch.setattr(distilling, "_HELD", 2)
+        patch.setattr(calibration, "DEVELOPMENT_WINDOWS", 2)
+        patch.setattr(calibration, "DEVELOPMENT_LENGTH", 16)
         yield played
 
 
@@ -80,6 +82,18 @@ def test_a_recipe_runs_elsewhere(
 ) -> None:
     code = leave(name, str(model), "-o", str(tmp_path / "run"), "-q", *small(name))
     assert code in (0, 4, 5)
+    assert device.type in report(tmp_path / "run")["env"]["device"]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("w4-rotate-gptq", "stages.0.learn=1"), ("w4-gptq", "stages.0.robust=true")],
+)
+def test_what_no_default_does_runs_elsewhere(
+    name: str, option: str, model: Path, device: torch.device, tmp_path: Path
+) -> None:
+    chosen = [*small(name), "--set", option, "--set", "stages.0.bits=4"]
+    assert leave(name, str(model), "-o", str(tmp_path / "run"), "-q", *chosen) in (0, 4, 5)
     assert device.type in report(tmp_path / "run")["env"]["device"]
 
 

@@ -312,7 +312,7 @@ class _Bench:
             if block.index + 1 == self._prefix:  # the calibration tokens need not go on
                 with torch.no_grad():
                     places = range(len(self._batches), len(block.inputs))
-                    hidden = [block.run(place) for place in places]
+                    hidden = [block.run(place).cpu() for place in places]  # like those of a walk
         return hidden
 
     def _measure(self, candidates: Sequence[list[Tensor]]) -> list[Trial]:
@@ -334,7 +334,7 @@ class _Bench:
                         _sort_in(trial.drift, batch, drift.tolist())
             if block.index >= self._prefix:
                 for hidden in candidates:
-                    hidden[:] = [block.run_with(i, rows, {}) for i, rows in enumerate(hidden)]
+                    hidden[:] = [block.run_with(i, rows, {}).cpu() for i, rows in enumerate(hidden)]
         for place, expected in enumerate(walk.final_hidden()):
             for trial, hidden in zip(trials, candidates, strict=True):
                 own = walk.finish(place, hidden[place])

@@ -140,11 +140,12 @@ class _Bench:
 
     def step(self, turns: Turns, batch: TokenBatch, angle: float) -> Turns:
         """One turn down the gradient of one batch."""
-        free = turns.with_parts([part.float().requires_grad_() for part in turns.parts])
+        free = self._there(turns)
+        free = free.with_parts([part.requires_grad_() for part in free.parts])
         gradients = torch.autograd.grad(self._loss(free, batch), free.parts)
         return turns.with_parts(
             [
-                turned(part, descent(part, gradient.double()), angle)
+                turned(part, descent(part, gradient.to(part)), angle)
                 for part, gradient in zip(turns.parts, gradients, strict=True)
             ]
         )
@@ -152,13 +153,17 @@ class _Bench:
     def distance(self, turns: Turns, batches: Sequence[TokenBatch]) -> float:
         """Mean KL of the rounded model over all batches, nats per token."""
         total, tokens = 0.0, 0
-        single = turns.with_parts([part.float() for part in turns.parts])
+        single = self._there(turns)
         with torch.no_grad():
             for batch in batches:
                 count = int(batch.mask.sum())
                 total += float(self._loss(single, batch)) * count
                 tokens += count
         return total / tokens
+
+    def _there(self, turns: Turns) -> Turns:
+        """Turns, which are small and kept in fp64 on the processor, as the model reads them."""
+        return turns.with_parts([part.to(self._device, torch.float32) for part in turns.parts])
 
     def _loss(self, turns: Turns, batch: TokenBatch) -> Tensor:
         with torch.no_grad():

@@ -17,6 +17,7 @@ from compressor.machine import activation_budget
 from compressor.meter import Meter
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
+from compressor.model.precision import stage_dtype
 from compressor.plan import make_plan
 from compressor.stages.base import StageConfig
 from compressor.stages.context import StageContext
@@ -109,7 +110,7 @@ class Chain:
         run.observer.event("stage", stage=variant.id)
         torch.manual_seed(run.recipe.seed)
         earlier = run.journal.all("block_done", stage=variant.id)
-        context = self._context(variant, earlier, meter)
+        context = self._context(variant, parent, earlier, meter)
         with meter:
             if stage.shared:
                 context = self._shared(stage, parent, context)
@@ -126,7 +127,9 @@ class Chain:
         shutil.rmtree(context.scratch, ignore_errors=True)
         return event
 
-    def _context(self, variant: Variant, earlier: list[Event], meter: Meter) -> StageContext:
+    def _context(
+        self, variant: Variant, parent: Path, earlier: list[Event], meter: Meter
+    ) -> StageContext:
         run = self.run
 
         def block_done(record: BlockRecord) -> None:
@@ -138,7 +141,7 @@ class Chain:
             folder=variant.checkpoint,
             scratch=run.folder / "scratch" / variant.id,
             device=run.session.device,
-            dtype=run.session.dtype,
+            dtype=stage_dtype(parent, run.session.device),
             activation_budget=activation_budget(),
             finished=tuple(block_record(event["record"]) for event in earlier),
             block_done=block_done,

@@ -1,4 +1,4 @@
-"""In which precision calibration text runs through a model."""
+"""In which precision stages compute, and calibration text runs through a model."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def working_dtype(checkpoint: Path, device: torch.device) -> torch.dtype:
     stored = {reader.dtype(name) for name in inner}
     own = stored.pop() if len(stored) == 1 else torch.float32
     return own if has_units(device, own) else torch.float32
+
+
+def stage_dtype(checkpoint: Path, device: torch.device) -> torch.dtype:
+    """What a stage computes in that names no precision: bf16 on a GPU if the model is, or fp32.
+
+    Weights come to it and leave it in this precision, which therefore holds all that are stored.
+    How the outcome is measured has no say in it.
+    """
+    own = working_dtype(checkpoint, device)
+    return own if device.type == "cuda" and own == torch.bfloat16 else torch.float32
 
 
 def calibration_dtype(precision: str, checkpoint: Path, device: torch.device) -> torch.dtype:

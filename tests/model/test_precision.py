@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compressor import machine
-from compressor.model.precision import working_dtype
+from compressor.model.precision import stage_dtype, working_dtype
 from tests.model.conftest import build
 
 CPU = torch.device("cpu")
@@ -36,3 +36,14 @@ def test_one_wide_matrix_widens_all(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         key = f"model.layers.1.{name}.weight"
         save_file(tensors | {key: tensors[key].float()}, file, metadata={"format": "pt"})
         assert working_dtype(tmp_path, CPU) == expected
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_stages_compute_in_what_holds_the_weights(
+    stored: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build("llama", stored).save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    expected = torch.bfloat16 if stored == torch.bfloat16 else torch.float32
+    assert stage_dtype(tmp_path, torch.device("cuda")) == expected
+    assert stage_dtype(tmp_path, CPU) == torch.float32

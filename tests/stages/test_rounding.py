@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compressor.calibration import CalibrationSet
+from compressor.formats.codes import codes_name, read_codes
 from compressor.model.architecture import Architecture
+from compressor.resources import builtin_model
 from compressor.stages.quantize_base import RounderConfig
 from compressor.stages.quantize_gptq import QuantizeGptq
 from compressor.stages.quantize_rtn import QuantizeRtn
 from compressor.types import BlockRecord, StageResult, TokenBatch
 from compressor.verify import verify_tensors
 from tests.helpers import stage_context
+from tests.runs import SMALL, run
 
 CONFIG = {
     "model_type": "llama",
@@ -146,3 +150,27 @@ def test_sublayers_see_what_was_rounded_before_them(tmp_path: Path) -> None:
         assert block[f"{first}.self_attn.{same}"] == sublayer[f"{first}.self_attn.{same}"]
     for later in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert block[f"{first}.{later}"] != sublayer[f"{first}.{later}"]
+
+
+def test_how_a_run_is_measured_moves_no_code(tmp_path: Path) -> None:
+    """Weights of fp16 are rounded as they are stored, also where bf16 is enough to measure them."""
+    model = tmp_path / "model"
+    shutil.copytree(builtin_model("tiny"), model)
+    file, draws = model / "model.safetensors", torch.Generator().manual_seed(0)
+    tensors = {
+        name: (tensor * (1 + torch.randn(tensor.shape, generator=draws) / 256)).half()
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "float16"}), encoding="utf-8")
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        folder = tmp_path / dtype
+        folder.mkdir()
+        stage = "  - {method: quantize.rtn, bits: 8, group_size: 64}\n"
+        text = (SMALL + stage).replace("evaluate: {", f"evaluate: {{dtype: {dtype}, ")
+        done = run(folder, text, str(model))
+        found.append(read_codes(max((done.folder / "stages").iterdir()) / codes_name(0)))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name].codes, found[1][name].codes) for name in found[0])

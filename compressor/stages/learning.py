@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from compressor.stages.quantize_autoround import QuantizeAutoround
 
 _NEVER = "learning never lowered the error of its block"
+# Root mean square of the gradients of a block's output. In fp16 a thousandth of it is a normal
+# number still, and ten thousand times as much, which sums over tokens can reach, is finite.
+_GRADIENT = 2.0**-4
 _KEPT = {"nearest": "rounded to nearest", "gptq": "the codes of GPTQ stay"}
 
 
@@ -172,11 +175,16 @@ class _Bench:
         return {name: rounding.state() for name, rounding in self._roundings.items()}
 
     def _loss(self, place: int) -> Tensor:
-        """Squared error of one batch's output; its scale does not matter to signs."""
+        """Squared error of one batch's output, in a scale in which fp16 holds its gradients.
+
+        Nothing but their signs is used.
+        """
         weights = {name: rounding.dense() for name, rounding in self._roundings.items()}
         output = self._block.run_through(place, weights)
         wanted = self._original.output(place).to(output)
-        return (self._block.valid(place, output) - self._block.valid(place, wanted)).square().mean()
+        lost = self._block.valid(place, output).float() - self._block.valid(place, wanted).float()
+        size = lost.detach().square().mean().sqrt().clamp_min(torch.finfo(lost.dtype).tiny)
+        return lost.square().sum() * (_GRADIENT / 2 / size)
 
     def _error(self) -> float:
         """Share of the original output's energy that is lost, over all calibration tokens."""

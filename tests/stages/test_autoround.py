@@ -12,6 +12,7 @@ import torch
 from compressor import resources
 from compressor.calibration import CalibrationConfig, CalibrationSet, build_batches
 from compressor.formats.shards import CheckpointReader
+from compressor.model import precision
 from compressor.model.architecture import Architecture
 from compressor.model.files import read_config
 from compressor.model.load import load_tokenizer
@@ -309,3 +310,26 @@ def test_killed_within_a_block(tmp_path: Path) -> None:
     assert attempt(folder) == 0
     assert events(folder).count("block_done") == 4
     assert result(folder) == result(tmp_path / "whole")
+
+
+def test_gradients_survive_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs compute models of fp16 in; of thousands of tokens' mean little was left in it."""
+    model = build(
+        "llama", torch.float16, hidden_size=256, intermediate_size=512, num_hidden_layers=1
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name or "embed" in name:
+                weight.mul_(0.02)
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(3, 90, (64, 64), generator=torch.Generator().manual_seed(0))
+    batch = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), ("prose",) * 64)
+    text = CalibrationSet((batch,), (), {"prose": 4096}, "")
+    left = []
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr(precision, "calibration_dtype", lambda *_, dtype=dtype: dtype)
+        where = stage_context(tmp_path / str(dtype))
+        found = stage(bits=4, group_size=32, steps=6).run(tmp_path / "model", text, where).notes
+        left.append(found["block_loss.000"] / found["block_loss_nearest.000"])
+    assert left[0] < 0.7
+    assert left[1] == pytest.approx(left[0], rel=0.03)

@@ -10,27 +10,55 @@ diagonal is kept, it is per token
 with e_r the rows of E, o = W x the outputs and y drawn from the model's own predictions. A head
 needs no draw: there γ_r is p_r (1 - p_r), token by token. An embedding looks rows up instead of
 multiplying by them: its row r counts ½ f_r · e_r G e_rᵀ, f_r being the share of tokens that are r
-and G = E[g gᵀ] the moment of the gradients where rows enter the model. A rounder
-that compensates does not leave e_r H e_rᵀ of the nearest codes but, column by column in its order,
-what no later column can make up for: Σ_i d_i e_ri² with d_i = 1 / U_ii² and Uᵀ U = (H + λI)⁻¹
-(the same d as in the LDL decomposition of QuIP, Chee et al. 2023, section 3).
+and G = E[g gᵀ] the moment of the gradients where rows enter the model.
+
+A rounder that compensates does not leave e_r H e_rᵀ of the nearest codes. An error e_ri moves the
+later columns by e_ri U_ij / U_ii, with Uᵀ U = (H + λI)⁻¹ in its order, and Σ_i d_i e_ri² is left of
+it, with d_i = (U H Uᵀ)_ii / U_ii². Without damping that is 1 / U_ii², the d of the LDL
+decomposition of QuIP (Chee et al. 2023, section 3).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compressor.numerics.columns import in_order
 from compressor.numerics.gptq import factorize
-from compressor.numerics.grid import fit_grid, round_to_grid
+from compressor.numerics.grid import Search, fit_grid, round_to_grid
 from compressor.numerics.hessian import row_losses
 from compressor.types import WeightScheme
 
 
-def compensated_columns(moment: Tensor, *, damping: float) -> Tensor:
-    """d [in]: what a squared error in each column costs after compensation by GPTQ.
+@dataclass(frozen=True)
+class Metric:
+    """What errors of a rounder cost at the outputs, and what it fits its grids by.
+
+    Attributes:
+        cost: d [in] of single columns, or H [in, in].
+        importance: of inputs [in]; None where grids are fitted by plain squares.
+    """
+
+    cost: Tensor
+    importance: Tensor | None = None
+
+    @property
+    def columns(self) -> Tensor:
+        """What errors cost column by column [in]."""
+        return self.cost if self.cost.ndim == 1 else self.cost.diagonal()
+
+    def of_rows(self, error: Tensor) -> Tensor:
+        """What errors [rows, in] cost, fp64 [rows]."""
+        if self.cost.ndim == 1:
+            return error.double().square() @ self.cost.double()
+        return row_losses(error, self.cost.to(error)).double()
+
+
+def compensated(moment: Tensor, *, damping: float) -> Metric:
+    """What GPTQ leaves of an error in each column, on grids fitted by what it makes up for.
 
     Args:
         moment: H = E[x xᵀ] [in, in].
@@ -38,17 +66,19 @@ def compensated_columns(moment: Tensor, *, damping: float) -> Tensor:
     """
     factor = factorize(moment, damping=damping)
     if factor.failed:
-        return moment.diagonal().clone()
-    weights = torch.empty_like(moment.diagonal())
-    weights[factor.permutation] = factor.upper.diagonal().pow(-2).to(weights)
-    return weights
+        return Metric(moment.diagonal().clone())
+    upper = factor.upper
+    left = (upper @ in_order(moment, factor.permutation).to(upper) * upper).sum(1)
+    cost = torch.empty_like(left)
+    cost[factor.permutation] = left / upper.diagonal().square()
+    return Metric(cost, factor.curvature())
 
 
 def rounding_losses(
     weight: Tensor,
     schemes: Sequence[WeightScheme],
     row_weight: Tensor,
-    metric: Tensor,
+    metric: Metric,
     *,
     rows: int,
     scale_dtype: torch.dtype,
@@ -56,25 +86,24 @@ def rounding_losses(
     """Expected divergence of the model, nats per token, from rounding one matrix on each grid.
 
     Measured on some rows, spread evenly, and extrapolated by their share of Σ γ_r w_r M w_rᵀ, M
-    being the diagonal of the metric: grids of rows do not depend on each other.
+    being what single columns cost: grids of rows do not depend on each other.
 
     Args:
         weight: [out, in], finite.
         schemes: grids to try.
         row_weight: γ [out], non-negative.
-        metric: d [in] of `compensated_columns`, or H [in, in] for rounding to nearest.
+        metric: `compensated`, or H [in, in] for rounding to nearest.
         rows: most rows to measure on.
         scale_dtype: dtype in which scales are stored.
     """
-    columns = metric if metric.ndim == 1 else metric.diagonal()
-    shares = row_weight.double() * (weight.double().square() @ columns.double())
+    shares = row_weight.double() * (weight.double().square() @ metric.columns.double())
     chosen = _spread(len(weight), rows, weight.device)
     gamma = row_weight[chosen].double()
     measured = float(shares[chosen].sum())
     factor = 0.5 * float(shares.sum()) / measured if measured > 0 else 0.0
     return [
-        factor * float((gamma * _row_errors(error, metric)).sum())
-        for error in rounding_errors(weight[chosen], schemes, scale_dtype)
+        factor * float((gamma * metric.of_rows(error)).sum())
+        for error in rounding_errors(weight[chosen], schemes, scale_dtype, metric.importance)
     ]
 
 
@@ -125,12 +154,16 @@ def _capped(sizes: Tensor, count: int) -> Tensor:
 
 
 def rounding_errors(
-    weight: Tensor, schemes: Sequence[WeightScheme], scale_dtype: torch.dtype
+    weight: Tensor,
+    schemes: Sequence[WeightScheme],
+    scale_dtype: torch.dtype,
+    importance: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """W - Ŵ [rows, in] for rounding to nearest on each grid, fp32."""
     part = weight.float()
+    search: Search = "mse" if importance is None else "imatrix"
     for scheme in schemes:
-        grid = fit_grid(part, scheme, search="mse", scale_dtype=scale_dtype)
+        grid = fit_grid(part, scheme, search=search, importance=importance, scale_dtype=scale_dtype)
         yield part - round_to_grid(part, grid, scheme).dequantize().float()
 
 
@@ -155,13 +188,6 @@ def lookup_losses(error: Tensor, moment: Tensor, shares: Tensor) -> Tensor:
         shares: f_r [rows].
     """
     return 0.5 * shares.double() * row_losses(error, moment.to(error)).double()
-
-
-def _row_errors(error: Tensor, metric: Tensor) -> Tensor:
-    """e_r M e_rᵀ of every row, fp64 [rows]."""
-    if metric.ndim == 1:
-        return error.double().square() @ metric.double()
-    return row_losses(error, metric.to(error)).double()
 
 
 def _spread(count: int, most: int, device: torch.device) -> Tensor:

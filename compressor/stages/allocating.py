@@ -28,7 +28,7 @@ from compressor.model.block import Block
 from compressor.model.walk import BlockWalk
 from compressor.numerics.hessian import DiagonalAccumulator, HessianAccumulator
 from compressor.numerics.knapsack import choose
-from compressor.numerics.sensitivity import compensated_columns, rounding_losses
+from compressor.numerics.sensitivity import Metric, compensated, rounding_losses
 from compressor.stages.allocate_bits import allotment
 from compressor.stages.budget import Unit, dense_bytes
 from compressor.stages.context import StageContext
@@ -224,7 +224,7 @@ def _measure_block(
     dtype = TORCH_DTYPES[STORED[walk.architecture.dtype]]
     losses: Losses = {}
     for _, members in groupby(chosen, lambda matrix: matrix.info.input_group):
-        metric: Tensor | None = None
+        metric: Metric | None = None
         for matrix in members:
             name = matrix.info.name
             metric = _metric(stage, seen.moment(name)) if metric is None else metric
@@ -238,8 +238,8 @@ def _measure_block(
     return losses
 
 
-def _metric(stage: AllocateBits, moment: Tensor) -> Tensor:
+def _metric(stage: AllocateBits, moment: Tensor) -> Metric:
     """What an error in the weights costs at the outputs, as the rounder will leave it."""
     if stage.rounder == "rtn":
-        return moment
-    return compensated_columns(moment, damping=stage.damping)
+        return Metric(moment)
+    return compensated(moment, damping=stage.damping)

@@ -215,6 +215,10 @@ def test_an_interrupted_stage_goes_on_where_it_was_and_chooses_the_same(tmp_path
 
         def block_done(record: BlockRecord) -> None:
             done.append(record.block)
+            # As many as the plan counts: what the next block needs, and no other.
+            assert [path.name for path in folder.rglob("gradients-*")] == [
+                f"gradients-{record.block:05d}"
+            ]
             if len(done) == blocks:
                 raise Killed
 

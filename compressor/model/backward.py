@@ -57,6 +57,10 @@ class Gradients:
             store.append(gradient)
         store.save(self._walk.label)
 
+    def drop(self, index: int) -> None:
+        """Forget what `at` has, for which nothing asks once the block below is passed through."""
+        ActivationStore(self._folder(index), 0).delete()
+
     def sampled(
         self,
         batch: int,

@@ -118,6 +118,7 @@ def _measure(
                     _start_back(walk, stage.seed)
                 of_block = _measure_block(stage, walk, index, schemes)
                 atomic_write_json(path, of_block)
+                Gradients(walk).drop(index + 1)
                 losses |= of_block
                 context.block_done(BlockRecord(index))
             task.advance()

@@ -46,7 +46,7 @@ class CalibrationConfig(BaseModel):
     `datasets`, or a Hub id). `samples` windows of `length` tokens are drawn.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mix: str = Field(
         default="default",
@@ -112,7 +112,7 @@ class CalibrationConfig(BaseModel):
 class Mix(BaseModel):
     """Shares of the shipped domains, as calibration/mixes/*.yaml hold them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     description: str

@@ -174,11 +174,13 @@ def export_run(
         observer: told of progress.
 
     Raises:
-        ResumeError: there is no run.
+        ResumeError: there is no run, or none that is finished.
         UsageError: it has one of the formats already.
         PlanError: the chain cannot be exported so.
     """
     recipe, lock = _recorded(out)
+    if Journal(out / "journal.jsonl").find("report_written") is None:
+        raise ResumeError(f"the run in {out} is not finished", f"compress resume {out}")
     changed, command = recipe.with_exports(added), _first_command(out)
     return run_recipe(changed, lock.model, out, observer=observer, command=command)
 

@@ -219,7 +219,7 @@ def order_problems(methods: Sequence[str]) -> Iterator[OrderProblem]:
     """Every stage that may not follow an earlier one; at most one problem per stage.
 
     Args:
-        methods: in the order of the recipe.
+        methods: in the order of the recipe; "" for one that nobody knows.
     """
     for index, method in enumerate(methods):
         for earlier, before in enumerate(methods[:index]):
@@ -259,4 +259,4 @@ def rank(method: str) -> int:
 
 
 def _sorted_hint(methods: Sequence[str]) -> str:
-    return f"order that works: {' → '.join(sorted(methods, key=rank))}"
+    return f"order that works: {' → '.join(sorted(filter(None, methods), key=rank))}"

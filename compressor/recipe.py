@@ -376,10 +376,12 @@ def _besides(source: Source) -> list[Problem]:
         except (KeyError, ValidationError):
             sections.append(None)
     stages = data.get("stages")
-    methods = [
-        str(stage.get("method")) if isinstance(stage, dict) else ""
+    given = [
+        stage.get("method") if isinstance(stage, dict) else None
         for stage in (stages if isinstance(stages, list) else [])
     ]
+    known = {method.name for method in registry()}
+    methods = [method if method in known else "" for method in given]
     calibration, evaluate = sections
     return [
         *order_problems(methods, source.problem),

@@ -33,7 +33,7 @@ EngineName = Literal[
 class Section(BaseModel):
     """A part of a recipe: immutable, and strict about keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ExportConfig(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ def test_no_choice_of_the_plan_exceeds_the_budget(
     planned = stage.plan(MODEL, lambda option, message, _: refused.append(message))
     if stage.budget(MODEL, found) < sum(min(unit.costs) for unit in found):
         assert "over the budget" in refused[0]
+        told = re.search(r"\(([\d.]+) bits per (linear )?weight\)", refused[0])
+        assert told is not None
+        enough = stage.model_copy(update={"target_bpw": float(told[1]) + 0.01})
+        enough.plan(MODEL, lambda option, message, _: pytest.fail(message))
         return
     assert not refused
     rounded = planned

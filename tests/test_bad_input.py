@@ -357,3 +357,32 @@ def test_the_format_of_a_deliverable_is_another_option(compress: Compress, tmp_p
     assert result.code == 2
     assert "compress export RUN --as gguf writes that format" in result.err
     assert "writes that" not in compress("export", tmp_path, "--format", "xml").err
+
+
+def test_limits_are_finite(compress: Compress) -> None:
+    limits = ["--set", "gates.max_bpb_increase=.nan", "--set", "gates.max_kl=.inf"]
+    result = compress("plan", "r.yaml", "builtin:tiny", *limits)
+    assert result.code == 2
+    for says in ("max_bpb_increase in gates must be a finite number, not nan", "not inf"):
+        assert says in result.err
+
+
+def test_a_hint_of_order_names_known_methods_only(compress: Compress) -> None:
+    methods = ("quantize.gptq", "quantize.gtpq", "transform.awq")
+    lines = [f"  - {{method: {method}}}\n" for method in methods]
+    Path("r.yaml").write_text(f"stages:\n{''.join(lines)}  - {{}}\n", encoding="utf-8")
+    result = compress("plan", "r.yaml", "builtin:tiny")
+    assert result.code == 2
+    assert "order that works: transform.awq → quantize.gptq\n" in result.err
+
+
+def test_deliverables_are_added_to_finished_runs_only(compress: Compress) -> None:
+    assert compress("r.yaml", "builtin:tiny", "-o", "out", "-q").code == 0
+    journal = Path("out/journal.jsonl")
+    lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
+    journal.write_text("".join(lines[:2]), encoding="utf-8")
+    result = compress("export", "out", "--as", "gguf")
+    assert (result.code, result.err) == (
+        2, "error: the run in out is not finished\n  → compress resume out\n"
+    )  # fmt: skip
+    assert journal.read_text(encoding="utf-8") == "".join(lines[:2])

@@ -73,6 +73,11 @@ def test_overrides_reach_the_embedding_when_it_is_rounded() -> None:
         ("[{pattern: embed, bits: 8}]", "only matrices that the stage leaves alone", "targets"),
         ("[{pattern: down, group_size: 48}]", "groups of 48 do not divide the 832", "16, 32, 64"),
         ("[{pattern: down, bits: 2}]", "2-bit round-to-nearest", "force"),
+        (
+            "[{pattern: q, bits: 3}, {pattern: k, group_size: 32}, {pattern: attention, bits: 5}]",
+            "later overrides replace all that the one of 'q' sets",
+            "the last one wins",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_plan(

@@ -46,7 +46,7 @@ def run(
     """Run RECIPE on MODEL; the same command again resumes it."""
     from compressor.recipe import load_recipe
 
-    with _model_too(model):
+    with _model_too(recipe, model):
         loaded = load_recipe(recipe, **_reading(recipe, **reading))
     folder = out or default_out(loaded.name, model, loaded.effort)
 
@@ -112,7 +112,7 @@ def plan(
     from compressor.plan import make_plan
     from compressor.recipe import load_efforts, load_recipe
 
-    with _model_too(model):
+    with _model_too(recipe, model):
         chosen = _reading(recipe, **reading)
         loaded = load_recipe(recipe, **chosen)
     source = resolve(model, config_only=True)
@@ -128,8 +128,11 @@ def plan(
 
 
 @contextmanager
-def _model_too(model: str) -> Iterator[None]:
+def _model_too(recipe: str, model: str) -> Iterator[None]:
     """Tell, with what is wrong with a recipe, what is wrong with the model that it is for."""
+    from compressor.recipe import find_recipe
+
+    find_recipe(recipe)  # a name that is wrong needs no model
     try:
         yield
     except RecipeError as wrong:

@@ -21,7 +21,7 @@ class Suite(BaseModel):
         length: tokens a window holds; a model with a shorter context gets windows of its own size.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     description: str
     domains: tuple[str, ...] = Field(min_length=1)
@@ -34,7 +34,7 @@ class Suite(BaseModel):
 class EvaluateConfig(BaseModel):
     """How every variant of a run is measured against the base."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     suite: str = Field(
         "quick", description="A shipped suite (quick, standard, full) or the path of one."

@@ -18,7 +18,7 @@ Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 class Gates(BaseModel):
     """Margins that the last variant must keep; a margin left out is not judged."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_kl: float | None = Field(
         None, ge=0, description="Mean KL(base || variant) over all domains, nats per token."
@@ -145,7 +145,7 @@ def _sentence(gate: str, limit: float, estimate: Estimate, outcome: Verdict) -> 
     reason = {
         "PASS": "the whole 95 % interval keeps the limit",
         "FAIL": "the whole 95 % interval breaks the limit",
-        "INCONCLUSIVE": "the 95 % interval holds the limit; more evaluation text would decide",
+        "INCONCLUSIVE": "the 95 % interval straddles the limit; more evaluation text would decide",
     }[outcome]
     return (
         f"{outcome}: {name} {estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}], "

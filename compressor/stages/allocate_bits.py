@@ -154,8 +154,13 @@ class AllocateBits(StageConfig):
         """Such as `allocate 3.5 bits per linear weight`."""
         if self.target_size is not None:
             return f"allocate {self.target_size}"
-        of = "linear weight" if self.counting == "linear" else "weight"
-        return f"allocate {self.target_bpw:g} bits per {of}"
+        return f"allocate {self.target_bpw:g} bits per {self._counts}"
+
+    @property
+    def _counts(self) -> str:
+        """What a budget per weight is for."""
+        linear = self.target_size is None and self.counting == "linear"
+        return "linear weight" if linear else "weight"
 
     @field_validator("target_size")
     @classmethod
@@ -239,16 +244,20 @@ class AllocateBits(StageConfig):
 
     def budget(self, architecture: Architecture, found: tuple[Unit, ...]) -> int:
         """Bytes for the units; what stays dense is paid already, so that this may be negative."""
-        dense = dense_bytes(architecture, found, self.layout)
+        weights, dense = self._counted(architecture, found)
         if self.target_size is not None:
             return parse_size(self.target_size) - dense
         assert self.target_bpw is not None
-        weights = architecture.parameters
-        if self.counting == "linear":
-            inner = [matrix for matrix in architecture.matrices if matrix.block is not None]
-            weights = sum(matrix.parameters for matrix in inner)
-            dense = (weights - sum(unit.parameters for unit in found)) * architecture.dtype_bytes
         return int(self.target_bpw * weights / 8) - dense
+
+    def _counted(self, architecture: Architecture, found: tuple[Unit, ...]) -> tuple[int, int]:
+        """Weights that a budget per weight is for, and bytes of what stays dense and counts."""
+        if self._counts == "weight":
+            return architecture.parameters, dense_bytes(architecture, found, self.layout)
+        inner = [matrix for matrix in architecture.matrices if matrix.block is not None]
+        weights = sum(matrix.parameters for matrix in inner)
+        dense = (weights - sum(unit.parameters for unit in found)) * architecture.dtype_bytes
+        return weights, dense
 
     def alternatives(self, final: Architecture) -> Iterator[Architecture]:
         """The final model with each grid on every matrix that may get it."""
@@ -320,17 +329,17 @@ class AllocateBits(StageConfig):
         problems: ReportProblem,
     ) -> None:
         """Say by how much a budget is too small, and what takes the room."""
-        dense = dense_bytes(architecture, found, self.layout)
+        weights, dense = self._counted(architecture, found)
         least = dense + sum(min(unit.costs) for unit in found)
-        weights = 8 * least / architecture.parameters
+        bits = 8 * least / weights
         hint = "raise it, offer fewer bits or larger groups"
         if self.target_bpw is not None and self.counting == "checkpoint":
             hint += ", or write `counting: linear` to leave out what stays dense"
         problems(
             "target_size" if self.target_size else "target_bpw",
             f"the smallest choice of grids is {lacking / 1e6:.2f} MB over the budget: it takes "
-            f"{least / 1e6:.1f} MB ({weights:.2f} bits per weight), of which {dense / 1e6:.1f} MB "
-            "stay dense",
+            f"{least / 1e6:.1f} MB ({bits:.2f} bits per {self._counts}), of which "
+            f"{dense / 1e6:.1f} MB stay dense",
             hint,
         )
 

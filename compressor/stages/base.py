@@ -102,7 +102,7 @@ class Need:
 class StageConfig(BaseModel, ABC):
     """One entry of `stages` in a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: ClassVar[str] = ""
     """Paper or reference of the method, shown by `compress explain`."""

@@ -18,7 +18,7 @@ GroupSize = Literal["channel"] | Annotated[int, Field(ge=16)]
 class Override(BaseModel):
     """Another grid for some of the matrices that a stage rounds."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pattern: str = Field(
         description="Matrices that it is for, written like an entry of `targets`; of those, only "
@@ -41,6 +41,11 @@ class Override(BaseModel):
             raise ValueError("an override needs `bits`, `group_size` or `symmetry`")
         return self
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """What it sets of a grid."""
+        return frozenset(self.model_dump(exclude={"pattern"}, exclude_none=True))
+
     def applied(self, scheme: WeightScheme) -> WeightScheme:
         """The grid with what is written here in place of its own."""
         size = self.group_size
@@ -59,6 +64,24 @@ class Override(BaseModel):
 def group_of(size: GroupSize) -> int | None:
     """As `WeightScheme.group_size` has it: None for `channel`."""
     return None if size == "channel" else size
+
+
+def is_idle(
+    index: int, overrides: tuple[Override, ...], names: frozenset[str], architecture: Architecture
+) -> bool:
+    """Whether later overrides replace all that one sets, on every matrix that it is for.
+
+    Args:
+        index: of the override.
+        overrides: as written.
+        names: of the matrices that it matches and the stage rounds.
+        architecture: whose names the patterns are matched against.
+    """
+    left = dict.fromkeys(names, overrides[index].keys)
+    for later in overrides[index + 1 :]:
+        for name in later.names(architecture) & names:
+            left[name] -= later.keys
+    return not any(left.values())
 
 
 def overridden(

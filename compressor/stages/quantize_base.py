@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 from pydantic import model_validator
 
 from compressor.stages.base import ReportProblem, StageConfig, option, patterns_option
-from compressor.stages.overrides import GroupSize, Override, group_of, overridden
+from compressor.stages.overrides import GroupSize, Override, group_of, is_idle, overridden
 from compressor.stages.weight_formats import (
     FORMATS,
     fixed_by,
@@ -291,6 +291,9 @@ class RounderConfig(StageConfig):
             elif not matched & schemes.keys():
                 message = f"{override.pattern!r} matches only matrices that the stage leaves alone"
                 problems(place, message, "add them to `targets`, or remove the override")
+            elif is_idle(index, self.overrides, matched & schemes.keys(), architecture):
+                message = f"later overrides replace all that the one of {override.pattern!r} sets"
+                problems(place, message, "the last one wins: write the wider pattern first")
 
     def _check_allotment(
         self,

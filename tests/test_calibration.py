@@ -147,7 +147,7 @@ def test_shipped_mixes_are_valid(name: str) -> None:
     [
         ("{prose: 0.5, code: 0.4}", "sum to 0.9; they must sum to 1"),
         ("{prose: 1.5, code: -0.5}", "the share of 'code' is -0.5"),
-        ("{prose: .nan}", "share of 'prose' is nan"),
+        ("{prose: .nan}", "3:18: prose in domains must be a finite number, not nan"),
         ("{prosa: 1.0}", r"mine\.yaml:3:11: there is no domain 'prosa'"),
         ("{prose: [1}", r"mine\.yaml:3:20: not valid YAML"),
         ("7", r"mine\.yaml:3:10: domains must be a mapping, not 7"),

@@ -380,7 +380,7 @@ def _besides(source: Source) -> list[Problem]:
         stage.get("method") if isinstance(stage, dict) else None
         for stage in (stages if isinstance(stages, list) else [])
     ]
-    known = {method.name for method in registry()}
+    known = tuple(method.name for method in registry())  # what is given may be no string
     methods = [method if method in known else "" for method in given]
     calibration, evaluate = sections
     return [

@@ -368,7 +368,7 @@ def test_limits_are_finite(compress: Compress) -> None:
 
 
 def test_a_hint_of_order_names_known_methods_only(compress: Compress) -> None:
-    methods = ("quantize.gptq", "quantize.gtpq", "transform.awq")
+    methods = ("quantize.gptq", "quantize.gtpq", "transform.awq", "[quantize.rtn]")
     lines = [f"  - {{method: {method}}}\n" for method in methods]
     Path("r.yaml").write_text(f"stages:\n{''.join(lines)}  - {{}}\n", encoding="utf-8")
     result = compress("plan", "r.yaml", "builtin:tiny")

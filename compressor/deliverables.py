@@ -28,7 +28,7 @@ from compressor.serving.record import record_event
 from compressor.stages.packing import targets_of
 from compressor.state import RunState
 from compressor.variants import Variant
-from compressor.verify import verify_export, verify_weights
+from compressor.verify import used_tensors, verify_export, verify_weights
 
 _DIFFERENCES = ("max_logit_difference", "max_weight_difference", "max_logprob_difference")
 
@@ -146,7 +146,8 @@ class Deliverables:
             return {_DIFFERENCES[2]: checked.largest}
         if exporter.read is None:
             return {_DIFFERENCES[0]: self._difference(source.checkpoint, out)}
-        found = verify_weights(exporter.read(out), source.checkpoint, source.codes, out.name)
+        stored, required = exporter.read(out), used_tensors(source.checkpoint)
+        found = verify_weights(stored, source.checkpoint, source.codes, out.name, required)
         return {_DIFFERENCES[1]: found}
 
     def _difference(self, checkpoint: Path, export: Path) -> float | None:

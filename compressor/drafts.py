@@ -32,7 +32,7 @@ from compressor.report.schema import Draft
 from compressor.report.snippets import draft_snippets
 from compressor.stages.draft_base import DraftConfig
 from compressor.variants import Variant
-from compressor.verify import verify_weights
+from compressor.verify import used_tensors, verify_weights
 
 _GENERATION = "generation_config.json"
 _PROMPT_TOKENS = 32
@@ -154,16 +154,17 @@ def deliver_gguf(variant: Variant, out: Path) -> Path | None:
         VerificationError: the file does not hold the draft's weights.
     """
     kind, written = read_binding(out).kind, out / "gguf"
+    required = None
     if kind == "standalone":
         gguf = exporters.exporter("gguf")
         assert gguf.read is not None
         gguf.write(exporters.Source(variant.checkpoint, {}, 0, "gguf"), written)
-        stored = gguf.read(written)
+        stored, required = gguf.read(written), used_tensors(variant.checkpoint)
     elif kind == "eagle3":
         stored = _write_eagle3(variant, written)
     else:
         return None
-    verify_weights(stored, variant.checkpoint, (), written.name)
+    verify_weights(stored, variant.checkpoint, (), written.name, required)
     (file,) = written.glob("*.gguf")
     return file
 

@@ -24,7 +24,7 @@ from compressor.report.render import load_report
 from compressor.report.schema import Report, Variant
 from compressor.requantize import relative_error
 from compressor.serving.words import continued
-from compressor.verify import value_problems, verify_weights
+from compressor.verify import used_tensors, value_problems, verify_weights
 
 _OFTEN_ZERO = ("bias", "zero_point", "g_idx", "qzeros", "weight_format")
 _CHECKPOINT = (
@@ -212,7 +212,7 @@ def _weights(folder: Path) -> Found:
     checkpoint = CheckpointReader(last)
     stored = read(folder) if read else _loaded(folder, set(checkpoint))
     modules = {name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")}
-    difference = verify_weights(stored, last, modules, folder.name)
+    difference = verify_weights(stored, last, modules, folder.name, used_tensors(last))
     return True, f"those of {last.name}, to {difference:.3g} of the largest in their matrix"
 
 

@@ -37,7 +37,7 @@ from compressor.report.schema import Artifact, StageFacts, StageFallback, Varian
 from compressor.sections import ExportConfig
 from compressor.types import Fallback
 from compressor.variants import size_of
-from compressor.verify import value_problems, verify_weights
+from compressor.verify import used_tensors, value_problems, verify_weights
 
 METHOD = "export.gguf"
 _DENSE, _IMPORTANCE = "dense.gguf", "imatrix.gguf"
@@ -181,7 +181,8 @@ def _round_embedding(source: exporters.Source, out: Path) -> str:
     exporters.exporter("gguf").write(source, out)
     own, rounded = CheckpointReader(source.checkpoint), rounded_here(source)
     others = ((name, own[name] if name in rounded else value) for name, value in _stored(out))
-    verify_weights(others, source.checkpoint, source.codes, out.name)
+    required = used_tensors(source.checkpoint)
+    verify_weights(others, source.checkpoint, source.codes, out.name, required)
     return f"gguf {importlib.metadata.version('gguf')}"
 
 
@@ -213,8 +214,8 @@ def relative_error(folder: Path, checkpoint: Path) -> float:
         if own > (whole if before.ndim > 1 else 0.0):
             raise VerificationError(f"{folder.name}: {name} is not the weight that was rounded")
         error, norm = error + own, norm + whole
-    if left - {"lm_head.weight"}:
-        raise VerificationError(f"{folder.name}: {min(left)} is missing")
+    if missing := left & used_tensors(checkpoint):
+        raise VerificationError(f"{folder.name}: {min(missing)} is missing")
     return math.sqrt(error / norm)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from compressor.errors import VerificationError
 from compressor.formats.shards import CheckpointReader
 from compressor.model.architecture import Architecture
+from compressor.model.files import read_config
 from compressor.types import Fallback, StageResult
 
 _ROWS = 16  # of logits, looked at together
@@ -83,11 +84,15 @@ def verify_result(parent: Path, result: StageResult) -> None:
 
 def unread_tensors(checkpoint: Path, architecture: Architecture) -> list[Fallback]:
     """One entry for every tensor on disk that no module of the architecture reads."""
-    read = {name for name, _ in architecture.tensors()}
     return [
-        Fallback(name, f"no module of {architecture.family} reads it", "kept as it is")
-        for name in sorted(set(CheckpointReader(checkpoint)) - read)
+        Fallback(name, f"no module of {architecture.family} reads it", "kept but for GGUF files")
+        for name in sorted(set(CheckpointReader(checkpoint)) - used_tensors(checkpoint))
     ]
+
+
+def used_tensors(checkpoint: Path) -> set[str]:
+    """Names of the tensors that a dense model computes with, as its configuration has it."""
+    return {name for name, _ in Architecture.from_config(read_config(checkpoint)).tensors()}
 
 
 def _name_problems(
@@ -213,17 +218,22 @@ def verify_export(memory: Tensor, disk: Tensor, name: str, tolerance: float = 0.
 
 
 def verify_weights(
-    stored: Iterable[tuple[str, Tensor]], checkpoint: Path, rounded: Collection[str], name: str
+    stored: Iterable[tuple[str, Tensor]],
+    checkpoint: Path,
+    rounded: Collection[str],
+    name: str,
+    required: Collection[str] | None = None,
 ) -> float:
     """Compare the dense weights that an export holds with the checkpoint it was made from.
 
     Matrices with codes may differ by what fp16 does to a scale; everything else is identical.
 
     Args:
-        stored: every tensor of the checkpoint, by its name there, as read from the export.
+        stored: tensors of the checkpoint, by their names there, as read from the export.
         checkpoint: dense.
         rounded: modules (matrices without `.weight`) that have codes.
         name: for the message.
+        required: names that must be among them; all of the checkpoint's by default.
 
     Returns:
         The largest difference, relative to the largest weight of its matrix; 0 when identical.
@@ -231,7 +241,8 @@ def verify_weights(
     Raises:
         VerificationError: a tensor is missing, is there twice, or differs by more.
     """
-    dense, left, worst = CheckpointReader(checkpoint), set(CheckpointReader(checkpoint)), 0.0
+    dense, worst = CheckpointReader(checkpoint), 0.0
+    left = set(dense)
     for tensor, value in stored:
         if tensor not in left:
             raise VerificationError(f"{name}: {tensor} is not in the checkpoint, or is there twice")
@@ -244,8 +255,8 @@ def verify_weights(
                 f"of its largest value (allowed: {allowed:.3g})"
             )
         worst = max(worst, difference)
-    if left:
-        raise VerificationError(f"{name}: {min(left)} is missing")
+    if missing := left if required is None else left & set(required):
+        raise VerificationError(f"{name}: {min(missing)} is missing")
     return worst
 
 

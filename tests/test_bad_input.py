@@ -199,6 +199,37 @@ def test_weights_of_another_dtype_are_known_at_the_start(
     assert not Path("out").exists()
 
 
+def change(model: Path, name: str, tensor: torch.Tensor | None) -> None:
+    """Replace a tensor, or leave it out."""
+    file = model / "model.safetensors"
+    tensors = {k: t for k, t in load_file(file).items() if k != name}
+    added = {} if tensor is None else {name: tensor}
+    save_file(tensors | added, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        (NAME, None, f"lacks the tensor {NAME}, which its config.json calls for"),
+        (NAME, torch.ones(3, 4), f"{NAME} has shape [3, 4] on disk, but config.json calls for"),
+        (
+            "lm_head.weight",
+            torch.ones(4096, 256),
+            "the weights hold lm_head.weight with other values than model.embed_tokens.weight",
+        ),
+    ],
+)
+def test_weights_that_are_not_of_the_configuration(
+    compress: Compress, model: Path, name: str, tensor: torch.Tensor | None, says: str
+) -> None:
+    change(model, name, tensor)
+    for line in (["plan", *LINE], [*LINE, "-o", "out"]):
+        result = compress(*line)
+        assert result.code == 2
+        assert says in result.err
+    assert not Path("out").exists()
+
+
 def test_a_dtype_that_the_configuration_names_wrongly(compress: Compress, model: Path) -> None:
     cast(model, torch.float32)
     result = compress("plan", *LINE)

@@ -129,7 +129,7 @@ def write(source: Source, out: Path) -> None:
     config = read_json(source.checkpoint / "config.json")
     check(source.checkpoint)
     family = GGUF_FAMILIES[config["model_type"]]
-    names = [name for name in reader if name != "lm_head.weight" or not _is_tied(config, reader)]
+    names = _written(config, reader)
     kinds = {name: _kind(reader, name, grids.get(name.removesuffix(".weight"))) for name in names}
     rounded = {name: source.embedding for name in rounded_here(source) if source.embedding}
     kinds |= rounded
@@ -156,6 +156,22 @@ def write(source: Source, out: Path) -> None:
         for name in names:
             writer.write_tensor_data(tensors.data(name))
         writer.close()
+
+
+def _written(config: Mapping[str, Any], reader: CheckpointReader) -> list[str]:
+    """Names of what goes into the file: no copy of a tied embedding, nothing that no module reads.
+
+    The caller's look at the finished file tells whether a tensor of the model is missing.
+    """
+    tied = _is_tied(config, reader)
+    return [n for n in reader if _has_name(n) and not (tied and n == "lm_head.weight")]
+
+
+def _has_name(name: str) -> bool:
+    try:
+        return bool(gguf_name(name))
+    except ModelError:
+        return False
 
 
 def _is_tied(config: Mapping[str, Any], reader: CheckpointReader) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,35 @@ def weight_files(path: Path) -> tuple[Path, ...]:
         if not (path / name).is_file():
             raise ModelError(f"{path} lacks {name}, which its index lists")
     return tuple(path / name for name in _listed(index))
+
+
+def require_tensors(
+    path: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    expected: Iterable[tuple[str, tuple[int, ...]]],
+) -> None:
+    """Check that a checkpoint directory holds what its configuration calls for.
+
+    Args:
+        path: of the directory.
+        stored: shapes on disk by name.
+        expected: names and shapes.
+
+    Raises:
+        ModelError: naming the first tensor that is missing or has another shape.
+    """
+    for name, shape in expected:
+        if name not in stored:
+            raise ModelError(
+                f"{path} lacks the tensor {name}, which its config.json calls for",
+                "files older than transformers 5 may use other names: load the model with"
+                " transformers and save_pretrained() it once",
+            )
+        if stored[name] != shape:
+            raise ModelError(
+                f"{name} has shape {list(stored[name])} on disk,"
+                f" but config.json calls for {list(shape)}"
+            )
 
 
 def _listed(index: Path) -> list[str]:

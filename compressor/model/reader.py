@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compressor.errors import ModelError
-from compressor.model.files import weight_files
+from compressor.model.files import require_tensors, weight_files
 from compressor.types import TORCH_NAMES
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -95,18 +95,7 @@ class TensorReader:
         Raises:
             ModelError: naming the first that is missing or has another shape.
         """
-        for name, shape in expected:
-            if name not in self._files:
-                raise ModelError(
-                    f"{self.checkpoint} lacks the tensor {name}, which its config.json calls for",
-                    "files older than transformers 5 may use other names: load the model with"
-                    " transformers and save_pretrained() it once",
-                )
-            if self.shape(name) != shape:
-                raise ModelError(
-                    f"{name} has shape {list(self.shape(name))} on disk,"
-                    f" but config.json calls for {list(shape)}"
-                )
+        require_tensors(self.checkpoint, {name: self.shape(name) for name in self._files}, expected)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -28,13 +29,15 @@ from compressor.formats.exchange import (
 from compressor.formats.exporters import Source
 from compressor.formats.gguf_blocks import pack_blocks, unpack_blocks
 from compressor.formats.gguf_types import GgufType
+from compressor.formats.headers import INDEX, SINGLE
 from compressor.formats.shards import CheckpointReader
 from compressor.formats.sizes import measure
 from compressor.formats.support import Target
 from compressor.formats.words import half_scales
+from compressor.requantize import relative_error
 from compressor.resources import builtin_model
 from compressor.types import QTensor, WeightScheme
-from compressor.verify import verify_weights
+from compressor.verify import used_tensors, verify_weights
 from tests.formats.helpers import quantize_checkpoint
 
 W4 = WeightScheme(4, 32)
@@ -219,6 +222,25 @@ def test_what_is_written_reads_back_exactly(
         * 8
         / sum(a * b for a, b in shapes)
     )
+
+
+def test_what_no_module_reads_stays_out_of_the_file(tiny: Path, tmp_path: Path) -> None:
+    """A tied head that is stored as well, and the frequencies that Llama 2 was published with."""
+    dense, _ = quantize_checkpoint(tiny, tmp_path / "d", lambda _: None)
+    (file,) = dense.glob("*.safetensors")
+    tensors = dict(CheckpointReader(dense))
+    head = tensors["model.embed_tokens.weight"].clone()
+    surplus = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors | surplus, file, {"format": "pt"})
+    (dense / INDEX).unlink()
+    file.rename(dense / SINGLE)
+    gguf.write(Source(dense, {}, 1, "gguf"), tmp_path)
+    assert {name for name, _ in gguf.read(tmp_path)} == set(tensors) == used_tensors(dense)
+    assert verify_weights(gguf.read(tmp_path), dense, (), "gguf", used_tensors(dense)) == 0.0
+    assert relative_error(tmp_path, dense) == 0.0
+    lost = [pair for pair in gguf.read(tmp_path) if pair[0] != "model.norm.weight"]
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight is missing"):
+        verify_weights(lost, dense, (), "gguf", used_tensors(dense))
 
 
 def test_a_dense_model_keeps_its_dtype(tiny: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from compressor.serving.reference import (
 
 TIMES = 4.0
 FLOOR = 1e-4  # nats; sums in another order differ by a hundredth of it
+_CHANGED = "its files are not those that the run left; see compress verify RUN"
 _DRIVERS: Mapping[str, tuple[str, ...]] = {
     "vllm": ("serve_vllm",),
     "transformers": ("serve_hugging_face", "transformers"),
@@ -62,6 +63,7 @@ class Subject:
         original: the model before any stage, where it is on this machine.
         like: checkpoint whose configuration and tokenizer the files have, where another quantizer
             rounded their weights.
+        sha256: of the files as the run left them, where one did.
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class Subject:
     measured: Path | None = None
     original: Path | None = None
     like: Path | None = None
+    sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -163,7 +166,8 @@ def _subjects(folder: Path) -> Iterator[Subject]:
     for artifact in artifacts:
         ours = artifact.quantizer is None
         measured, like = (last, None) if ours else (None, last)
-        yield Subject(folder / artifact.path, artifact.format, measured, original, like)
+        path = folder / artifact.path
+        yield Subject(path, artifact.format, measured, original, like, artifact.sha256)
 
 
 def _form(folder: Path) -> str:
@@ -190,6 +194,8 @@ def check(program: Program, where: Path, subject: Subject, observer: Observer) -
         "format": subject.name,
         "sha256": combined_sha256(hash_files(subject.folder)),
     }
+    if subject.sha256 not in (None, facts["sha256"]):
+        return EngineCheck(**facts, verdict="FAIL", detail=_CHANGED)
     with as_checkpoint(subject.measured or subject.folder, subject.like) as checkpoint:
         tokenizer = load_tokenizer(checkpoint)
         architecture = Architecture.from_config(read_config(checkpoint))

@@ -230,7 +230,10 @@ def test_what_no_module_reads_stays_out_of_the_file(tiny: Path, tmp_path: Path) 
     (file,) = dense.glob("*.safetensors")
     tensors = dict(CheckpointReader(dense))
     head = tensors["model.embed_tokens.weight"].clone()
-    surplus = {"lm_head.weight": head, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    surplus = {
+        "lm_head.weight": head,
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     save_file(tensors | surplus, file, {"format": "pt"})
     (dense / INDEX).unlink()
     file.rename(dense / SINGLE)

@@ -24,6 +24,7 @@ from compressor.formats.shards import CheckpointReader
 from compressor.model.load import load_model, load_tokenizer
 from compressor.programs import PROGRAMS, EngineFailed
 from compressor.programs import run as run_program
+from compressor.progress import SilentObserver
 from compressor.publish import plan_publication
 from compressor.reload import as_checkpoint
 from compressor.report.render import load_report, stale_files
@@ -209,6 +210,18 @@ def test_a_failure_is_a_warning_and_another_file_is_not_meant(
     assert report.engine_checks == (bad,)
     assert any("vLLM does not compute" in warning.text for warning in report.warnings)
     assert not any("vLLM" in claim.text for claim in report.claims)
+
+
+def test_files_that_were_changed_since_fail_unasked(finished: RunOutcome, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished.folder, tmp_path / "run"))
+    program = PROGRAMS["transformers"]
+    (subject,) = subjects_of(run, program, "compressed-tensors")
+    (file,) = subject.folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found = checking.check(program, Path("nowhere"), subject, SilentObserver())
+    assert (found.verdict, "not those that the run left" in found.detail) == ("FAIL", True)
 
 
 def test_what_an_engine_loads_is_chosen(finished: RunOutcome) -> None:

@@ -148,7 +148,7 @@ def made(
     with Meter() as meter:
         folder = finished(drafter, base, calibration, out / "draft", watcher)
     if not path.is_file():
-        path.write_text(json.dumps({"seconds": meter.seconds, "peak_bytes": meter.peak_bytes}))
+        path.write_text(json.dumps({"seconds": meter.seconds, **meter.peaks()}))
     return folder, dict(json.loads(path.read_text()))
 
 

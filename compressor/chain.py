@@ -120,7 +120,10 @@ class Chain:
             stage=variant.id,
             result=asdict(result) | {"checkpoint": variant.id},
             seconds=meter.seconds + sum(event["seconds"] for event in earlier),
-            peak_bytes=max([meter.peak_bytes, *(event["peak_bytes"] for event in earlier)]),
+            **{
+                name: max([peak, *(event[name] for event in earlier)])
+                for name, peak in meter.peaks().items()
+            },
         )
         for fallback in result.fallbacks:
             run.observer.event("fallback", **asdict(fallback))
@@ -133,8 +136,8 @@ class Chain:
         run = self.run
 
         def block_done(record: BlockRecord) -> None:
-            facts = {"seconds": meter.lap(), "peak_bytes": meter.peak_bytes}
-            run.journal.append("block_done", stage=variant.id, record=asdict(record), **facts)
+            facts = {"record": asdict(record), "seconds": meter.lap(), **meter.peaks()}
+            run.journal.append("block_done", stage=variant.id, **facts)
             self.interruptible.check()
 
         return StageContext(

@@ -83,6 +83,7 @@ class Requantized:
             params={**params, "quantizer": self.facts["quantizer"]},
             seconds=self.facts["seconds"],
             peak_bytes=self.facts["peak_bytes"],
+            device_peak_bytes=self.facts["device_peak_bytes"],
             fallbacks=tuple(StageFallback(**fallback) for fallback in self.facts["fallbacks"]),
             notes={"relative_weight_error": self.facts["relative_error"]},
         )
@@ -116,7 +117,7 @@ def write(
         observer: told of progress.
 
     Returns:
-        Facts for the journal: quantizer, seconds, peak_bytes, relative_error, fallbacks.
+        Facts for the journal: quantizer, seconds, peaks of memory, relative_error, fallbacks.
 
     Raises:
         ResourceError: the program is missing or failed.
@@ -135,7 +136,7 @@ def write(
     return {
         "quantizer": quantizer,
         "seconds": meter.seconds,
-        "peak_bytes": meter.peak_bytes,
+        **meter.peaks(),
         "relative_error": error,
         "fallbacks": fallbacks,
     }

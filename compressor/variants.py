@@ -33,7 +33,7 @@ class Variant:
         stage: options of the stage; None for the base.
         parent: the variant before; None for the base.
         result: what the stage left, once it is done.
-        seconds, peak_bytes: cost of the stage, over all attempts.
+        seconds, peak_bytes, device_peak_bytes: cost of the stage, over all attempts.
     """
 
     id: str
@@ -43,6 +43,7 @@ class Variant:
     result: StageResult | None = None
     seconds: float = 0.0
     peak_bytes: int = 0
+    device_peak_bytes: int = 0
 
     def finished(self, event: Mapping[str, Any]) -> Variant:
         """With the result that the journal's `stage_done` event holds."""
@@ -60,9 +61,8 @@ class Variant:
             mixture=tuple(MixturePoint(**point) for point in facts.get("mixture", ())),
             mixture_unit=facts.get("mixture_unit", "update"),
         )
-        return replace(
-            self, result=result, seconds=event["seconds"], peak_bytes=event["peak_bytes"]
-        )
+        cost = {name: event[name] for name in ("seconds", "peak_bytes", "device_peak_bytes")}
+        return replace(self, result=result, **cost)
 
     def with_fallbacks(self, *more: Fallback) -> Variant:
         """With more things done otherwise than asked."""
@@ -107,6 +107,7 @@ class Variant:
             params=self.stage.model_dump(mode="json", exclude={"method"}),
             seconds=self.seconds,
             peak_bytes=self.peak_bytes,
+            device_peak_bytes=self.device_peak_bytes,
             metrics_per_module=tuple(LayerMetric(**asdict(m)) for m in self.result.metrics),
             fallbacks=tuple(StageFallback(**asdict(f)) for f in self.result.fallbacks),
             notes=self.result.notes,

@@ -21,7 +21,7 @@ from compressor.evaluation.results import (
     GateVerdict,
 )
 
-SCHEMA_VERSION = "1.8.0"
+SCHEMA_VERSION = "1.9.0"
 SCHEMA_ID = f"urn:compressor:report:{SCHEMA_VERSION}"
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "NO GATES"]
@@ -142,7 +142,8 @@ class StageFacts(Frozen):
     method: str
     params: dict[str, Any]
     seconds: float
-    peak_bytes: int
+    peak_bytes: int = Field(description="most resident memory of the process")
+    device_peak_bytes: int = Field(0, description="most memory of tensors on the GPU; 0 without")
     metrics_per_module: tuple[LayerMetric, ...] = ()
     fallbacks: tuple[StageFallback, ...] = ()
     notes: dict[str, float] = Field(default_factory=dict)

@@ -9,7 +9,7 @@ from typing import Any
 from compressor.evaluation.results import Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
-from compressor.report.schema import Attribution, Report, Variant
+from compressor.report.schema import Attribution, Report, StageFacts, Variant
 
 NONE = "–"
 
@@ -273,9 +273,15 @@ def _stage_row(variant: Variant, own: Attribution, labels: dict[str, str]) -> tu
         or_none(own.median_loss, numbers.number),
         or_none(own.median_baseline_loss, numbers.number),
         numbers.duration(stage.seconds),
-        numbers.size(stage.peak_bytes),
+        _peaks(stage),
         str(len(stage.fallbacks)),
     )
+
+
+def _peaks(stage: StageFacts) -> str:
+    """Memory of the process, and of the GPU where there is one."""
+    resident, device = numbers.size(stage.peak_bytes), numbers.size(stage.device_peak_bytes)
+    return f"{resident}, GPU {device}" if stage.device_peak_bytes else resident
 
 
 def settings(params: dict[str, Any]) -> str:

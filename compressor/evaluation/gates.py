@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.errors import UsageError
-from compressor.evaluation.results import Estimate, Evaluation, GateVerdict
+from compressor.evaluation.results import FEW_DOCUMENTS, Estimate, Evaluation, GateVerdict
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
@@ -70,7 +70,7 @@ def judge(gates: Gates, evaluation: Evaluation | None, bytes_on_disk: int) -> li
         limit = getattr(gates, gate)
         if limit is not None:
             estimate = _estimate(gate, evaluation, bytes_on_disk)
-            verdicts.append(_judge_one(gate, float(limit), estimate))
+            verdicts.append(_judge_one(gate, float(limit), estimate, _undecided(evaluation)))
     return verdicts
 
 
@@ -95,14 +95,23 @@ def overall_verdict(verdicts: list[GateVerdict]) -> Verdict:
     return "INCONCLUSIVE" if "INCONCLUSIVE" in found else "PASS"
 
 
-def _judge_one(gate: str, limit: float, estimate: Estimate) -> GateVerdict:
+def _undecided(evaluation: Evaluation | None) -> str:
+    """Why an interval straddles a limit, and what would help."""
+    scores = evaluation.domains.values() if evaluation else ()
+    fewest = min((score.documents for score in scores), default=FEW_DOCUMENTS)
+    few = f", wide because one domain has only {fewest} documents or windows,"
+    wide = few if fewest < FEW_DOCUMENTS else ""
+    return f"the 95 % interval{wide} straddles the limit; more evaluation text would decide"
+
+
+def _judge_one(gate: str, limit: float, estimate: Estimate, undecided: str) -> GateVerdict:
     outcome = _at_least(estimate, limit) if gate.startswith("min_") else verdict(estimate, limit)
     return GateVerdict(
         gate=gate,
         limit=limit,
         estimate=estimate,
         verdict=outcome,
-        sentence=_sentence(gate, limit, estimate, outcome),
+        sentence=_sentence(gate, limit, estimate, outcome, undecided),
     )
 
 
@@ -133,7 +142,7 @@ def _estimate(gate: str, evaluation: Evaluation | None, bytes_on_disk: int) -> E
     return measured
 
 
-def _sentence(gate: str, limit: float, estimate: Estimate, outcome: Verdict) -> str:
+def _sentence(gate: str, limit: float, estimate: Estimate, outcome: Verdict, undecided: str) -> str:
     name, bound = _NAMES[gate], "at least" if gate.startswith("min_") else "at most"
     if gate == "max_bytes":
         return f"{outcome}: {name} {estimate.value:,.0f}; the limit is {bound} {limit:,.0f}."
@@ -145,7 +154,7 @@ def _sentence(gate: str, limit: float, estimate: Estimate, outcome: Verdict) -> 
     reason = {
         "PASS": "the whole 95 % interval keeps the limit",
         "FAIL": "the whole 95 % interval breaks the limit",
-        "INCONCLUSIVE": "the 95 % interval straddles the limit; more evaluation text would decide",
+        "INCONCLUSIVE": undecided,
     }[outcome]
     return (
         f"{outcome}: {name} {estimate.value:.4g} [{estimate.low:.4g}, {estimate.high:.4g}], "

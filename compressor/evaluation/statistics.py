@@ -6,6 +6,9 @@ Every number we report (mean NLL, bits per byte, mean KL, agreement) is a ratio 
 documents. A resample is then a vector of multinomial counts, and one matrix product gives the sums
 of all metrics in all resamples. `scipy.stats.bootstrap` cannot resample domains separately
 (stratified) while keeping metrics paired inside them, which is why the loop is ours.
+
+Two or three documents have too few different resamples to reach the tails of anything: below
+`FEW_DOCUMENTS` in a domain, the interval is Student's, from the jackknife.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, stdtrit
 
-from compressor.evaluation.results import Estimate
+from compressor.evaluation.results import FEW_DOCUMENTS, Estimate
 
 Floats = NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
@@ -51,11 +54,13 @@ class Bootstrap:
         return totals
 
     def interval(self, statistic: Statistic, level: float = 0.95) -> Estimate:
-        """Bias-corrected, accelerated interval (Efron 1987), widened for few clusters.
+        """Bias-corrected, accelerated interval (Efron 1987); of few clusters, Student's.
 
         Args:
             statistic: from totals [..., D, K] to a value [...].
             level: coverage of the two-sided interval.
+
+        None with a stratum of one cluster, and a point where all clusters agree.
 
         A bootstrap over n clusters is narrow by sqrt((n-1)/n) and knows no t quantiles; the levels
         are expanded as in Hesterberg (2015, The American Statistician 69, §4), taking the smallest
@@ -64,11 +69,29 @@ class Bootstrap:
         value = float(statistic(self._totals))
         if self._sizes.min() < 2:
             return Estimate(value=value)
+        if self._sizes.min() < FEW_DOCUMENTS:
+            half = self._student_half_width(statistic, level)
+            return Estimate(value=value, low=value - half, high=value + half)
         draws = np.sort(statistic(self._draws))
         if draws[0] == draws[-1]:
             return Estimate(value=value, low=value, high=value)
         low, high = np.quantile(draws, self._levels(draws, value, statistic, level))
         return Estimate(value=value, low=float(low), high=float(high))
+
+    def _student_half_width(self, statistic: Statistic, level: float) -> float:
+        """Half of a Student t interval around the value.
+
+        Variances are the jackknife's, which add up over strata; degrees of freedom are
+        Satterthwaite's (1946, Biometrics Bulletin 2, 110). The interval may reach beyond what the
+        quantity can be, a KL below zero say: cut there, its half would understate the upper end.
+        """
+        influences = self._influences(statistic)
+        variances = np.array([len(own) / (len(own) - 1) * (own**2).sum() for own in influences])
+        total = variances.sum()
+        if total == 0:
+            return 0.0
+        freedom = 1 / ((variances / total) ** 2 / (self._sizes - 1)).sum()
+        return float(stdtrit(freedom, (1 + level) / 2) * np.sqrt(total))
 
     def _levels(self, draws: Floats, value: float, statistic: Statistic, level: float) -> Floats:
         """The two quantiles of the bootstrap distribution that bound the interval."""
@@ -82,13 +105,14 @@ class Bootstrap:
 
     def _acceleration(self, statistic: Statistic) -> float:
         """Skewness of the jackknife influences / 6, over all strata."""
-        influences = []
-        for totals in self._left_out:
-            values = statistic(totals)
-            influences.append((values.mean() - values) * (len(values) - 1) / len(values))
-        joined = np.concatenate(influences)
+        joined = np.concatenate(self._influences(statistic))
         spread = float((joined**2).sum()) ** 1.5
         return float((joined**3).sum()) / (6 * spread) if spread > 0 else 0.0
+
+    def _influences(self, statistic: Statistic) -> list[Floats]:
+        """By stratum, what every cluster [clusters] adds to the value, by the jackknife."""
+        values = [statistic(totals) for totals in self._left_out]
+        return [(own.mean() - own) * (len(own) - 1) / len(own) for own in values]
 
 
 def worst_of(estimates: dict[str, Estimate], simultaneous: dict[str, Estimate]) -> Estimate:

@@ -59,6 +59,7 @@ def to_html(report: Report) -> str:
         labels=labels_of(report),
         headline=next(v for v in report.variants if v.id == report.headline),
         figures=drawn,
+        intervals=tables.INTERVALS,
         settings=tables.settings,
         assurance=delivery_tables.assurance,
         layer_keys=[key for key in drawn if key.startswith(("layers-", "mixture-"))],

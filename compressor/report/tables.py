@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.evaluation.results import Divergence, Estimate, Evaluation, Score
+from compressor.evaluation.results import FEW_DOCUMENTS, Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
 from compressor.report.schema import Attribution, Report, StageFacts, Variant
 
 NONE = "–"
+INTERVALS = (
+    f"a bootstrap over documents, Student's t where a domain has fewer than {FEW_DOCUMENTS} of them"
+)
 
 
 @dataclass(frozen=True)
@@ -153,8 +156,8 @@ def domain_table(report: Report, variant: str) -> Table:
     evaluation = report.evaluations[variant]
     return Table(
         f"domains-{variant}",
-        f"{labels_of(report)[variant]} by domain. ± is half the 95 % interval from a bootstrap "
-        "over documents; differences are paired by document.",
+        f"{labels_of(report)[variant]} by domain. ± is half the 95 % interval, {INTERVALS}; "
+        "differences are paired by document.",
         (
             "domain",
             "docs",

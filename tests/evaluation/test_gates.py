@@ -86,6 +86,17 @@ def test_each_margin(gate: str, passes: float, undecided: float, fails: float) -
         assert result.estimate.low is not None
 
 
+def test_few_documents_are_named_as_the_reason() -> None:
+    """The narrowest domain counts, not the sum; a decided gate has nothing to excuse."""
+    many = evaluation()
+    few = many.domains["code"].model_copy(update={"documents": 3})
+    some = many.model_copy(update={"domains": many.domains | {"prose": few}})
+    reason = "wide because one domain has only 3 documents or windows"
+    assert reason in judge(Gates(max_kl=0.02), some, 0)[0].sentence
+    assert reason not in judge(Gates(max_kl=0.05), some, 0)[0].sentence
+    assert "wide" not in judge(Gates(max_kl=0.02), many, 0)[0].sentence
+
+
 def test_bytes_are_exact_and_need_no_evaluation() -> None:
     assert judge(Gates(max_bytes=100), None, 100)[0].verdict == "PASS"
     result = judge(Gates(max_bytes=1000), None, 1001)[0]

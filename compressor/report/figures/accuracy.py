@@ -152,7 +152,7 @@ def forest(report: Report) -> Figure | None:
         "forest",
         "What each variant costs, domain by domain",
         "Paired difference in bits per byte to the base on the same documents, with its 95 % "
-        "interval from a bootstrap over documents. Right of the line is worse. An interval that "
+        "interval over documents. Right of the line is worse. An interval that "
         "touches the line is no evidence of a loss, nor of its absence.",
         "; ".join(rows),
         lambda width: _draw_forest(report, width),

@@ -38,14 +38,17 @@ def _delta_bits(totals: Floats) -> Floats:
     return _bits(totals) - _ratio(_BASE_NLL, _BYTES)(totals) / _LN2
 
 
-def _perplexity(totals: Floats) -> Floats:
-    return np.exp(_ratio(_NLL, _TOKENS)(totals))
+def _delta_nll(totals: Floats) -> Floats:
+    return _NLL_MEAN(totals) - _ratio(_BASE_NLL, _TOKENS)(totals)
 
 
-def _perplexity_ratio(totals: Floats) -> Floats:
-    return np.exp(_ratio(_NLL, _TOKENS)(totals) - _ratio(_BASE_NLL, _TOKENS)(totals))
+def _exponential(nll: Estimate) -> Estimate:
+    """Perplexity, or a ratio of two, from nats: so both ends of its interval are positive."""
+    low, high = (None if end is None else float(np.exp(end)) for end in (nll.low, nll.high))
+    return Estimate(value=float(np.exp(nll.value)), low=low, high=high)
 
 
+_NLL_MEAN = _ratio(_NLL, _TOKENS)
 _KL_MEAN, _AGREEMENT = _ratio(_KL, _TOKENS), _ratio(_AGREE, _TOKENS)
 
 
@@ -145,10 +148,10 @@ class Summary:
             tokens=round(sum(part[:, _TOKENS].sum() for part in sums)),
             bytes=round(sum(part[:, _BYTES].sum() for part in sums)),
             in_calibration=known,
-            perplexity=bootstrap.interval(_perplexity),
+            perplexity=_exponential(bootstrap.interval(_NLL_MEAN)),
             bits_per_byte=bootstrap.interval(_bits),
             delta_bits_per_byte=bootstrap.interval(_delta_bits) if paired else None,
-            delta_perplexity_ratio=bootstrap.interval(_perplexity_ratio) if paired else None,
+            delta_perplexity_ratio=_exponential(bootstrap.interval(_delta_nll)) if paired else None,
             divergence=self.divergence(number) if paired else None,
         )
 
@@ -222,7 +225,7 @@ def _paired_sums(a: TokenScores, b: TokenScores, number: int) -> Floats:
 def _paired(bootstrap: Bootstrap, flips: int, has_kl: bool) -> PairedScore:
     return PairedScore(
         delta_bits_per_byte=bootstrap.interval(_delta_bits),
-        delta_perplexity_ratio=bootstrap.interval(_perplexity_ratio),
+        delta_perplexity_ratio=_exponential(bootstrap.interval(_delta_nll)),
         delta_kl=bootstrap.interval(_KL_MEAN) if has_kl else None,
         top1_agreement=bootstrap.interval(_AGREEMENT),
         flips=flips,

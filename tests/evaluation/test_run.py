@@ -112,6 +112,19 @@ def test_pairing_narrows_the_interval(measured: Measured) -> None:
     assert widths[1] < widths[0]
 
 
+def test_perplexities_of_few_documents_stay_positive(measured: Measured) -> None:
+    """Documents that differ much leave a wide interval in nats, and so no end below zero."""
+    scores = TokenScores.load(measured[-1] / "v.npz")
+    half = scores.cluster % 2
+    two = replace(scores, cluster=half, nll=np.float32(0.5) + 3 * half.astype(np.float32))
+    for score in Summary(two).domains().values():
+        assert score.delta_perplexity_ratio is not None
+        for estimate in (score.perplexity, score.delta_perplexity_ratio):
+            assert inside(estimate)
+            assert estimate.low is not None
+            assert estimate.low > 0
+
+
 def test_quantiles_and_worst_tokens_come_from_the_scores(
     measured: Measured, settings: Settings
 ) -> None:

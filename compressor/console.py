@@ -189,10 +189,14 @@ def evaluation_text(
     results: Sequence[Evaluation], verdicts: Iterable[GateVerdict] | None = None
 ) -> str:
     """One line a model, then one a domain of the last model, the worst domain, the gates."""
-    protocol = results[0].protocol
+    from compressor.evaluation.results import INTERVALS
+
+    protocol, text = results[0].protocol, results[0].overall
     head = (
         f"protocol {protocol.id}, suite {protocol.suite}, windows of {protocol.length} tokens, "
-        f"bos {protocol.bos}, text {protocol.text_sha256[:12]}"
+        f"bos {protocol.bos}, text {protocol.text_sha256[:12]}\n"
+        f"{text.tokens} predicted tokens of {text.documents} documents\n"
+        f"[95 % interval]: {INTERVALS}"
     )
     rows: list[tuple[str, ...]] = [("model", *_SCORES)]
     rows += [_score_row(result.variant, result.overall) for result in results]
@@ -203,6 +207,7 @@ def evaluation_text(
     if worst:
         found.append(f"worst: {worst.domain}, {estimate(worst.delta_bits_per_byte)} bits/byte more")
         found.append(f"worst: {worst.kl_domain}, KL {estimate(worst.kl)} nats")
+        found.append("(intervals that hold for the worst of all domains at once)")
     gates = [f"{verdict.verdict}  {verdict.sentence}" for verdict in verdicts or ()]
     return "\n".join([head, table(rows), "", table(domains), *found, *gates])
 

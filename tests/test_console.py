@@ -78,6 +78,9 @@ def test_comparing_a_model_with_itself(compress: Compress, tmp_path: Path) -> No
     human = compress(*args, "-q")
     assert "builtin:tiny" in human.out
     assert "worst: words, KL " in human.out
+    assert "the worst of all domains at once" in human.out
+    assert "predicted tokens of " in human.out
+    assert "[95 % interval]: a bootstrap over documents" in human.out
     assert human.out.count("100.0%") == 2  # the model and its domain choose the same tokens
 
 

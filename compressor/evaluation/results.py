@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict
 # Documents in a domain from which on intervals are a bootstrap's. It covers 94 % of normal means
 # from 8 documents, but 88 % from 4 and 51 % from 2 (LOG.md); below, intervals are Student's.
 FEW_DOCUMENTS = 8
+INTERVALS = (
+    f"a bootstrap over documents, Student's t where a domain has fewer than {FEW_DOCUMENTS} of them"
+)
 
 
 class Frozen(BaseModel):

@@ -33,13 +33,13 @@ def to_markdown(report: Report) -> str:
         front_matter=_yaml(metadata(report)),
         figures=[figure for figure in figures(report) if figure.key in SHOWN],
         sizes=_markdown(tables.size_table(report)),
-        quality=_markdown(tables.quality_table(report)),
+        quality=_captioned(tables.quality_table(report)),
         deliverables=_markdown(delivery_tables.deliverable_table(report))
         if report.deliverables
         else "",
         engines=_engines(report),
         drafts=_markdown(draft_tables.draft_speeds(report)) if report.drafts else "",
-        domains=_markdown(tables.domain_table(report, report.headline))
+        domains=_captioned(tables.domain_table(report, report.headline))
         if report.headline in report.evaluations
         else "",
         protocol=tables.protocol_of(report),
@@ -104,6 +104,10 @@ def escape(text: str) -> str:
     """Text that Markdown shows as it is, also in a table cell."""
     flat = " ".join(str(text).split("\n"))
     return re.sub(r"([\\`*\[\]|])", r"\\\1", flat.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _captioned(table: Table) -> str:
+    return f"{_markdown(table)}\n\n{escape(table.caption)}"
 
 
 def _markdown(table: Table) -> str:

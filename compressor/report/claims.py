@@ -80,7 +80,7 @@ def _quality_claims(report: Report, document: Document) -> Iterator[Statement]:
             document,
             "worst-domain",
             "The worst domain is {domain} in bits per byte, {delta}, and {kl_domain} in KL, "
-            "{kl} nats per token.",
+            "{kl} nats per token; both intervals hold for the worst of all domains at once.",
             domain=(pointer(*worst, "domain"), "text"),
             delta=(pointer(*worst, "delta_bits_per_byte"), "delta"),
             kl_domain=(pointer(*worst, "kl_domain"), "text"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compressor.evaluation.results import Evaluation
+from compressor.evaluation.results import INTERVALS, Evaluation
 from compressor.report import delivery_tables, draft_tables, numbers, palette, tables
 from compressor.report.figures import figures
 from compressor.report.figures.base import NARROW, WIDE, Figure, compared, labels_of
@@ -59,7 +59,7 @@ def to_html(report: Report) -> str:
         labels=labels_of(report),
         headline=next(v for v in report.variants if v.id == report.headline),
         figures=drawn,
-        intervals=tables.INTERVALS,
+        intervals=INTERVALS,
         settings=tables.settings,
         assurance=delivery_tables.assurance,
         layer_keys=[key for key in drawn if key.startswith(("layers-", "mixture-"))],

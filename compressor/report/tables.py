@@ -6,15 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.evaluation.results import FEW_DOCUMENTS, Divergence, Estimate, Evaluation, Score
+from compressor.evaluation.results import INTERVALS, Divergence, Estimate, Evaluation, Score
 from compressor.report import numbers
 from compressor.report.figures.base import compared, domains_of, labels_of, remarks_of
 from compressor.report.schema import Attribution, Report, StageFacts, Variant
 
 NONE = "–"
-INTERVALS = (
-    f"a bootstrap over documents, Student's t where a domain has fewer than {FEW_DOCUMENTS} of them"
-)
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def quality_table(report: Report) -> Table:
         "Accuracy, mean over domains. ± is half the 95 % interval. Δ base: paired difference to "
         "the base, all stages together. Δ parent: the last stage alone; ≈ marks a difference of "
         "means that was not paired by document and has no interval. The ± of the worst domain "
-        "holds for the worst of all domains at once.",
+        "holds for the worst of all domains at once, that in the domain's own row for it alone.",
         (
             "variant",
             "bits / byte",
@@ -147,8 +144,16 @@ def _divergence_cells(divergence: Divergence | None) -> tuple[str, str, str]:
     return (
         numbers.plus_minus(divergence.mean),
         numbers.number(divergence.p999),
-        numbers.share(divergence.top1_agreement.value),
+        agreement(divergence),
     )
+
+
+def agreement(divergence: Divergence) -> str:
+    """Share of positions at which the most likely token is the base's, in percent."""
+    found = divergence.top1_agreement
+    low, high = (None if end is None else 100 * end for end in (found.low, found.high))
+    shown = Estimate(value=100 * found.value, low=low, high=high)
+    return f"{numbers.plus_minus(shown)}\u00a0%"
 
 
 def domain_table(report: Report, variant: str) -> Table:
@@ -156,7 +161,7 @@ def domain_table(report: Report, variant: str) -> Table:
     evaluation = report.evaluations[variant]
     return Table(
         f"domains-{variant}",
-        f"{labels_of(report)[variant]} by domain. ± is half the 95 % interval, {INTERVALS}; "
+        f"{labels_of(report)[variant]} by domain. ± is half the 95 % interval ({INTERVALS}); "
         "differences are paired by document.",
         (
             "domain",
@@ -193,8 +198,8 @@ def _domain_row(domain: str, score: Score) -> tuple[str, ...]:
         numbers.count(score.tokens),
         numbers.plus_minus(score.bits_per_byte),
         signed(score.delta_bits_per_byte),
-        numbers.value_of(score.perplexity),
-        or_none(score.delta_perplexity_ratio, numbers.value_of),
+        numbers.plus_minus(score.perplexity),
+        or_none(score.delta_perplexity_ratio, numbers.plus_minus),
         *_divergence_cells(score.divergence),
     )
 
@@ -210,14 +215,9 @@ _DIVERGENCE_ROWS: dict[str, Callable[[Divergence], str]] = {
     "Minimum KLD": lambda d: numbers.number(d.minimum),
     "Mean reverse KLD": lambda d: numbers.number(d.reverse_mean),
     "RMS Δp": lambda d: numbers.share(d.delta_p_rms),
-    "Same top p": lambda d: f"{numbers.plus_minus(_percent(d.top1_agreement))} %",
+    "Same top p": agreement,
     "Changed top tokens": lambda d: numbers.count(d.flips),
 }
-
-
-def _percent(estimate: Estimate) -> Estimate:
-    ends = (None if end is None else 100 * end for end in (estimate.low, estimate.high))
-    return Estimate(value=100 * estimate.value, **dict(zip(("low", "high"), ends, strict=True)))
 
 
 def divergence_table(report: Report) -> Table | None:

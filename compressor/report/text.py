@@ -11,6 +11,7 @@ from compressor.report.schema import Report
 from compressor.report.tables import Table
 
 WIDTH = 100  # characters, of sentences
+PROTOCOL = ("protocol", "suite", "window / stride", "predicted tokens", "documents", "dtype")
 DROPPED = ("docs", "ratio to base", "same top")  # what does not fit a terminal
 
 
@@ -21,14 +22,12 @@ def to_text(report: Report) -> str:
     parts = [f"{report.base.id}: {report.verdict}  ({report.run.status}, {seconds}{effort})"]
     parts += [_wrapped(_gate(gate), 13) for gate in report.gates]
     shown = [
-        tables.size_table(report),
-        tables.quality_table(report).without(*DROPPED),
-        *_domains(report),
         draft_tables.draft_speeds(report),
         delivery_tables.deliverable_table(report).without("format"),
         *_engines(report),
     ]
-    parts += ["", *(f"{aligned(table)}\n" for table in shown if table.rows)]
+    parts += ["", f"{aligned(tables.size_table(report))}\n", *_measured(report)]
+    parts += [f"{aligned(table)}\n" for table in shown if table.rows]
     if report.warnings:
         parts += ["Warnings", *(_wrapped(warning.text, 0) for warning in report.warnings)]
     return "\n".join(parts).rstrip() + "\n"
@@ -48,10 +47,18 @@ def _gate(gate: GateVerdict) -> str:
     return f"{gate.verdict:<12} {gate.gate}: {gate.sentence.removeprefix(f'{gate.verdict}: ')}"
 
 
-def _domains(report: Report) -> list[Table]:
-    if report.headline not in report.evaluations:
-        return []
-    return [tables.domain_table(report, report.headline).without(*DROPPED)]
+def _measured(report: Report) -> list[str]:
+    """Quality and domains with what their numbers mean, and how they were measured."""
+    shown = [tables.quality_table(report)] if report.evaluations else []
+    if report.headline in report.evaluations:
+        shown.append(tables.domain_table(report, report.headline))
+    captioned = (f"{aligned(t.without(*DROPPED))}\n{_wrapped(t.caption, 0)}\n" for t in shown)
+    return [*captioned, *_protocol(report)]
+
+
+def _protocol(report: Report) -> list[str]:
+    named = [f"{name} {value}" for name, value in tables.protocol_of(report) if name in PROTOCOL]
+    return [f"{_wrapped('Measured with ' + ', '.join(named), 0)}.\n"] if named else []
 
 
 def _engines(report: Report) -> list[Table]:

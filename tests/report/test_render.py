@@ -374,6 +374,24 @@ def test_the_worst_domain_by_kl_is_shown_everywhere() -> None:
     assert "code in KL, 0.061" in claim
 
 
+def test_every_format_says_how_it_was_measured_and_what_its_intervals_are(report: Report) -> None:
+    """The ± of the worst domain is not that of the domain's own row, so each is explained."""
+    shown = [html.unescape(to_html(report)), card.to_markdown(report), to_text(report)]
+    for text in (" ".join(page.split()) for page in shown):
+        assert "holds for the worst of all domains at once, that in the domain's own row" in text
+        assert "a bootstrap over documents, Student's t where a domain has fewer than 8" in text
+        assert re.search(r"suite(</dt><dd>| )standard", text)
+        assert "predicted tokens" in text
+
+
+def test_numbers_of_a_domain_have_intervals(report: Report) -> None:
+    table = tables.domain_table(report, report.headline)
+    prose = dict(zip(table.header, table.rows[0], strict=True))
+    assert prose["perplexity"] == "13.78 ± 0.63"
+    assert prose["ratio to base"] == "1.061 ± 0.010"
+    assert prose["same top"] == "91.75 ± 0.42\u00a0%"
+
+
 def test_text_fits_a_terminal_and_every_format_ends_with_a_newline(report: Report) -> None:
     assert max(len(line) for line in to_text(report).splitlines()) <= 125
     for form in ("html", "md", "json", "text"):

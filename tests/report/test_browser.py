@@ -45,8 +45,10 @@ for (const svg of shown) {
   }
 }
 const room = document.documentElement;
+const cut = [...document.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth);
 document.title = JSON.stringify({
-  figures: shown.map(s => s.id), out, wide: room.scrollWidth - room.clientWidth,
+  figures: shown.map(s => s.id), out, cut: cut.map(s => s.ariaLabel),
+  wide: room.scrollWidth - room.clientWidth,
   width: room.clientWidth, ground: getComputedStyle(document.body).backgroundColor });
 </script>
 """
@@ -71,7 +73,7 @@ def browse(page: Path, profile: Path, *flags: str) -> subprocess.CompletedProces
 
 @pytest.mark.parametrize(
     ("width", "suffix", "scheme", "ground"),
-    [(1280, "wide", 1, "rgb(255, 255, 255)"), (360, "narrow", 0, "rgb(19, 21, 25)")],
+    [(1200, "wide", 1, "rgb(255, 255, 255)"), (360, "narrow", 0, "rgb(19, 21, 25)")],
 )
 def test_layout(
     page: Path, tmp_path: Path, width: int, suffix: str, scheme: int, ground: str
@@ -88,6 +90,7 @@ def test_layout(
     assert all(name.endswith(suffix) for name in seen["figures"])
     assert seen["out"] == []
     assert seen["wide"] <= 0
+    assert bool(seen["cut"]) == (width == 360)  # where tables do not fit, they scroll
     assert seen["ground"] == ground
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compressor.report.schema import Report, Statement, Style
-from compressor.report.statements import Document, pointer, state
+from compressor.report.statements import Document, named_fallbacks, pointer, state
 
 
 def _label(place: int) -> tuple[str, Style]:
@@ -78,12 +78,13 @@ def draft_warnings(report: Report, document: Document) -> Iterator[Statement]:
                 lookup=(pointer(*found, "lookup"), "ratio"),
             )
         if draft.stage.fallbacks:
+            named, places = named_fallbacks(draft.stage, "drafts", place, "stage")
             yield state(
                 document,
                 f"fallbacks-{draft.id}",
-                "{label}: not everything was done as asked; recorded fallbacks: {count}.",
+                f"{{label}}: not everything was done as asked; {named}",
                 label=label,
-                count=(pointer("drafts", place, "stage", "fallbacks"), "length"),
+                **places,
             )
 
 

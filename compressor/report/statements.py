@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from compressor.report import numbers
-from compressor.report.schema import Evidence, Statement, Style
+from compressor.report.schema import Evidence, StageFacts, Statement, Style
 
 Document = dict[str, Any]
 
@@ -111,3 +111,26 @@ def engine_statement(
             if f"{{{name}}}" in template
         },
     )
+
+
+def named_fallbacks(
+    stage: StageFacts, *place: str | int
+) -> tuple[str, dict[str, tuple[str, Style]]]:
+    """How many fallbacks a stage has, and which: the first of each reason, three at most.
+
+    Args:
+        stage: has fallbacks.
+        place: of the stage in the report.
+
+    Returns:
+        The end of a template, and its places.
+    """
+    reasons = [item.reason for item in stage.fallbacks]
+    firsts = [number for number, reason in enumerate(reasons) if reason not in reasons[:number]][:3]
+    places: dict[str, tuple[str, Style]] = {"count": (pointer(*place, "fallbacks"), "length")}
+    for number in firsts:
+        for field in ("module", "reason", "action"):
+            places[f"{field}_{number}"] = (pointer(*place, "fallbacks", number, field), "text")
+    named = "; ".join(f"{{module_{n}}} ({{reason_{n}}}: {{action_{n}}})" for n in firsts)
+    word = "namely" if len(firsts) == len(reasons) else "among them"
+    return f"recorded fallbacks: {{count}}, {word} {named}.", places

@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 from compressor.evaluation.results import Score
 from compressor.report.draft_statements import draft_warnings
 from compressor.report.schema import Report, Statement, Style
-from compressor.report.statements import Document, engine_statement, pointer, state
+from compressor.report.statements import (
+    Document,
+    engine_statement,
+    named_fallbacks,
+    pointer,
+    state,
+)
 
 FEW_TOKENS = 10_000  # fewer, and the 99.9 % quantile rests on less than ten of them
 
@@ -196,13 +202,14 @@ def _stage_warnings(report: Report, document: Document) -> Iterator[Statement]:
         if variant.stage is None:
             continue
         if variant.stage.fallbacks:
+            named, places = named_fallbacks(variant.stage, *stage)
             yield state(
                 document,
                 f"fallbacks-{variant.id}",
-                "{label}: {method} did not always do what was asked; recorded fallbacks: {count}.",
+                f"{{label}}: {{method}} did not always do what was asked; {named}",
                 label=label,
                 method=method,
-                count=(pointer(*stage, "fallbacks"), "length"),
+                **places,
             )
         metrics = variant.stage.metrics_per_module
         worse = [i for i, m in enumerate(metrics) if m.loss > m.baseline_loss > 0]

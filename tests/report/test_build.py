@@ -6,7 +6,7 @@ from pydantic import ValidationError
 from compressor.errors import VerificationError
 from compressor.evaluation.results import Estimate
 from compressor.report.build import build_report, check_report, pareto_of, verdict_of
-from compressor.report.schema import Facts, Report, StageFacts
+from compressor.report.schema import Facts, Report, StageFacts, StageFallback
 from tests.report import example
 
 LAST = "2-quantize-gptq"
@@ -99,6 +99,29 @@ def test_warnings_of_the_example() -> None:
         "spans-zero-encyclopedia",
         f"fallbacks-{LAST}",
     }
+
+
+def test_fallbacks_are_named_one_for_each_reason() -> None:
+    """Of sixty matrices with one reason the first is named; the others are counted."""
+    (fallback,) = example.report().fallbacks
+    same = [fallback.model_copy(update={"module": f"model.layers.{i}.q_proj"}) for i in range(60)]
+    other = fallback.model_copy(update={"module": "lm_head", "reason": "it was on its grid"})
+    said = []
+    for found in ([fallback], [*same, other]):
+        *before, last = example.facts().variants
+        items = [StageFallback(**item.model_dump(exclude={"variant"})) for item in found]
+        stage = last.stage.model_copy(update={"fallbacks": tuple(items)})
+        report = build_report(changed(variants=(*before, last.model_copy(update={"stage": stage}))))
+        check_report(report)
+        (text,) = (w.text for w in report.warnings if w.id == f"fallbacks-{LAST}")
+        said.append(text.partition("; ")[2])
+    instead = "damping raised from 0.01 to 0.1"
+    reason = f"(the Hessian was not positive definite: {instead})"
+    assert said == [
+        f"recorded fallbacks: 1, namely model.layers.3.mlp.down_proj {reason}.",
+        f"recorded fallbacks: 61, among them model.layers.0.q_proj {reason}; "
+        f"lm_head (it was on its grid: {instead}).",
+    ]
 
 
 def with_evaluation(**values: object) -> Facts:

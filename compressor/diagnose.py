@@ -125,7 +125,7 @@ def _locate(error: ErrorDetails, data: Any) -> _Fault:
     for step in steps:
         if isinstance(data, dict) and step in data:
             data = data[str(step)]
-        elif isinstance(data, list) and isinstance(step, int):
+        elif isinstance(data, list | tuple) and isinstance(step, int):
             data = data[step]
         else:
             continue

@@ -15,7 +15,7 @@ print(outcome.report.verdict)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from compressor.efforts import DEFAULT, EffortName
 from compressor.model.files import read_config
 from compressor.model.load import resolve
 from compressor.plan import Plan, make_plan
-from compressor.recipe import Recipe, load_recipe
+from compressor.recipe import load_recipe, make_recipe
 from compressor.report.schema import Report
 from compressor.stages.base import StageConfig
 
@@ -36,16 +36,17 @@ class Pipeline:
     """A recipe that can be planned and run.
 
     Args:
-        stages: configured stages, in order.
+        stages: configured stages in order, or mappings such as
+            `{"method": "quantize.gptq", "bits": 3}`.
         sections: the other sections of a recipe by name (`calibration`, `evaluate`, `gates`,
             `export`, `seed`), as objects or mappings.
 
     Raises:
-        pydantic.ValidationError: a section breaks a rule.
+        RecipeError: a section breaks a rule; carries every problem found.
     """
 
-    def __init__(self, stages: Sequence[StageConfig], **sections: Any) -> None:
-        self.recipe = Recipe(stages=tuple(stages), **sections)
+    def __init__(self, stages: Sequence[StageConfig | Mapping[str, Any]], **sections: Any) -> None:
+        self.recipe = make_recipe(stages, **sections)
         self._outcome: RunOutcome | None = None
 
     @classmethod
@@ -75,7 +76,7 @@ class Pipeline:
         """Check the recipe against a model and price it; reads `config.json` only.
 
         Raises:
-            PlanError: the chain cannot work on this model.
+            PlanError: the recipe, or its chain on this model, cannot work.
         """
         source = resolve(model, config_only=True)
         return make_plan(self.recipe, read_config(source.path), model)

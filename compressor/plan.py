@@ -123,7 +123,8 @@ def make_plan(
             f"{model} is quantized already; rounding it again would add up the errors",
             "start from the original weights",
         )
-    problems = order_problems([stage.method for stage in recipe.stages], recipe.problem)
+    problems = recipe.problems()
+    problems += order_problems([stage.method for stage in recipe.stages], recipe.problem)
     chain = _chain(recipe, base, problems, settled)
     problems += _unspent(recipe, chain[-1])
     if not problems:  # else the exports would repeat what is wrong with the stages

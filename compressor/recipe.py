@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -28,6 +28,7 @@ from pydantic import (
     SerializeAsAny,
     SkipValidation,
     ValidationError,
+    WrapValidator,
     create_model,
     field_validator,
 )
@@ -126,6 +127,10 @@ class Recipe(Section):
             return Problem(f"{'.'.join(map(str, location))}: {message}", hint=hint)
         return self._source.problem(location, message, hint)
 
+    def problems(self) -> list[Problem]:
+        """What keys of the recipe take from each other, whatever the model."""
+        return [*_idle(self), *_needs(self), *_unread(self)]
+
     def text(self) -> str:
         """The recipe verbatim, or written out when it did not come from a file.
 
@@ -171,9 +176,8 @@ class Recipe(Section):
 @cache
 def recipe_model() -> type[Recipe]:
     """`Recipe` as a file has it: with `stages` told apart by `method`, and with `efforts`."""
-    classes = tuple(registry().get(method.name) for method in registry())
-    stage = Annotated[Union[classes], Field(discriminator="method")]  # type: ignore[valid-type]  # noqa: UP007
-    unjudged = Annotated[tuple[stage, ...] | None, SkipValidation()]
+    stages = _stages()
+    unjudged = Annotated[stages | None, SkipValidation()]  # type: ignore[valid-type]
     effort = _with_stages(Effort, unjudged, default=None)
     efforts = create_model(
         "Efforts",
@@ -189,15 +193,59 @@ def recipe_model() -> type[Recipe]:
         description="The same recipe at other efforts: what `compress RECIPE MODEL --effort light` "
         "or `best` changes. Keys are merged over those of the recipe; lists replace them.",
     )
-    model = _with_stages(Recipe, tuple[stage, ...])
+    model = _with_stages(Recipe, stages)
     made: type[Recipe] = create_model("Recipe", __base__=model, efforts=(efforts | None, described))
     return made
+
+
+@cache
+def _python_model() -> type[Recipe]:
+    """`Recipe` as Python has it: a stage may also be an object, of no registered method even."""
+
+    def judged(value: Any, validate: Callable[[Any], StageConfig]) -> StageConfig:
+        return value if isinstance(value, StageConfig) else validate(value)
+
+    stages = _stages(WrapValidator(judged), SerializeAsAny())  # type: ignore[type-arg]
+    made: type[Recipe] = _with_stages(Recipe, stages)
+    return made
+
+
+def _stages(*rules: Any) -> Any:
+    """The type of `stages`: mappings that say by `method` what their keys are.
+
+    Args:
+        rules: more that pydantic should know of an entry.
+    """
+    classes = tuple(registry().get(method.name) for method in registry())
+    written = Union[classes]  # type: ignore[valid-type]  # noqa: UP007
+    stage = Annotated[(written, Field(discriminator="method"), *rules)]
+    return tuple[stage, ...]
 
 
 def _with_stages(model: type[BaseModel], annotation: Any, **rules: Any) -> Any:
     """The same section with `stages` of the registered methods."""
     field = Field(description=model.model_fields["stages"].description, **rules)
     return create_model(model.__name__, __base__=model, stages=(annotation, field))
+
+
+def make_recipe(stages: Sequence[StageConfig | Mapping[str, Any]], **sections: Any) -> Recipe:
+    """A recipe without a file.
+
+    Args:
+        stages: in order; as objects, or as mappings like those of a file.
+        sections: the other keys of a recipe, likewise.
+
+    Raises:
+        RecipeError: a key or a value breaks a rule; carries every problem found.
+    """
+    data = {"stages": stages, **sections}
+    try:
+        return _python_model().model_validate(data)
+    except ValidationError as error:
+        places: dict[Location, str] = {(key,): key for key in data}
+        places |= {("stages", index): f"stages.{index}" for index, _ in enumerate(stages)}
+        source = Source("", "", data, {}, {}, places)
+        raise RecipeError(diagnose(error, _python_model(), source)) from None
 
 
 def load_recipe(
@@ -363,7 +411,7 @@ def _checked(
     except ValidationError as error:
         return None, [*diagnose(error, model, source), *problems, *_besides(source)]
     recipe._source = source
-    return recipe, [*problems, *_idle(recipe), *_needs(recipe), *_unread(recipe)]
+    return recipe, [*problems, *recipe.problems()]
 
 
 def _besides(source: Source) -> list[Problem]:

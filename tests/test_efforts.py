@@ -285,7 +285,7 @@ def test_efforts_have_folders_of_their_own() -> None:
 def test_from_python(tmp_path: Path) -> None:
     pipeline = Pipeline.from_recipe(write(tmp_path, RECIPE), effort="best")
     assert methods(pipeline.recipe) == ["transform.awq", "quantize.gptq"]
-    with pytest.raises(ValueError, match="efforts"):
+    with pytest.raises(RecipeError, match="efforts: unknown key"):
         Pipeline(stages=pipeline.recipe.stages, efforts={"best": {}})
 
 

@@ -10,12 +10,13 @@ import jsonschema
 import pytest
 from ruamel.yaml import YAML
 
-from compressor import resources
-from compressor.errors import RecipeError
+from compressor import Pipeline, resources
+from compressor.errors import PlanError, RecipeError
 from compressor.formats.support import ENGINES
 from compressor.recipe import Recipe, dump_lock, load_recipe, recipe_json_schema, shipped_recipes
 from compressor.sections import EngineName, Lock
 from compressor.stages.quantize_gptq import QuantizeGptq
+from compressor.stages.quantize_rtn import QuantizeRtn
 
 GOOD = """\
 calibration:
@@ -457,3 +458,34 @@ def test_shipped_recipes_explain_themselves(name: str) -> None:
 
 def test_every_engine_that_a_recipe_can_name_has_known_limits() -> None:
     assert set(EngineName.__args__) == set(ENGINES)
+
+
+# ---------------------------------------------------------------------- from Python
+
+
+def test_what_is_wrong_in_python_is_told_like_a_file() -> None:
+    stages = [QuantizeGptq(), {"method": "quantize.gptq", "bits": 9}, {"method": "gptq"}]
+    with pytest.raises(RecipeError) as caught:
+        Pipeline(stages, calibration={"sample": 2}, export=({"format": "dense", "typ": 1},))
+    assert sorted(str(problem).partition("\n")[0] for problem in caught.value.problems) == [
+        "calibration: unknown key 'sample' in calibration; did you mean 'samples'?",
+        "export: unknown key 'typ' in export; did you mean 'type'?",
+        "stages.1: bits in quantize.gptq must be at most 8, not 9",
+        "stages.2: unknown method 'gptq'; did you mean 'quantize.gptq'?",
+    ]
+
+
+def test_python_cannot_skip_what_a_file_is_checked_for() -> None:
+    unread = {"method": "quantize.rtn", "group_size": 64, "embedding_bits": 4}
+    with pytest.raises(PlanError) as caught:
+        Pipeline([unread, QuantizeGptq(group_size=64)]).plan("builtin:tiny")
+    told = "\n".join(problem.message for problem in caught.value.problems)
+    assert "stages.0.embedding_bits: quantize.rtn.embedding_bits has no effect" in told
+    assert "stages.1.method: quantize.gptq measures its Hessians on calibration text" in told
+
+
+def test_a_stage_may_be_a_mapping() -> None:
+    stage = {"method": "quantize.rtn", "bits": 3, "group_size": 64}
+    recipe = Pipeline([stage]).recipe
+    assert recipe.stages == Pipeline([QuantizeRtn(bits=3, group_size=64)]).recipe.stages
+    assert recipe.model_dump()["stages"][0]["bits"] == 3

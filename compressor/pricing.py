@@ -143,7 +143,7 @@ def stage_plan(
         seconds=flops / rate,
         remarks=(
             *stage.remarks(before),
-            *stage.misjudged(recipe.stages[index + 1 :]),
+            *stage.misjudged(recipe.stages[index + 1 :]).values(),
             *cautions(earlier, stage),
         ),
     )

@@ -121,6 +121,10 @@ class Recipe(Section):
             raise ValueError(f"{min(twice)} is named twice; a format has one folder in the run")
         return exports
 
+    def typed(self, location: Location) -> bool:
+        """Whether a `--set` wrote just this value."""
+        return self._source is not None and location in self._source.overrides
+
     def problem(self, location: Location, message: str, hint: str = "") -> Problem:
         """A problem at a place of the recipe, with file, line and column when it has a file."""
         if self._source is None:
@@ -129,7 +133,7 @@ class Recipe(Section):
 
     def problems(self) -> list[Problem]:
         """What keys of the recipe take from each other, whatever the model."""
-        return [*_idle(self), *_needs(self), *_unread(self)]
+        return [*_idle(self), *_needs(self), *_unread(self), *_misplaced(self)]
 
     def text(self) -> str:
         """The recipe verbatim, or written out when it did not come from a file.
@@ -462,6 +466,30 @@ def _unread(recipe: Recipe) -> list[Problem]:
         for option, need in stage.unread().items()
         if getattr(stage, option) != type(stage).model_fields[option].default
     ]
+
+
+def _misplaced(recipe: Recipe) -> list[Problem]:
+    """Grids typed for a stage that only foretells them; efforts have other stages at a place."""
+    return [
+        recipe.problem(
+            ("stages", index, option),
+            f"{stage.method}: {sentence}",
+            _at_rounder(recipe, index, option),
+        )
+        for index, stage in enumerate(recipe.stages)
+        for option, sentence in stage.misjudged(recipe.stages[index + 1 :]).items()
+        if recipe.typed(("stages", index, option))
+    ]
+
+
+def _at_rounder(recipe: Recipe, index: int, option: str) -> str:
+    """Where to type what was typed for a stage that only foretells it."""
+    later = enumerate(recipe.stages[index + 1 :], index + 1)
+    place, rounder = next((place, stage) for place, stage in later if stage.rounds_weights)
+    if not hasattr(rounder, option):
+        return "leave it out"
+    value = getattr(recipe.stages[index], option)
+    return f"{rounder.method} rounds, at place {place}: --set stages.{place}.{option}={value} too"
 
 
 def _needs(recipe: Recipe) -> list[Problem]:

@@ -313,3 +313,17 @@ def test_set_may_repair_what_every_effort_inherits(tmp_path: Path) -> None:
     found = problems_of(tmp_path, text)
     assert [line.partition(" ")[0] for line in found] == ["2:12"]  # told once
     assert text_of(load_recipe(path, ["calibration.samples=2"])) == (2, 64)
+
+
+def test_a_grid_typed_for_another_stage_than_the_one_that_rounds_is_a_mistake(
+    tmp_path: Path,
+) -> None:
+    """`stages.0` rounds in the recipe as written; at effort best it only foretells the grid."""
+    path = write(tmp_path, RECIPE)
+    assert load_recipe(path, ["stages.0.bits=3"]).stages[0].label == "RTN W3 g64"
+    (found,) = problems_of(tmp_path, RECIPE, "stages.0.bits=3", effort="best")
+    assert "--set stages.0.bits: transform.awq: `bits: 3` is not what follows" in found
+    with pytest.raises(RecipeError, match=r"at place 1: --set stages\.1\.bits=3 too"):
+        load_recipe(path, ["stages.0.bits=3"], effort="best")
+    both = load_recipe(path, ["stages.0.bits=3", "stages.1.bits=3"], effort="best")
+    assert both.stages[1].label == "GPTQ W3 g64"

@@ -167,23 +167,23 @@ class StageConfig(BaseModel, ABC):
         missing = {k: value for k, value in known.items() if k not in self.model_fields_set}
         return self.model_copy(update=missing)
 
-    def misjudged(self, later: Sequence[StageConfig]) -> Iterator[str]:
-        """Remarks on what the stage `foretells` and no rounder after it does.
+    def misjudged(self, later: Sequence[StageConfig]) -> dict[str, str]:
+        """By option: that what the stage `foretells` is not what any rounder after it does.
 
         Args:
             later: the stages that follow, in order.
         """
         if any(stage.chooses_grids for stage in later):
-            return
+            return {}
         rounders = [stage for stage in later if stage.rounds_weights]
         found = [self.foretells(rounder) for rounder in rounders]
-        for name in found[0] if found else ():
-            there = [known.get(name) for known in found]
-            if getattr(self, name) not in there:
-                yield (
-                    f"`{name}: {getattr(self, name)}` is not what follows: {rounders[0].method} "
-                    f"has {there[0]}, which this stage takes too where the option is left out"
-                )
+        values = {name: [known.get(name) for known in found] for name in next(iter(found), ())}
+        return {
+            name: f"`{name}: {getattr(self, name)}` is not what follows: {rounders[0].method} "
+            f"has {there[0]}, which this stage takes too where the option is left out"
+            for name, there in values.items()
+            if getattr(self, name) not in there
+        }
 
     def plan(self, architecture: Architecture, problems: ReportProblem) -> Architecture:
         """The architecture this stage leaves. Pure: reads no file, loads no weight.

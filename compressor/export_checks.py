@@ -30,42 +30,69 @@ def _possible(recipe: Recipe, final: Architecture) -> Iterator[Architecture]:
         yield from stage.alternatives(final)
 
 
-def export_problems(recipe: Recipe, final: Architecture) -> list[Problem]:
-    """Deliverables that a format cannot hold or an engine would not load."""
+def export_problems(recipe: Recipe, final: Architecture, *, settled: bool = True) -> list[Problem]:
+    """Deliverables that a format cannot hold or an engine would not load.
+
+    Args:
+        recipe: whose exports they are.
+        final: what the last stage leaves.
+        settled: whether the stages are in order. Else only what is wrong with any grid is told:
+            what nothing here writes, what does not know the family, what an engine does not read.
+    """
+    possible: list[Sequence[Target]] = [[]]
+    if settled:
+        possible = [targets_of(one) for one in _possible(recipe, final)]
     found = []
     for index, export in enumerate(recipe.export):
-        if export.format not in _serving(final):
+        if settled and export.format not in _serving(final):
             found.append(_forgotten_inputs(recipe, index, final))
             continue
-        targets = targets_of(final)
-        found += _cache_problems(recipe, index, final)
-        possible = [targets_of(one) for one in _possible(recipe, final)]
-        bare = all(target.scheme is None for target in targets) and final.cache is None
-        if export.format in _PACKED and bare:
-            message = f"nothing is quantized, so there is nothing to pack as {export.format}"
-            hint = "add a quantize stage, or export `dense`"
-            found.append(recipe.problem(("export", index, "format"), message, hint))
-        sentences = [
-            sentence
-            for one in possible
-            for sentence in container_problems(one, export.container, final.model_type)
-        ]
-        if message := first_of(list(dict.fromkeys(sentences))):
-            hint = _HINTS.get(export.container, "change the stage, or export `dense`")
-            found.append(recipe.problem(("export", index, "format"), message, hint))
-        found += _second_quantizer(recipe, index)
-        found += _embedding_problems(recipe, index, final)
-        package = PACKAGES.get(export.format)
-        if package and find_spec(package) is None:
-            message = f"{export.format} export needs the package {package}, which is not installed"
-            hint = f"pip install {package}"
-            found.append(recipe.problem(("export", index, "format"), message, hint))
-        found += _missing_environment(recipe, index)
+        if settled:
+            found += _cache_problems(recipe, index, final)
+            found += _nothing_packed(recipe, index, final)
+            found += _embedding_problems(recipe, index, final)
+        found += _unheld(recipe, index, possible, final.model_type)
+        found += _unwritten(recipe, index)
         for engine in export.engines:
             if message := first_of(_unloadable(engine, possible, export, final)):
                 hint = f"change the stage, or take {engine} out of `engines`"
                 found.append(recipe.problem(("export", index, "engines"), message, hint))
-    return found or _unserved(recipe, final)
+    return found or _unserved(recipe, possible, final)
+
+
+def _nothing_packed(recipe: Recipe, index: int, final: Architecture) -> list[Problem]:
+    """A format for quantized weights, of which there are none."""
+    export = recipe.export[index]
+    dense = all(target.scheme is None for target in targets_of(final)) and final.cache is None
+    if export.format not in _PACKED or not dense:
+        return []
+    message = f"nothing is quantized, so there is nothing to pack as {export.format}"
+    hint = "add a quantize stage, or export `dense`"
+    return [recipe.problem(("export", index, "format"), message, hint)]
+
+
+def _unheld(
+    recipe: Recipe, index: int, possible: Sequence[Sequence[Target]], model_type: str
+) -> list[Problem]:
+    """Grids that a format does not hold, or a family that it does not know."""
+    container = recipe.export[index].container
+    sentences = [
+        sentence for one in possible for sentence in container_problems(one, container, model_type)
+    ]
+    message = first_of(list(dict.fromkeys(sentences)))
+    hint = _HINTS.get(container, "change the stage, or export `dense`")
+    return [recipe.problem(("export", index, "format"), message, hint)] if message else []
+
+
+def _unwritten(recipe: Recipe, index: int) -> list[Problem]:
+    """Packages and programs that have to write the export, and are not there."""
+    found = _second_quantizer(recipe, index) + _missing_environment(recipe, index)
+    export = recipe.export[index]
+    package = PACKAGES.get(export.format)
+    if package and find_spec(package) is None:
+        message = f"{export.format} export needs the package {package}, which is not installed"
+        found.append(recipe.problem(("export", index, "format"), message, f"pip install {package}"))
+    return found
 
 
 def _unloadable(
@@ -79,9 +106,10 @@ def _unloadable(
     return list(dict.fromkeys(sentence for one in problems for sentence in one))
 
 
-def _unserved(recipe: Recipe, final: Architecture) -> list[Problem]:
+def _unserved(
+    recipe: Recipe, possible: Sequence[Sequence[Target]], final: Architecture
+) -> list[Problem]:
     """Engines that the recipe names and that would load none of its deliverables."""
-    possible = [targets_of(one) for one in _possible(recipe, final)]
     found = []
     for engine in recipe.engines:
         reasons = {

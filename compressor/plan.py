@@ -127,8 +127,9 @@ def make_plan(
     problems += order_problems([stage.method for stage in recipe.stages], recipe.problem)
     chain = _chain(recipe, base, problems, settled)
     problems += _unspent(recipe, chain[-1])
-    if not problems:  # else the exports would repeat what is wrong with the stages
-        problems += export_problems(recipe, chain[-1])
+    # With stages that are not in order, exports would repeat what is wrong with them.
+    problems += export_problems(recipe, chain[-1], settled=not problems)
+    problems += _unsuited_text(recipe)
     problems += text_problems(recipe.calibration, recipe.evaluate, recipe.problem)
     problems += _too_long(recipe, base.max_positions)
     if problems:
@@ -150,9 +151,16 @@ def _chain(
     for index, stage in enumerate(recipe.stages):
         report = _reporter(recipe, index, problems)
         planned = stage.plan(chain[-1], report)
-        stage.check_text(recipe.calibration, report)
         chain.append(Architecture.from_config(settled[index]) if index in settled else planned)
     return chain
+
+
+def _unsuited_text(recipe: Recipe) -> list[Problem]:
+    """Text on which a stage cannot work."""
+    problems: list[Problem] = []
+    for index, stage in enumerate(recipe.stages):
+        stage.check_text(recipe.calibration, _reporter(recipe, index, problems))
+    return problems
 
 
 def _unspent(recipe: Recipe, final: Architecture) -> list[Problem]:

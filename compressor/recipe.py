@@ -419,14 +419,8 @@ def _checked(
 
 
 def _besides(source: Source) -> list[Problem]:
-    """What is wrong beside the form: the order of stages, and text that sections in order name."""
+    """What is wrong beside the form: the order of stages, and text that sections name."""
     data = source.data if isinstance(source.data, dict) else {}
-    sections: list[Any] = []
-    for key, kind in (("calibration", CalibrationConfig), ("evaluate", EvaluateConfig)):
-        try:
-            sections.append(kind.model_validate_json(json.dumps(data[key]), strict=True))
-        except (KeyError, ValidationError):
-            sections.append(None)
     stages = data.get("stages")
     given = [
         stage.get("method") if isinstance(stage, dict) else None
@@ -434,11 +428,30 @@ def _besides(source: Source) -> list[Problem]:
     ]
     known = tuple(method.name for method in registry())  # what is given may be no string
     methods = [method if method in known else "" for method in given]
-    calibration, evaluate = sections
+    calibration = _sound(CalibrationConfig, data.get("calibration"), {"samples": 1, "length": 8})
+    evaluate = _sound(EvaluateConfig, data.get("evaluate"), {})
     return [
         *order_problems(methods, source.problem),
         *text_problems(calibration, evaluate, source.problem),
     ]
+
+
+def _sound(kind: type[BaseModel], data: Any, instead: Mapping[str, Any]) -> Any:
+    """A section without its keys that are wrong; None where that leaves none.
+
+    Args:
+        kind: of section.
+        data: as written.
+        instead: values of keys without which defaults would ask for too much.
+    """
+    try:
+        return kind.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        wrong = {str(fault["loc"][0]) for fault in error.errors() if fault["loc"]}
+    if not wrong or not isinstance(data, dict):
+        return None
+    kept = {key: value for key, value in data.items() if key not in wrong}
+    return _sound(kind, {key: instead[key] for key in wrong & instead.keys()} | kept, {})
 
 
 def _idle(recipe: Recipe) -> list[Problem]:

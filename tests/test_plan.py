@@ -102,6 +102,22 @@ def test_problems_of_all_stages_come_together(tmp_path: Path) -> None:
     assert [problem.line for problem in found] == [3, 5, 6, 7]
 
 
+def test_exports_do_not_wait_for_stages(tmp_path: Path) -> None:
+    """Beside a wrong group size: a format that the engine does not read, whatever the grid."""
+    text = RTN.replace("64", "128") + "export:\n  - {format: gguf, engines: [vllm]}\n"
+    text += "  - {format: compressed-tensors, engines: [llama.cpp]}\n"
+    stage, *exports = refusals(tmp_path, text)
+    assert "groups of 128 do not divide" in stage.message
+    assert [(p.line, p.message.partition(";")[0]) for p in exports] == [
+        (5, "vllm does not load gguf"),
+        (6, "llama.cpp does not load pack-quantized"),
+    ]
+    named = RTN.replace("64", "128") + "engines: [llama.cpp]\n"
+    assert "would load none of the deliverables" in refusals(tmp_path, named)[-1].message
+    family = RTN.replace("64", "128") + "export: [{format: gguf}]\n"
+    assert "not of phi3" in refusals(tmp_path, family, SMOL | {"model_type": "phi3"})[-1].message
+
+
 def test_what_the_export_cannot_hold(tmp_path: Path) -> None:
     text = RTN + "export:\n  - format: compressed-tensors\n    engines: [ENGINE]\n"
     mixed = ("stages.0.embeddings=quantize", "stages.0.embedding_bits=8")

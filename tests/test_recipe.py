@@ -460,6 +460,14 @@ def test_every_engine_that_a_recipe_can_name_has_known_limits() -> None:
     assert set(EngineName.__args__) == set(ENGINES)
 
 
+def test_a_wrong_key_does_not_hide_names_in_its_section(tmp_path: Path) -> None:
+    text = GOOD.replace("samples: 4", "samples: many\n  lengt: 9\n  mix: defualt")
+    found = problems_of(tmp_path, text + "evaluate: {length: 3, suite: quik}\n")
+    assert [problem[0] for problem in found] == [2, 3, 4, 9, 9]
+    assert "there is no calibration mix 'defualt'" in found[2][2]
+    assert "no evaluation suite 'quik'" in found[4][2]
+
+
 # ---------------------------------------------------------------------- from Python
 
 

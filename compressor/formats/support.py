@@ -321,6 +321,8 @@ def _listed(titles: Sequence[str]) -> str:
 def _unknown(engine: Engine, targets: Sequence[Target], form: Container) -> Container | None:
     """What the export holds and the engine cannot read at all; None where there is no such."""
     held = {_container(target, form) for target in targets if target.scheme is not None}
+    if form == "auto" and not held:  # any layout that it reads will do
+        held = {*get_args(Format)} & {*engine.containers} or {"pack-quantized"}
     return min((held or {form}) - {*engine.containers, "auto"}, default=None)
 
 

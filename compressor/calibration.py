@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,14 @@ from compressor import resources, text
 from compressor.diagnose import read_model
 from compressor.errors import RecipeError, TextError, guess
 from compressor.text import Document
-from compressor.text_sources import SUFFIXES, numbered_rows
+from compressor.text_sources import (
+    SUFFIXES,
+    Amount,
+    has_text,
+    local_files,
+    most_in,
+    numbered_rows,
+)
 from compressor.types import TokenBatch
 
 if TYPE_CHECKING:
@@ -198,10 +205,10 @@ def _mix_path(mix: str) -> Path:
 
 
 def require_origin(config: CalibrationConfig) -> None:
-    """Check without reading any text that the mix, or a source on this machine, exists.
+    """Check that the mix exists, or that a source on this machine holds text.
 
     Raises:
-        TextError: it does not.
+        TextError: it does not, or what it holds cannot be read.
     """
     if config.source is None:
         load_mix(config.mix)
@@ -210,30 +217,47 @@ def require_origin(config: CalibrationConfig) -> None:
     local = path.suffix in SUFFIXES or config.source.startswith((".", "/", "~"))
     if local and not path.exists():
         raise TextError(f"calibration source {config.source} does not exist")
+    written = [has_text(file) for file in local_files(config.source)]
+    if written and not any(written):
+        raise TextError(f"{config.source} holds no text")
 
 
 def require_enough(config: CalibrationConfig) -> None:
-    """Refuse more windows than the shipped text can hold; no tokenizer makes more of it.
+    """Refuse more windows than the text can fill; no tokenizer makes more of it.
 
     Raises:
-        TextError: a domain of the mix cannot fill its share.
+        TextError: a domain cannot fill its share.
     """
-    if config.source is not None or not config.pack:
-        return
-    counts = apportion(load_mix(config.mix).domains, config.samples)
-    held = _most_tokens()
-    for domain, count in counts.items():
-        if count * (config.length - 1) > held[domain]:  # a window may begin with a token of its own
-            have, need = f"at most {held[domain]:,} tokens", f"{count * config.length:,}"
+    held = _most(config)
+    shares = {USER_DOMAIN: 1.0} if config.source else load_mix(config.mix).domains
+    for domain, count in apportion(shares, config.samples).items():
+        if domain not in held:
+            continue
+        most = held[domain]
+        # A window may begin with a token of its own.
+        if config.pack and count * (config.length - 1) > most.tokens:
+            have, need = f"at most {most.tokens:,} tokens", f"{count * config.length:,}"
             raise _too_little(domain, have, need, config)
+        if not config.pack and count > most.documents:
+            raise _too_little(domain, f"at most {most.documents:,} documents", f"{count:,}", config)
 
 
-def _most_tokens() -> Counter[str]:
+def _most(config: CalibrationConfig) -> dict[str, Amount]:
+    """By domain, as far as it is known without reading the text."""
+    if config.source is None:
+        return _most_shipped()
+    files = local_files(config.source)
+    most = sum(map(most_in, files), Amount(sys.maxsize if config.chat_template else 0, 0))
+    return {USER_DOMAIN: most} if files else {}
+
+
+def _most_shipped() -> dict[str, Amount]:
     """By domain: a token a byte, and two around every document."""
-    held: Counter[str] = Counter()
+    held: dict[str, Amount] = {}
     for shard in text.shards(resources.calibration()):
         if shard.split == "calibration":
-            held[shard.domain] += shard.bytes + 2 * shard.documents
+            most = Amount(shard.bytes + 2 * shard.documents, shard.documents)
+            held[shard.domain] = held.get(shard.domain, Amount(0, 0)) + most
     return held
 
 

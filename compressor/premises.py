@@ -8,10 +8,11 @@ from pathlib import Path
 
 from compressor import order
 from compressor.calibration import CalibrationConfig, require_enough, require_origin
-from compressor.errors import RecipeError, UsageError
+from compressor.errors import RecipeError, TextError, UsageError
 from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.suites import load_suite
 from compressor.source import Location
+from compressor.text import has_text
 from compressor.types import Problem
 
 AtPlace = Callable[[Location, str, str], Problem]
@@ -29,7 +30,7 @@ def order_problems(methods: Sequence[str], problem: AtPlace) -> list[Problem]:
 def text_problems(
     calibration: CalibrationConfig | None, evaluate: EvaluateConfig | None, problem: AtPlace
 ) -> list[Problem]:
-    """Text that the sections name and that does not exist; None is a section that is not there."""
+    """Text that the sections name and that cannot do; None is a section that is not there."""
     found: list[Problem] = []
     if calibration is not None:
         origin = "mix" if calibration.source is None else "source"
@@ -42,9 +43,16 @@ def text_problems(
     with _reported(("evaluate", "suite"), problem, found):
         load_suite(evaluate.suite)
     for domain, path in evaluate.text.items():
-        if not Path(path).is_file():
-            found.append(problem(("evaluate", "text", domain), f"no file {path}", ""))
+        with _reported(("evaluate", "text", domain), problem, found):
+            _require_text(Path(path))
     return found
+
+
+def _require_text(path: Path) -> None:
+    if not path.is_file():
+        raise TextError(f"no file {path}")
+    if not has_text(path):
+        raise TextError(f"{path} holds no text")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from codecs import getincrementaldecoder
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ from compressor import resources
 from compressor.errors import TextError
 
 Split = Literal["calibration", "development", "evaluation"]
+
+_HEAD = 1 << 24  # bytes; a user's file may have many times as many
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,25 @@ def read_utf8(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TextError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def has_text(path: Path) -> bool:
+    """Whether a user's file is not blank, by as much of its beginning as is quick to read.
+
+    Raises:
+        TextError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError as error:
+        raise TextError(f"{path} cannot be read: {error.strerror}") from None
+    whole = len(head) < _HEAD
+    try:
+        written = getincrementaldecoder("utf-8")().decode(head, final=whole)
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    return bool(written.strip()) or not whole
 
 
 def json_row(line: str) -> object:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +17,55 @@ if TYPE_CHECKING:
     from compressor.calibration import CalibrationConfig
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_LEAST_ROW = 8  # bytes of a row of JSON around its text
 Numbered = tuple[int, Mapping[str, Any]]
 """A row and its place in the source."""
+
+
+@dataclass(frozen=True)
+class Amount:
+    """The most that text can hold, whatever the tokenizer."""
+
+    tokens: int
+    documents: int
+
+    def __add__(self, other: Amount) -> Amount:
+        return Amount(self.tokens + other.tokens, self.documents + other.documents)
+
+
+def local_files(source: str) -> list[Path]:
+    """The files of a source on this machine; none of a dataset, saved here or on the Hub.
+
+    Raises:
+        TextError: a folder without files that can be read, or a file of another kind.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() or _is_saved(path):
+        return []
+    if path.is_dir():
+        return _files_in(path)
+    _require_suffix(path)
+    return [path]
+
+
+def has_text(path: Path) -> bool:
+    """Whether a file of a source is not empty, without reading all of a large one.
+
+    Raises:
+        TextError: it cannot be read as what its name says.
+    """
+    return text.has_text(path) if path.suffix != ".parquet" else _parquet_length(path) > 0
+
+
+def most_in(path: Path) -> Amount:
+    """What a file of a source can hold: at most a token a byte, and two around every document.
+
+    Those of parquet are compressed, so that only its rows are known.
+    """
+    if path.suffix == ".parquet":
+        return Amount(sys.maxsize, _parquet_length(path))
+    size = path.stat().st_size
+    return Amount(size + 2, 1 + size // _LEAST_ROW if path.suffix == ".jsonl" else 1)
 
 
 def numbered_rows(config: CalibrationConfig, source: str) -> Iterator[Numbered]:
@@ -36,7 +86,7 @@ def numbered_rows(config: CalibrationConfig, source: str) -> Iterator[Numbered]:
         yield from _hub_rows(config, source)
     elif path.is_file():
         yield from _shuffled(list(_file_rows(path)), config.seed)
-    elif any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    elif _is_saved(path):
         yield from _saved_rows(config, path)
     else:
         yield from _shuffled(_folder_rows(path), config.seed)
@@ -49,11 +99,25 @@ def _shuffled(rows: Any, seed: int) -> Iterator[Numbered]:
         yield index, rows[index]
 
 
+def _is_saved(path: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote a folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def _folder_rows(folder: Path) -> list[Mapping[str, Any]]:
+    return [row for file in _files_in(folder) for row in _file_rows(file)]
+
+
+def _files_in(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES)
     if not files:
         raise TextError(f"folder {folder} holds no file that ends in {', '.join(SUFFIXES)}")
-    return [row for file in files for row in _file_rows(file)]
+    return files
+
+
+def _require_suffix(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise TextError(f"{path} must end in one of {', '.join(SUFFIXES)}")
 
 
 def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -62,8 +126,7 @@ def _file_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     Raises:
         TextError: unknown kind of file, or its content is broken.
     """
-    if path.suffix not in SUFFIXES:
-        raise TextError(f"{path} must end in one of {', '.join(SUFFIXES)}")
+    _require_suffix(path)
     if path.suffix == ".parquet":
         yield from _parquet_rows(path)
         return
@@ -88,14 +151,29 @@ def _json_rows(path: Path, content: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with _parquet_told(path):
         table = pyarrow.parquet.read_table(path)
+    yield from table.to_pylist()
+
+
+def _parquet_length(path: Path) -> int:
+    """Rows, by the footer alone."""
+    import pyarrow.parquet
+
+    with _parquet_told(path):
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+
+
+@contextmanager
+def _parquet_told(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
     except pyarrow.ArrowInvalid as error:
         raise TextError(f"{path} is not a parquet file: {error}") from error
-    yield from table.to_pylist()
 
 
 def _saved_rows(config: CalibrationConfig, path: Path) -> Iterator[Numbered]:

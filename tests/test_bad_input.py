@@ -27,7 +27,7 @@ FILES = {
     "latin.yaml": b"description: caf\xe9",
     "suite.yaml": b"domains: [prose]\nprotokol: gptq\nlength: 4\n",
     "suite2.yaml": b"description: x\ndomains: [prosa, code, docz]\n",
-    "half.jsonl": b'{"text": "whole"}\n{"text": "half \\ud800"}\n',
+    "half.jsonl": b'{"text": "%s"}\n{"text": "half \\ud800"}\n' % (b"whole " * 40),
 }
 DEEP, LONG = "[" * 900 + "]" * 900, "9" * 5000
 
@@ -291,6 +291,44 @@ def test_more_text_than_there_is_is_known_by_the_plan(compress: Compress) -> Non
     assert result.code == 2
     assert "--set calibration.samples: domain 'prose' has at most " in result.err
     assert "lower `samples` or `length`" in result.err
+
+
+BAD_TEXT = [
+    ("empty.txt", b" \n", "calibration.source: empty.txt holds no text"),
+    ("latin.md", b"caf\xe9", "calibration.source: latin.md is not UTF-8 text (byte 3)"),
+    ("half.parquet", b"PAR1", "calibration.source: half.parquet is not a parquet file"),
+    ("rows.csv", b"text", "calibration.source: rows.csv must end in one of .txt"),
+    ("folder/notes.rst", b"x", "calibration.source: folder folder holds no file that ends in"),
+    ("folder/empty.jsonl", b"", "calibration.source: folder holds no text"),
+    ("short.txt", b"x" * 60, "calibration.samples: short.txt has at most 62 tokens of calibration"),
+    ("one.txt", b"x" * 999, "calibration.samples: one.txt has at most 1 documents of calibration"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "says"), BAD_TEXT, ids=[name for name, *_ in BAD_TEXT])
+def test_calibration_text_that_cannot_do_is_known_by_the_plan(
+    compress: Compress, name: str, content: bytes, says: str
+) -> None:
+    file = Path(name)
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    options = [
+        f"calibration.source=./{file.parts[0]}",
+        f"calibration.pack={name[0] != 'o'}".lower(),
+    ]
+    options.append("calibration.samples=2")
+    result = compress("plan", "r.yaml", "builtin:tiny", *(w for o in options for w in ("--set", o)))
+    told = result.err.replace(f"{Path.cwd()}/", "")
+    assert (result.code, f"--set {says}" in told) == (2, True), told
+
+
+def test_evaluation_text_that_cannot_do_is_known_by_the_plan(compress: Compress) -> None:
+    Path("empty.txt").touch()
+    texts = ["--set", "evaluate.text.a=empty.txt", "--set", "evaluate.text.b=latin.yaml"]
+    result = compress("plan", "r.yaml", "builtin:tiny", *texts)
+    told = result.err.replace(f"{Path.cwd()}/", "")
+    assert "--set evaluate.text.a: empty.txt holds no text" in told
+    assert "--set evaluate.text.b: latin.yaml is not UTF-8 text" in told
 
 
 # ---------------------------------------------------------------------- what has no effect

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from compressor import resources, text
 from compressor.diagnose import read_model
 from compressor.errors import RecipeError, TextError, guess
+from compressor.section import Section
 from compressor.text import Document
 from compressor.text_sources import (
     SUFFIXES,
@@ -45,15 +46,13 @@ _COLUMNS = ("column", "chat_template")
 _READ = {".txt": (), ".md": (), ".jsonl": _COLUMNS, ".parquet": _COLUMNS}
 
 
-class CalibrationConfig(BaseModel):
+class CalibrationConfig(Section):
     """Which text the stages may look at, and how much of it.
 
     Either `mix` (a shipped name, or the path of a YAML file like those in calibration/mixes) or
     `source` (a .txt, .md, .jsonl or .parquet file, a folder of such, a dataset saved by
     `datasets`, or a Hub id). `samples` windows of `length` tokens are drawn.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     mix: str = Field(
         default="default",
@@ -116,10 +115,8 @@ class CalibrationConfig(BaseModel):
         return cls.model_fields[name].default
 
 
-class Mix(BaseModel):
+class Mix(Section):
     """Shares of the shipped domains, as calibration/mixes/*.yaml hold them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str
     description: str

@@ -44,6 +44,7 @@ from compressor.evaluation.gates import Gates
 from compressor.paths import resolve_paths, written_paths
 from compressor.premises import order_problems, text_problems
 from compressor.registry import registry
+from compressor.section import Section
 from compressor.sections import (
     Effort,
     Efforts,
@@ -51,7 +52,6 @@ from compressor.sections import (
     ExportConfig,
     Lock,
     PublishConfig,
-    Section,
 )
 from compressor.source import Location, Source, apply_overrides, read_source, read_text
 from compressor.stages.base import StageConfig

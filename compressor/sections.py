@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SkipValidation, model_validator
+from pydantic import Field, SkipValidation, model_validator
 
 from compressor.calibration import CalibrationConfig
 from compressor.efforts import DEFAULT, EffortName
@@ -12,6 +12,7 @@ from compressor.evaluation.config import EvaluateConfig
 from compressor.evaluation.gates import Gates
 from compressor.formats.capabilities import Container
 from compressor.formats.gguf_types import MIXTURES, GgufType, QuantType
+from compressor.section import Section
 from compressor.stages.base import StageConfig
 
 ExportFormat = Literal[
@@ -28,12 +29,6 @@ EngineName = Literal[
     "onnxruntime",
     "openvino",
 ]
-
-
-class Section(BaseModel):
-    """A part of a recipe: immutable, and strict about keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ExportConfig(Section):

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "compressor"
 
 GROUND = {"errors", "types", "resources", "progress", "machine", "source", "interrupts", ""}
-GROUND |= {"efforts", "paths", "programs", "disk", "diagnose"}
+GROUND |= {"efforts", "paths", "programs", "disk", "diagnose", "section"}
 ALGORITHMS = {"numerics"}
 WEIGHTS = {"model", "formats"}
 # Text, measuring and reporting stand beside the stages, with what describes stages to a reader.
@@ -82,6 +82,7 @@ LIGHT += (
 )
 LIGHT += ("diagnose", "order", "plan", "cost", "explain", "progress", "machine", "calibration")
 LIGHT += ("commands/serving", "programs", "export_checks", "pricing", "sections", "premises")
+LIGHT += ("section",)
 LIGHT += ("model/matrices", "model/serving", "model/configuration")
 LIGHT += ("interrupts", "text", "model/architecture", "model/families", "evaluation/config")
 LIGHT += ("evaluation/gates", "evaluation/results", "evaluation/suites", "formats/sizes")
@@ -188,6 +189,11 @@ def test_nothing_reads_pickles_or_runs_strings() -> None:
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         called = {call.id for call in calls if isinstance(call, ast.Name)}
         assert not called & {"eval", "exec", "compile", "__import__"}, path
+
+
+def test_what_a_recipe_says_is_strict_by_one_class() -> None:
+    strict = [path.stem for _, path in modules() if "allow_inf_nan=False" in path.read_text()]
+    assert strict == ["section"]
 
 
 @pytest.mark.parametrize(

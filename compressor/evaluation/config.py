@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from compressor.section import Section
 
 ProtocolName = Literal["rolling", "gptq", "llama.cpp"]
 
 
-class Suite(BaseModel):
+class Suite(Section):
     """Which text is scored and how: one file of `evals/suites`.
 
     Attributes:
@@ -21,8 +23,6 @@ class Suite(BaseModel):
         length: tokens a window holds; a model with a shorter context gets windows of its own size.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
     description: str
     domains: tuple[str, ...] = Field(min_length=1)
     documents: int | None = Field(default=None, ge=1)
@@ -31,10 +31,8 @@ class Suite(BaseModel):
     length: int = Field(default=512, ge=8)
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(Section):
     """How every variant of a run is measured against the base."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     suite: str = Field(
         "quick", description="A shipped suite (quick, standard, full) or the path of one."

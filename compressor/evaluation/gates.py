@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compressor.errors import UsageError
 from compressor.evaluation.results import FEW_DOCUMENTS, Estimate, Evaluation, GateVerdict
+from compressor.section import Section
 
 Verdict = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 
-class Gates(BaseModel):
+class Gates(Section):
     """Margins that the last variant must keep; a margin left out is not judged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_kl: float | None = Field(
         None, ge=0, description="Mean KL(base || variant) over all domains, nats per token."

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
+
+from compressor.section import Section
 
 if TYPE_CHECKING:
     from compressor.calibration import CalibrationConfig, CalibrationSet
@@ -99,10 +101,8 @@ class Need:
     reason: str
 
 
-class StageConfig(BaseModel, ABC):
+class StageConfig(Section, ABC):
     """One entry of `stages` in a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     source: ClassVar[str] = ""
     """Paper or reference of the method, shown by `compress explain`."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from compressor.section import Section
 from compressor.types import Symmetry, WeightScheme
 
 if TYPE_CHECKING:
@@ -15,10 +16,8 @@ if TYPE_CHECKING:
 GroupSize = Literal["channel"] | Annotated[int, Field(ge=16)]
 
 
-class Override(BaseModel):
+class Override(Section):
     """Another grid for some of the matrices that a stage rounds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     pattern: str = Field(
         description="Matrices that it is for, written like an entry of `targets`; of those, only "

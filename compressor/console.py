@@ -94,7 +94,7 @@ def plan_text(plan: Plan) -> str:
         for stage in plan.stages
     ]
     exports = [
-        f"export {export.format}: {size(export.tensor_bytes)}, {export.ratio:.2f}x smaller"
+        f"export {export.format}: {size(export.tensor_bytes)}, {_shrunk(export.ratio)}"
         for export in plan.exports
     ]
     exports += [
@@ -110,6 +110,13 @@ def plan_text(plan: Plan) -> str:
     heads = [f"{plan.model}: {base}", f"tokens: {tokens}"]
     stages = [table(rows)] if plan.stages else []
     return "\n".join([*heads, *stages, *remarks, *exports, *_efforts(plan), total])
+
+
+def _shrunk(ratio: float) -> str:
+    """How large the base is beside what becomes of it, in words."""
+    if f"{ratio:.2f}" == "1.00":
+        return "no smaller"
+    return f"{ratio:.2f}x smaller" if ratio > 1 else f"{1 / ratio:.2f}x larger"
 
 
 def _efforts(plan: Plan) -> list[str]:
@@ -208,7 +215,7 @@ def evaluation_text(
         found.append(f"worst: {worst.domain}, {estimate(worst.delta_bits_per_byte)} bits/byte more")
         found.append(f"worst: {worst.kl_domain}, KL {estimate(worst.kl)} nats")
         found.append("(intervals that hold for the worst of all domains at once)")
-    gates = [f"{verdict.verdict}  {verdict.sentence}" for verdict in verdicts or ()]
+    gates = [verdict.sentence for verdict in verdicts or ()]
     return "\n".join([head, table(rows), "", table(domains), *found, *gates])
 
 
@@ -273,7 +280,7 @@ def _methods() -> list[Row]:
 
 
 def _engine(engine: Engine) -> str:
-    """What an engine loads; `*` marks what our own tests ran there."""
+    """What an engine loads; `LEGENDS` explains the mark."""
     loads = (
         f"{name}{'*' if limits.evidence == 'run' else ''}: {limits}"
         for name, limits in engine.containers.items()
@@ -306,8 +313,15 @@ def _description(path: Path) -> str:
     return str(content.get("description", "")) + (f" [--effort{efforts[2:]}]" if efforts else "")
 
 
-def listing_text(rows: Sequence[Row]) -> str:
-    """Names in a column, descriptions wrapped beside them."""
+LEGENDS = {
+    "engines": "* our own tests load such files there, and others are by the engine's documents. "
+    "dense: ordinary weights; pack-, int- and float-quantized: layouts of compressed-tensors.",
+}
+"""What the marks in a listing mean, by kind."""
+
+
+def listing_text(rows: Sequence[Row], kind: str = "") -> str:
+    """Names in a column, descriptions wrapped beside them, then what marks mean."""
     if not rows:
         return "none"
     width = max(len(row.name) for row in rows) + 2
@@ -315,6 +329,8 @@ def listing_text(rows: Sequence[Row]) -> str:
     for group, members in groupby(rows, key=lambda row: row.group):
         lines += ["", group] if group and lines else [group] if group else []
         lines += [_wrapped(row.name.ljust(width), row.description, width) for row in members]
+    if kind in LEGENDS:
+        lines += ["", textwrap.fill(LEGENDS[kind], _WIDTH)]
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from pydantic_core import PydanticUndefined
 from compressor.diagnose import models_in, nearest
 from compressor.errors import UsageError
 from compressor.recipe import recipe_model
-from compressor.registry import methods, registry
+from compressor.registry import FAMILIES, methods, registry
 from compressor.stages.base import StageConfig
 
 
@@ -47,23 +47,39 @@ class Topic(BaseModel):
 
 
 def explain(topic: str) -> Topic:
-    """Describe `METHOD`, `METHOD.option`, `SECTION` or `SECTION.key`; "" lists them all.
+    """Describe `FAMILY`, `METHOD`, `METHOD.option`, `SECTION` or `SECTION.key`; "" lists them all.
 
     A place of a recipe, such as `stages.0.group_size` or `export.0.format`, stands for its key:
-    in a stage, whose method is not known, for that of every method.
+    in a stage, whose method is not known, for that of every method. So does a key alone, such as
+    `target_bpw`, and a method without its family for the method.
 
     Raises:
         UsageError: there is no such topic; names the nearest.
     """
     topic = re.sub(r"\.\d+(?=\.|$)", "", topic)
+    owners = _owners()
+    found = _whole(topic, owners) or _part(topic, owners)
+    if found is None:
+        raise _unknown(topic, owners)
+    return found
+
+
+def _whole(topic: str, owners: dict[str, type[BaseModel]]) -> Topic | None:
+    """The recipe, a family, a method or a section."""
     if not topic or topic in {"recipe", "stages"}:
         return _overview()
-    owners = _owners()
+    if topic in FAMILIES:
+        return Topic(name=topic, summary=f"{FAMILIES[topic]}.", options=_stages(topic))
+    inside = topic.rpartition(".")[0] in owners
+    return _describe(topic, owners[topic]) if topic in owners and not inside else None
+
+
+def _part(topic: str, owners: dict[str, type[BaseModel]]) -> Topic | None:
+    """A key of stages, of a method or a section, or of the recipe; or a word without its owner."""
     owner, _, key = topic.rpartition(".")
-    if topic in owners and owner not in owners:
-        return _describe(topic, owners[topic])
-    if owner == "stages" and (option := _of_stages(key)):
-        return Topic(name=topic, summary="A key of a stage.", options=option)
+    if owner == "stages":
+        found = _keys(key, {method.name: owners[method.name] for method in methods()})
+        return Topic(name=topic, summary="A key of a stage.", options=found) if found else None
     if owner in owners and key in owners[owner].model_fields:
         full = _describe(owner, owners[owner])
         only = tuple(option for option in full.options if option.name == key)
@@ -71,7 +87,7 @@ def explain(topic: str) -> Topic:
     if not owner and key in recipe_model().model_fields:
         field = recipe_model().model_fields[key]
         return Topic(name=key, summary="A key of the recipe.", options=(_option(key, field, {}),))
-    raise _unknown(topic, owners)
+    return None if owner else _bare(key, owners)
 
 
 def _owners() -> dict[str, type[BaseModel]]:
@@ -86,12 +102,23 @@ def _owners() -> dict[str, type[BaseModel]]:
     return found
 
 
-def _of_stages(key: str) -> tuple[Option, ...]:
-    """An option as every method that has it describes it; the same words once."""
+def _bare(word: str, owners: dict[str, type[BaseModel]]) -> Topic | None:
+    """What a word stands for without what it belongs to: keys, or methods, or both."""
+    named = [method.name for method in methods() if method.name.partition(".")[2] == word]
+    keys = _keys(word, owners)
+    if not keys:
+        return _describe(named[0], owners[named[0]]) if len(named) == 1 else None
+    homes = ", ".join(name for name, model in owners.items() if word in model.model_fields)
+    stages = tuple(option for option in _stages() if option.name in named)
+    return Topic(name=word, summary=f"A key of {homes}.", options=stages + keys)
+
+
+def _keys(key: str, owners: dict[str, type[BaseModel]]) -> tuple[Option, ...]:
+    """A key as every owner that has it describes it; the same words once."""
     described = {
-        option.model_copy(update={"name": key}): f"{method.name}.{key}"
-        for method in methods()
-        for option in _describe(method.name, registry().get(method.name)).options
+        option.model_copy(update={"name": key}): f"{owner}.{key}"
+        for owner, model in owners.items()
+        for option in _describe(owner, model).options
         if option.name == key
     }
     if len(described) == 1:
@@ -99,26 +126,33 @@ def _of_stages(key: str) -> tuple[Option, ...]:
     return tuple(option.model_copy(update={"name": name}) for option, name in described.items())
 
 
+def _stages(family: str = "") -> tuple[Option, ...]:
+    """The methods of a family, or all, each with its summary."""
+    return tuple(
+        Option(name=method.name, accepts="a stage", default="", what=method.summary)
+        for method in methods()
+        if family in ("", method.family)
+    )
+
+
 def topics() -> list[str]:
     """Everything that can be explained, sorted."""
     owners = _owners()
     keys = {f"{owner}.{key}" for owner, model in owners.items() for key in model.model_fields}
-    return sorted(keys | set(owners) | set(recipe_model().model_fields))
+    return sorted(keys | {*owners, *recipe_model().model_fields, *FAMILIES})
 
 
 def _unknown(topic: str, owners: dict[str, type[BaseModel]]) -> UsageError:
     bare = {name.partition(".")[2]: name for name in owners if "." in name}
-    near = nearest(topic, [*topics(), *bare])
+    keys = {key for model in owners.values() for key in model.model_fields}
+    near = nearest(topic, [*topics(), *bare, *sorted(keys)])
     guess = f"; did you mean {bare.get(near, near)!r}?" if near else ""
     return UsageError(f"nothing to explain under {topic!r}{guess}", "compress explain lists topics")
 
 
 def _overview() -> Topic:
     keys = tuple(_option(name, field, {}) for name, field in recipe_model().model_fields.items())
-    stages = tuple(
-        Option(name=m.name, accepts="a stage", default="", what=m.summary) for m in methods()
-    )
-    return Topic(name="recipe", summary="Keys of a recipe, then methods.", options=keys + stages)
+    return Topic(name="recipe", summary="Keys of a recipe, then methods.", options=keys + _stages())
 
 
 def _describe(name: str, model: type[BaseModel]) -> Topic:
@@ -195,10 +229,19 @@ def _kind(annotation: Any) -> str:
         bounds = [text for rule in arguments[1:] for text in _bounds_of(rule)]
         return ", ".join([_kind(arguments[0]), *bounds])
     if origin in {typing.Union, types.UnionType}:
-        return " | ".join(_kind(part) for part in arguments if part is not type(None))
+        kinds = (_kind(part) for part in arguments if part is not type(None))
+        return " | ".join(dict.fromkeys(kinds))
     if origin is tuple:
         return f"list of {_kind(arguments[0])}"
-    return "mapping"
+    return _mapping(annotation)
+
+
+def _mapping(annotation: Any) -> str:
+    if arguments := typing.get_args(annotation):
+        return f"mapping of {_kind(arguments[0])} to {_kind(arguments[1])}"
+    if issubclass(annotation, StageConfig):
+        return "stage"
+    return f"mapping of {', '.join(annotation.model_fields)}"
 
 
 def _bounds_of(rule: object) -> list[str]:

@@ -60,6 +60,8 @@ from compressor.types import Problem
 UNDECISIVE = {"name", "description", "engines", "publish", "lock"}
 """Parts of a recipe that decide nothing about its result."""
 
+_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$"
+
 
 class Recipe(Section):
     """What to do with a model, in the order in which it happens."""
@@ -67,7 +69,7 @@ class Recipe(Section):
     name: str = Field(
         default="",
         description="Names the run; defaults to the file's name.",
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        json_schema_extra={"pattern": _NAME},
     )
     description: str = Field(default="", description="One sentence for `compress ls recipes`.")
     seed: int = Field(default=0, ge=0, lt=2**63, description="Of everything random in the run.")
@@ -106,6 +108,16 @@ class Recipe(Section):
     def effort(self) -> EffortName:
         """The one that was chosen when the recipe was read, or when its lock was written."""
         return self.lock.effort if self.lock else self._effort
+
+    @field_validator("name")
+    @classmethod
+    def _names_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(_NAME, name):
+            raise ValueError(
+                f"{name!r} is no name of a run: letters, digits, '.', '_' and '-', "
+                "beginning with a letter or a digit"
+            )
+        return name
 
     @field_validator("stages")
     @classmethod

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal, Self
 
-from pydantic import Field, SkipValidation, model_validator
+from pydantic import Field, SkipValidation, field_validator, model_validator
 
 from compressor.calibration import CalibrationConfig
 from compressor.efforts import DEFAULT, EffortName
@@ -29,6 +30,8 @@ EngineName = Literal[
     "onnxruntime",
     "openvino",
 ]
+
+_REPOSITORY = r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$"
 
 
 class ExportConfig(Section):
@@ -123,12 +126,22 @@ class PublishConfig(Section):
     repo: str = Field(
         description="`org/name`; further deliverables go to `org/name-FORMAT`. Access and licence "
         "are checked before any work.",
-        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        json_schema_extra={"pattern": _REPOSITORY},
     )
     public: bool = Field(
         default=False, description="Show it to everyone, once it was read back from the Hub."
     )
     pr: bool = Field(default=False, description="Propose the files as a pull request.")
+
+    @field_validator("repo")
+    @classmethod
+    def _names_a_repository(cls, repo: str) -> str:
+        if not re.fullmatch(_REPOSITORY, repo):
+            raise ValueError(
+                f"{repo!r} is not of the form `org/name`: letters, digits, '.', '_' and '-', "
+                "each part beginning with a letter or a digit"
+            )
+        return repo
 
 
 class Lock(Section):

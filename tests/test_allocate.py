@@ -116,6 +116,13 @@ def test_a_size_is_the_budget_of_all_tensors() -> None:
     assert stage.budget(MODEL, stage.units(MODEL)) == 5_000_000 - 4096 * 320 * 2 - 9 * 320 * 2
 
 
+def test_a_budget_that_does_not_bind_is_remarked_upon() -> None:
+    (said,) = AllocateBits(target_size="5MB").remarks(MODEL)
+    assert "sizes in this plan fill the budget" in said
+    (said,) = AllocateBits(target_size="100GB").remarks(MODEL)
+    assert "the budget does not bind: with the largest grid for every matrix 99,992." in said
+
+
 # ---------------------------------------------------------------------- refused
 
 

@@ -119,6 +119,14 @@ def test_a_folder_that_is_a_link_to_itself_is_no_place_for_a_run(compress: Compr
             ("plan", "r.yaml", "m", "--set", "evaluate.seed=1", "--set", "evaluate={}"),
             "--set evaluate: it replaces what --set evaluate.seed wrote",
         ),
+        (
+            ("plan", "w4-rtn", "m", "--set", "name=../../x"),
+            "'../../x' is no name of a run: letters, digits, '.', '_' and '-', beginning with",
+        ),
+        (
+            ("plan", "w4-rtn", "m", "--set", "publish.repo=x"),
+            "'x' is not of the form `org/name`: letters",
+        ),
         (("plan", "mixed-3.5", "m", "--target-bpw", "nan"), "must be a finite number, not nan"),
         (("compare", "m", "m", "--gate", "max_kl"), "--gate max_kl: neither NAME=LIMIT nor a file"),
         (("compare", "m", "m", "--gate", "max_lk"), "--gate max_kl=LIMIT"),

@@ -142,6 +142,33 @@ def test_explain_takes_places_of_a_recipe(compress: Compress) -> None:
     assert compress("explain", "stages.0.bitz").code == 2
 
 
+def test_explain_knows_families_and_bare_words(compress: Compress) -> None:
+    family = compress("explain", "quantize").out
+    assert "quantize.hqq  (a stage)" in family
+    assert "prune" not in family
+    assert compress("explain", "target_bpw").out.startswith("target_bpw: A key of allocate.bits.\n")
+    assert compress("explain", "gptq").out == compress("explain", "quantize.gptq").out
+    several = compress("explain", "bits").out
+    for candidate in ("allocate.bits  (a stage)", "transform.awq.bits  (", "quantize.bnb.bits  ("):
+        assert candidate in several
+    assert "did you mean 'target_bpw'" in compress("explain", "targt_bpw").err
+
+
+def test_explain_says_what_a_mapping_is_of(compress: Compress) -> None:
+    overview = compress("explain").out
+    assert "stages  (list of stage; " in overview
+    assert "publish  (mapping of repo, public, pr; " in overview
+    assert "text  (mapping of text to text; " in compress("explain", "evaluate").out
+    assert "list of mapping of pattern, " in compress("explain", "quantize.rtn.overrides").out
+
+
+def test_marks_in_a_listing_are_explained(compress: Compress) -> None:
+    engines = compress("ls", "engines")
+    assert "dense*" in engines.out
+    assert "\n* our own tests load such files there" in engines.out
+    assert compress("ls", "engines", "--format", "json").json[0]["name"] == "transformers"
+
+
 def test_explain_lists_and_suggests(compress: Compress) -> None:
     overview = compress("explain").out
     assert "quantize.gptq" in overview

@@ -75,8 +75,9 @@ def test_comparing_a_model_with_itself(compress: Compress, tmp_path: Path) -> No
     assert base["overall"]["perplexity"] == same["overall"]["perplexity"]
     assert abs(same["overall"]["divergence"]["mean"]["value"]) < 1e-6
     assert result.err == ""
-    human = compress(*args, "-q")
+    human = compress(*args, "--gate", "max_kl=0.001", "-q")
     assert "builtin:tiny" in human.out
+    assert human.out.count("PASS") == 1
     assert "worst: words, KL " in human.out
     assert "the worst of all domains at once" in human.out
     assert "predicted tokens of " in human.out

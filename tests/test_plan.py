@@ -274,6 +274,9 @@ def test_dense_exports_do_not_shrink(tmp_path: Path) -> None:
     made = plan(tmp_path, RTN + "export:\n  - format: dense\n")
     assert made.exports[0].tensor_bytes == made.base_bytes
     assert made.exports[0].ratio == 1
+    assert "export dense: 269 MB, no smaller" in plan_text(made)
+    larger = made.exports[0].model_copy(update={"ratio": 0.5})
+    assert "MB, 2.00x larger" in plan_text(made.model_copy(update={"exports": (larger,)}))
 
 
 def test_the_formula_meets_an_architecture_without_stages() -> None:

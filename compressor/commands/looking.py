@@ -32,7 +32,7 @@ def _topics(_: click.Context, __: click.Parameter, start: str) -> list[str]:
 def ls(settings: Settings, kind: str) -> None:
     """List what there is of a KIND."""
     rows = console.listing(kind)
-    settings.emit([row._asdict() for row in rows], lambda: console.listing_text(rows))
+    settings.emit([row._asdict() for row in rows], lambda: console.listing_text(rows, kind))
 
 
 @click.command()
@@ -83,7 +83,7 @@ def schema(of: str) -> None:
 @common
 @click.pass_obj
 def explain(settings: Settings, topic: str) -> None:
-    """Explain a method, a section or a key: quantize.gptq, evaluate, quantize.gptq.bits."""
+    """Explain a method, a family, a section or a key: quantize.gptq, quantize, evaluate, bits."""
     from compressor.explain import explain as look_up
 
     found = look_up(topic)

@@ -356,9 +356,14 @@ class AllocateBits(StageConfig):
         """What there is to choose, and that the grids in the plan are an example."""
         found = self.units(before)
         matrices = sum(len(unit.matrices) for unit in found)
+        unspent = self.budget(before, found) - sum(max(unit.costs) for unit in found)
+        filled = "sizes in this plan fill the budget, and the run's never exceed it"
+        if unspent > 0:
+            filled = "the budget does not bind: with the largest grid for every matrix "
+            filled += f"{unspent / 1e6:,.1f} MB of it are left"
         return (
             f"{len(self.choices)} grids to choose from for {matrices} matrices in {len(found)} "
-            "units; sizes in this plan fill the budget, and the run's never exceed it",
+            f"units; {filled}",
         )
 
     def run(

@@ -95,7 +95,12 @@ class Chain:
         name = f"{index + 1:02d}-{stage.method}"
         variant = Variant(name, self.run.folder / "stages" / name, stage, self.run.last)
         event = self.run.journal.find("stage_done", stage=name)
-        return variant.finished(event or self._run_stage(variant, stage, self.run.last.checkpoint))
+        if event is None:
+            self.run.observer.event("stage", stage=name)
+            for remark in self.run.plan.stages[index].remarks:
+                self.run.observer.event("remark", stage=name, text=remark)
+            event = self._run_stage(variant, stage, self.run.last.checkpoint)
+        return variant.finished(event)
 
     def _settle(self, index: int, variant: Variant) -> None:
         """Plan again with what the stage decided, so that sizes and later stages are right."""
@@ -107,7 +112,6 @@ class Chain:
     def _run_stage(self, variant: Variant, stage: StageConfig, parent: Path) -> Event:
         """Run a stage from where an earlier attempt of it stopped; the journal's event."""
         run, meter = self.run, Meter()
-        run.observer.event("stage", stage=variant.id)
         torch.manual_seed(run.recipe.seed)
         earlier = run.journal.all("block_done", stage=variant.id)
         context = self._context(variant, parent, earlier, meter)

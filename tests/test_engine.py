@@ -76,6 +76,20 @@ def test_a_changed_recipe_is_refused_by_what_changed(place: Place, compress: Com
     assert hashes(place.run) == before
 
 
+def test_what_the_plan_remarks_is_said_as_the_stage_begins(
+    compress: Compress, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "stages:\n"
+        "  - {method: quantize.rtn, group_size: 64, overrides: [{pattern: mlp, bits: 8}]}\n"
+        "evaluate: {documents: 1, length: 64, resamples: 100, noise_floor: false}\n"
+        "export: [{format: dense}]\n"
+    )
+    said = compress(recipe, "builtin:tiny", "-o", tmp_path / "run").err
+    assert "stage=01-quantize.rtn  text=grids and their numbers of matrices: " in said
+
+
 def test_a_folder_of_somebody_elses_is_left_alone(
     place: Place, compress: Compress, tmp_path: Path
 ) -> None:

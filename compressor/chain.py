@@ -125,7 +125,7 @@ class Chain:
             result=asdict(result) | {"checkpoint": variant.id},
             seconds=meter.seconds + sum(event["seconds"] for event in earlier),
             **{
-                name: max([peak, *(event[name] for event in earlier)])
+                name: max([peak, *(event.get(name, 0) for event in earlier)])
                 for name, peak in meter.peaks().items()
             },
         )

@@ -19,8 +19,8 @@ Event = dict[str, Any]
 
 _FACTS = {
     "run_started": {"command"},
-    "block_done": {"stage", "record", "seconds", "peak_bytes", "device_peak_bytes"},
-    "stage_done": {"stage", "result", "seconds", "peak_bytes", "device_peak_bytes"},
+    "block_done": {"stage", "record", "seconds", "peak_bytes"},
+    "stage_done": {"stage", "result", "seconds", "peak_bytes"},
     "stage_verified": {"stage", "kl_to_parent", "loaded_whole"},
     "evaluated": {"variant"},
     "exported": {"format", "sha256"},

@@ -83,7 +83,7 @@ class Requantized:
             params={**params, "quantizer": self.facts["quantizer"]},
             seconds=self.facts["seconds"],
             peak_bytes=self.facts["peak_bytes"],
-            device_peak_bytes=self.facts["device_peak_bytes"],
+            device_peak_bytes=self.facts.get("device_peak_bytes", 0),
             fallbacks=tuple(StageFallback(**fallback) for fallback in self.facts["fallbacks"]),
             notes={"relative_weight_error": self.facts["relative_error"]},
         )

@@ -61,8 +61,13 @@ class Variant:
             mixture=tuple(MixturePoint(**point) for point in facts.get("mixture", ())),
             mixture_unit=facts.get("mixture_unit", "update"),
         )
-        cost = {name: event[name] for name in ("seconds", "peak_bytes", "device_peak_bytes")}
-        return replace(self, result=result, **cost)
+        return replace(
+            self,
+            result=result,
+            seconds=event["seconds"],
+            peak_bytes=event["peak_bytes"],
+            device_peak_bytes=event.get("device_peak_bytes", 0),  # older runs have none
+        )
 
     def with_fallbacks(self, *more: Fallback) -> Variant:
         """With more things done otherwise than asked."""

@@ -76,6 +76,18 @@ def test_a_changed_recipe_is_refused_by_what_changed(place: Place, compress: Com
     assert hashes(place.run) == before
 
 
+def test_a_run_that_knows_nothing_of_a_gpu_goes_on(place: Place, compress: Compress) -> None:
+    """Journals of before the memory of GPUs was measured."""
+    journal = place.run / "journal.jsonl"
+    events = [json.loads(line) for line in journal.read_text().splitlines()]
+    for event in events:
+        event.pop("device_peak_bytes", None)
+    journal.write_text("".join(f"{json.dumps(event)}\n" for event in events))
+    assert compress(*place.line, "-q").code == 0
+    (stage,) = [one["stage"] for one in report(place.run)["variants"] if one["stage"]]
+    assert stage["device_peak_bytes"] == 0
+
+
 def test_what_the_plan_remarks_is_said_as_the_stage_begins(
     compress: Compress, tmp_path: Path
 ) -> None:
